@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Makes .venv in the checkout with all that the quickstart and the tests need. May be run again: it takes a moment when nothing changed.
+#
+# PYTHON=/path/to/python3 picks another interpreter. Which build of torch is installed is up to pip's own settings: on a machine without
+# a GPU, PIP_EXTRA_INDEX_URL as on PyTorch's installation page gives the smaller CPU build.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+stamp=.venv/.made-from
+wanted=$(cat pyproject.toml setup.py swift_gkd_plugin.pth scripts/setup.sh | sha256sum)
+if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
+    exit 0
+fi
+
+python=${PYTHON:-python3}
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+    echo "setup.sh: $python is missing or older than Python 3.10; name a newer one with PYTHON=/path/to/python3" >&2
+    exit 1
+fi
+echo "Installing into $PWD/.venv; the first time this takes several minutes."
+if [[ ! -x .venv/bin/python ]]; then
+    "$python" -m venv .venv
+fi
+.venv/bin/python -m pip install --quiet --upgrade pip
+# torch first and alone, so that nothing that follows brings another version of it.
+.venv/bin/python -m pip install --quiet 'torch==2.13.0'
+.venv/bin/python -m pip install --quiet --editable '.[dev,deepspeed]'
+echo "$wanted" > "$stamp"

@@ -1,0 +1,82 @@
+"""Start-up checks that need a tokenizer, a dataset or a configuration, but no weights."""
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+from .arguments import OptionError
+
+SAMPLED_ROWS = 1000  # rows that are looked at before training; the others are checked when their turn comes
+
+
+def common_vocabulary(student, teacher, student_name: str, teacher_name: str) -> int:
+    """Compare two tokenizers.
+
+    Args:
+        student, teacher: Tokenizers of transformers.
+        student_name, teacher_name: How the options call them.
+
+    Returns:
+        The number of leading token ids that both have; every one of them is the same token.
+
+    Raises:
+        OptionError: An id that both have is another token in the other.
+    """
+    common = min(len(student), len(teacher))
+    ours, theirs = (tokenizer.convert_ids_to_tokens(range(common)) for tokenizer in (student, teacher))
+    different = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]
+    if different:
+        first = different[0]
+        raise OptionError(
+            f'--model {student_name} and --teacher_model {teacher_name} have different tokenizers: id {first} is {ours[first]!r} in the '
+            f'student and {theirs[first]!r} in the teacher ({len(different)} of {common} ids differ); distributions over different tokens '
+            'cannot be compared, use models of one family.')
+    return common
+
+
+def compared_columns(student_vocab: int, teacher_vocab: int, student_tokens: int, teacher_tokens: int) -> int:
+    """The number of leading columns over which both distributions are normalised.
+
+    Args:
+        student_vocab, teacher_vocab: Rows of the output heads, padding rows included.
+        student_tokens, teacher_tokens: Lengths of the tokenizers.
+
+    Returns:
+        All columns if both sides have the same; otherwise the tokens that both know, without any padding row.
+    """
+    if (student_vocab, student_tokens) == (teacher_vocab, teacher_tokens):
+        return student_vocab
+    return min(student_vocab, teacher_vocab, student_tokens, teacher_tokens)
+
+
+def has_response(row: dict[str, Any]) -> bool:
+    messages = row.get('messages') or []
+    return bool(messages) and messages[-1]['role'] == 'assistant' and messages[-1].get('content') not in (None, '')
+
+
+def check_rows(rows: Iterable[dict[str, Any]], option: str, needs_response: str | None) -> None:
+    """Look at the first rows of a dataset.
+
+    Args:
+        option: ``--dataset`` or ``--val_dataset``, for the message.
+        needs_response: Why the rows' own responses are needed, None if they aren't.
+
+    Raises:
+        OptionError: There is no row, or none of the first rows has the response that it needs.
+    """
+    looked_at = list(itertools.islice(rows, SAMPLED_ROWS))
+    if not looked_at:
+        raise OptionError(f'{option}: the dataset has 0 rows; check its path, its format and --split_dataset_ratio.')
+    if needs_response and not any(map(has_response, looked_at)):
+        raise OptionError(f'{option}: none of the first {len(looked_at)} rows has a response, and {needs_response}. Use a dataset with '
+                          'responses, or let the models answer: --lmbda 1, or --seq_kd true.')
+
+
+def check_size(num_rows: int, generation_batch: int, explained: str) -> None:
+    """Raises:
+        OptionError: The dataset is smaller than one generation batch.
+    """
+    if num_rows < generation_batch:
+        raise OptionError(f'--dataset has {num_rows} rows, fewer than one generation batch of {generation_batch} ({explained}); use more '
+                          'rows or smaller batches.')

@@ -1,0 +1,235 @@
+"""Output heads: from hidden states to a chunk of fp32 logits, and from a chunk's gradient back to the head's tensors.
+
+A head is used a chunk of tokens at a time, so that its logits [tokens, vocab] never exist as a whole. Logits are fp32 from
+inputs of any precision (fp64 from fp64): rounding them to bf16 would cost more than the divergence of two close models.
+"""
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .sharding import Reduce
+
+# Stands for a logit of -inf: exp() of it is 0 beside any real logit, and differences of two of them are finite.
+LOWEST_LOGIT = -1e30
+
+# Rows of the head that are converted at a time where the CPU has no product of the head's own type with an fp32 result.
+_CONVERTED_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to its logits after the head: first `scale`, then `softcap`, each where the model has it.
+
+        logits = softcap · tanh(scale · z / softcap)        or scale · z without a softcap
+
+    Gemma 2, 3n and 4: softcap = `final_logit_softcapping`. Cohere: scale = `logit_scale`. Granite: scale = 1 / `logits_scaling`.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self):
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f'softcap must be positive or None, got {self.softcap}')
+
+
+@contextmanager
+def _bf16_products():
+    """On a CPU: fp32 matrix products round their inputs to bf16 and keep an fp32 result.
+
+    For inputs that are bf16 already nothing is rounded, and the bf16 units are used; torch.mm(out_dtype=) is CUDA only. The
+    setting is one of the process, so it is put back at once; without bf16 units oneDNN ignores it.
+    """
+    matmul = torch.backends.mkldnn.matmul
+    previous = matmul.fp32_precision
+    matmul.fp32_precision = 'bf16'
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = previous
+
+
+@contextmanager
+def _as_they_are():
+    yield
+
+
+class LinearHead:
+    """logits = transform(hidden @ weightᵀ + bias + scaling·(hidden @ Aᵀ) @ Bᵀ) / temperature, over the first `columns` ids.
+
+    hidden [tokens, dim], weight [vocab, dim], bias [vocab] or None, lora (A [rank, dim], B [vocab, rank], scaling) or None.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora, transform: LogitTransform | None,
+                 columns: int, temperature: float):
+        self.hidden, self.columns = hidden, columns
+        self.weight = weight[:columns]
+        self.bias = None if bias is None else bias[:columns]
+        self.lora = None if lora is None else (lora[0], lora[1][:columns], lora[2])
+        self.transform = transform or LogitTransform()
+        self.temperature = temperature
+        self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        self.tensors = (hidden, weight, bias, *(lora[:2] if lora is not None else (None, None)))
+        self.plain = hidden.dtype == weight.dtype == self.dtype
+        both_bf16 = hidden.dtype == weight.dtype == torch.bfloat16
+        self.products = _bf16_products if both_bf16 and hidden.device.type == 'cpu' else _as_they_are
+
+    def with_tensors(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None,
+                     b: Tensor | None) -> 'LinearHead':
+        lora = None if a is None else (a, b, self.lora[2])
+        return LinearHead(hidden, weight, bias, lora, self.transform, self.columns, self.temperature)
+
+    @property
+    def softcap(self) -> float | None:
+        return self.transform.softcap
+
+    @property
+    def slope(self) -> float:
+        """d(logit)/d(product), the softcap's tanh' left out."""
+        return self.transform.scale
+
+    def logits(self, rows: slice, out: Tensor) -> None:
+        """Fill out [rows, columns] (contiguous, `self.dtype`)."""
+        x = self.hidden[rows].detach()
+        alpha = self.transform.scale / (self.softcap or self.temperature)
+        weight = self.weight.detach()
+        if self.plain:
+            torch.addmm(out, x, weight.t(), beta=0, alpha=alpha, out=out)
+        elif x.is_cuda and x.dtype == weight.dtype:
+            torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
+            out.mul_(alpha)
+        else:
+            self._converted_product(x.to(self.dtype), weight, alpha, out)
+        if self.lora is not None:
+            a, b, scaling = self.lora
+            out.addmm_(x.to(self.dtype) @ a.detach().to(self.dtype).t(), b.detach().to(self.dtype).t(), alpha=alpha * scaling)
+        if self.bias is not None:
+            out.add_(self.bias.detach().to(self.dtype).clamp_min(LOWEST_LOGIT) * alpha)
+        if self.softcap:
+            out.tanh_().mul_(self.softcap / self.temperature)
+
+    def _converted_product(self, x: Tensor, weight: Tensor, alpha: float, out: Tensor) -> None:
+        block = min(_CONVERTED_ROWS, len(weight))
+        converted = torch.empty(block, weight.shape[1], dtype=self.dtype, device=x.device)
+        product = torch.empty(len(x) * block, dtype=self.dtype, device=x.device)
+        with self.products():
+            for start in range(0, len(weight), block):
+                part = weight[start:start + block]
+                w = converted[:len(part)].copy_(part)
+                p = product[:len(x) * len(part)].view(len(x), len(part))
+                torch.mul(torch.mm(x, w.t(), out=p), alpha, out=out[:, start:start + len(part)])
+
+
+class HeadGradients:
+    """Sums up the gradient of a LinearHead's tensors over the chunks. `wanted`: which of (hidden, weight, bias, A, B)."""
+
+    def __init__(self, head: LinearHead, wanted: tuple[bool, ...], reduce: Reduce):
+        self.head, self.reduce = head, reduce
+        self.want_hidden, self.want_weight, self.want_bias, self.want_a, self.want_b = wanted
+        hidden, vocab = head.hidden, len(head.tensors[1])
+        self.hidden = self.weight = self.bias = self.a = self.b = None
+        if self.want_hidden:
+            self.hidden = torch.empty(hidden.shape, dtype=head.dtype if reduce.group else hidden.dtype, device=hidden.device)
+        if self.want_weight:
+            self.weight = torch.empty(vocab, hidden.shape[1], dtype=head.dtype, device=hidden.device)
+            self.weight[head.columns if len(hidden) else 0:].zero_()
+        if self.want_bias:
+            self.bias = torch.zeros(vocab, dtype=head.dtype, device=hidden.device)
+        if self.want_a:
+            self.a = torch.zeros(head.lora[0].shape, dtype=head.dtype, device=hidden.device)
+        if self.want_b:
+            self.b = torch.zeros(vocab, head.lora[1].shape[1], dtype=head.dtype, device=hidden.device)
+
+    def add(self, rows: slice, gradient: Tensor, spare: Tensor | None) -> None:
+        """gradient [rows, columns] of hidden @ weightᵀ + …, in `head.dtype`. spare: memory as large, free to be overwritten."""
+        head = self.head
+        x = head.hidden[rows].detach()
+        weight = head.weight.detach()
+        narrow = gradient
+        if not head.plain and x.dtype == weight.dtype:
+            narrow = _narrowed(gradient, x.dtype, spare)
+        if self.want_hidden:
+            self._add_hidden(rows, narrow, gradient, weight)
+        if self.want_weight:
+            into = self.weight[:head.columns]
+            first = 0 if rows.start == 0 else 1
+            if narrow.is_cuda and narrow.dtype != head.dtype:
+                torch.addmm(into, narrow.t(), x, beta=first, out_dtype=head.dtype, out=into)
+            else:
+                with head.products():
+                    torch.addmm(into, gradient.t(), x.to(head.dtype), beta=first, out=into)
+        if self.want_bias:
+            self.bias[:head.columns] += gradient.sum(0)
+        if self.want_a or self.want_b:
+            a, b, scaling = head.lora
+            wide = x.to(head.dtype)
+            if self.want_b:
+                self.b[:head.columns].addmm_(gradient.t(), wide @ a.detach().to(head.dtype).t(), alpha=scaling)
+            if self.want_a:
+                self.a.addmm_((gradient @ b.detach().to(head.dtype)).t(), wide, alpha=scaling)
+
+    def _add_hidden(self, rows: slice, narrow: Tensor, gradient: Tensor, weight: Tensor) -> None:
+        head, into = self.head, self.hidden[rows]
+        if narrow.dtype == weight.dtype == into.dtype:
+            torch.mm(narrow, weight, out=into)
+        elif narrow.dtype == weight.dtype:
+            into.copy_(narrow @ weight)
+        else:
+            total = torch.zeros(into.shape, dtype=head.dtype, device=into.device)
+            for start in range(0, len(weight), _CONVERTED_ROWS):
+                part = weight[start:start + _CONVERTED_ROWS]
+                total.addmm_(gradient[:, start:start + len(part)], part.to(head.dtype))
+            into.copy_(total)
+        if head.lora is not None:
+            a, b, scaling = head.lora
+            into += scaling * (gradient @ b.detach().to(head.dtype)) @ a.detach().to(head.dtype)
+
+    def finish(self) -> tuple[Tensor | None, ...]:
+        """(hidden, weight, bias, A, B) in the dtypes of their tensors; those not wanted are None."""
+        head = self.head
+        for shared in (self.hidden, self.a):
+            if shared is not None:
+                self.reduce.sum(shared)
+        found = (self.hidden, self.weight, self.bias, self.a, self.b)
+        return tuple(None if g is None else g.to(like.dtype) for g, like in zip(found, head.tensors, strict=False))
+
+
+def _narrowed(gradient: Tensor, dtype: torch.dtype, spare: Tensor | None) -> Tensor:
+    """`gradient` in a half-precision type, in `spare`'s memory where there is one."""
+    if spare is None:
+        return gradient.to(dtype)
+    return spare.flatten().view(dtype)[:gradient.numel()].view(gradient.shape).copy_(gradient)
+
+
+class ReadyLogits:
+    """A head whose logits [tokens, vocab] exist already."""
+
+    softcap = None
+    slope = 1.0
+
+    def __init__(self, logits: Tensor, columns: int, temperature: float):
+        self.hidden, self.columns, self.temperature = logits, columns, temperature
+        self.tensors = (logits,)
+        self.dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+    def logits(self, rows: slice, out: Tensor) -> None:
+        out.copy_(self.hidden[rows, :self.columns].detach()).clamp_min_(LOWEST_LOGIT)
+        if self.temperature != 1:
+            out.mul_(1 / self.temperature)
+
+
+class ReadyGradients:
+    """The gradient of ReadyLogits, in the logits' dtype; zero beyond the common columns."""
+
+    def __init__(self, head: ReadyLogits):
+        self.head = head
+        self.gradient = torch.empty_like(head.hidden)
+        self.gradient[:, head.columns:].zero_()
+
+    def add(self, rows: slice, gradient: Tensor, spare: Tensor | None) -> None:
+        self.gradient[rows, :self.head.columns].copy_(gradient)
+
+    def finish(self) -> tuple[Tensor]:
+        return (self.gradient,)

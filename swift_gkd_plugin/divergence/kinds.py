@@ -1,0 +1,246 @@
+"""The divergences: one closed form each, for the value and for its gradient.
+
+Notation, for one token. S and T are the student's and the teacher's distributions, at the same temperature, over the same
+columns v; d = log T - log S; M = w·T + (1-w)·S is a mixture. For logits z with S = softmax(z),
+
+    ∂D/∂z_v = S_v (a_v - Σ_u S_u a_u),        a_v = ∂D/∂S_v  up to a constant that is the same for all v.
+
+`a` is called the slope, Σ S a its centre.
+
+**Why not sum p·log(p/q).** Each column of such a sum is of first order in d, and their sum of second order: for two models that
+are close, fp32 loses it (and bf16 turns it negative). Adding q - p to a column of KL(p‖q) leaves the sum as it is, because
+both distributions sum to one, and makes the column p·log(p/q) - p + q >= 0, of second order in d. An error of the
+normalisers then enters at second order too.
+
+**Why the larger probability is factored out.** With P = max(S, T), E = -|d|, y = expm1(E) in [-1, 0], everything else about a
+column is a function of y and E, bounded for any distance between the two. Let b be the weight in M of the smaller of the two
+(b = w where S >= T, 1-w where T > S) and h = log1p(b·y), so that M = P(1 + b·y) and log(M/P) = h. Then
+the larger one's column of KL(·‖M) is P·near, the smaller one's P·far:
+
+    near = b·y - h                              far = (1+y)(E - h) - (1-b)·y
+
+Both are >= 0, and exactly 0 at d = 0. Where rounding of the last bit makes one negative (|d| below 1e-6) the column is read as 0.
+
+All functions work in place on blocks [rows, columns] of fp32 or fp64 that the caller owns.
+"""
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+KINDS = ('jsd', 'forward_kl', 'reverse_kl', 'skew_forward_kl', 'skew_reverse_kl', 'tvd')
+
+# log(T/S) is limited to this many nats where a divergence is linear in it, so that a column to which one side gives
+# probability 0 (a logit of -inf) costs much, but not infinitely much.
+MAX_LOG_RATIO = 1e4
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """What is measured between teacher T and student S, both softened by `temperature`.
+
+    ==================  =====================================================  ==========================================
+    kind                D                                                      from
+    ==================  =====================================================  ==========================================
+    `jsd`               β·KL(T‖M) + (1-β)·KL(S‖M),  M = β·T + (1-β)·S          GKD, Agarwal et al. 2024 (arXiv 2306.13649)
+    `forward_kl`        KL(T‖S), mode covering                                 Hinton et al. 2015 (arXiv 1503.02531)
+    `reverse_kl`        KL(S‖T), mode seeking                                  MiniLLM, Gu et al. 2024 (arXiv 2306.08543)
+    `skew_forward_kl`   KL(T‖α·T + (1-α)·S)                                    DistiLLM, Ko et al. 2024 (arXiv 2402.03898)
+    `skew_reverse_kl`   KL(S‖α·S + (1-α)·T)                                    DistiLLM
+    `tvd`               ½ Σ |T - S|                                            f-DISTILL, Wen et al. 2023 (arXiv 2307.15190)
+    ==================  =====================================================  ==========================================
+
+    `beta` (β, of `jsd`) in [0, 1]. As in GKD, β = 0 *is* the forward KL and β = 1 the reverse KL, although the formula
+    above tends to 0 there: its gradient shrinks with β(1-β), and jumps at the two ends.
+    `skew` (α, of the skewed kinds) in [0, 1); α = 0 is the plain KL.
+    `temperature` > 0 divides the logits of both sides. The value is not multiplied by temperature².
+
+    Raises ValueError for a kind that is not in the table or a number outside its range.
+    """
+
+    kind: str = 'jsd'
+    beta: float = 0.5
+    temperature: float = 1.0
+    skew: float = 0.1
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f'divergence kind {self.kind!r} is not one of {", ".join(KINDS)}')
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f'beta must lie in [0, 1], got {self.beta}')
+        if not 0 < self.temperature < float('inf'):
+            raise ValueError(f'temperature must be positive and finite, got {self.temperature}')
+        if not 0 <= self.skew < 1:
+            raise ValueError(f'skew must lie in [0, 1), got {self.skew}')
+
+    @property
+    def form(self) -> tuple[str, float]:
+        """The kind after its limits were taken, and the teacher's weight w in its mixture M."""
+        if self.kind == 'jsd':
+            return {0: ('forward_kl', 0.0), 1: ('reverse_kl', 1.0)}.get(self.beta, ('jsd', float(self.beta)))
+        if self.kind == 'skew_forward_kl':
+            return (self.kind, float(self.skew)) if self.skew else ('forward_kl', 0.0)
+        if self.kind == 'skew_reverse_kl':
+            return (self.kind, 1.0 - self.skew) if self.skew else ('reverse_kl', 1.0)
+        return self.kind, {'forward_kl': 0.0, 'reverse_kl': 1.0, 'tvd': 0.5}[self.kind]
+
+
+class Columns(NamedTuple):
+    """A block's sums and slope. Sums are over the columns that are here: with a sharded vocabulary, over one shard."""
+
+    value: Tensor                # [rows], D
+    gradient: Tensor             # [rows, columns], the slope a divided by `factor`, or S·a where `centre` is None
+    centre: Tensor | None     # [rows], Σ S·gradient, or None where the gradient is complete
+    factor: float                # the gradient is to be multiplied by it
+
+
+class Scratch(NamedTuple):
+    """Four buffers of the block's shape. Their contents are of no interest before and after."""
+
+    e: Tensor
+    y: Tensor
+    h: Tensor
+    b: Tensor
+
+
+def columns(divergence: Divergence, student: Tensor, teacher: Tensor, log_ratio: Tensor, scratch: Scratch,
+            kl_sums: bool = False) -> tuple[Columns, tuple[Tensor, Tensor] | None]:
+    """Value and slope of `divergence` for a block.
+
+    student, teacher: [rows, columns] probabilities. log_ratio: log teacher - log student, finite, computed from the logits
+    and not from the probabilities. `teacher`, `log_ratio` and the scratch are overwritten, `student` is not.
+    kl_sums: also return ([rows] forward KL, [rows] reverse KL) of the same distributions.
+    """
+    kind, w = divergence.form
+    if kl_sums or kind in ('forward_kl', 'reverse_kl'):
+        log_ratio.clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    torch.abs(log_ratio, out=scratch.e).neg_()
+    torch.expm1(scratch.e, out=scratch.y)
+    larger = torch.maximum(student, teacher, out=teacher)
+    kls = _both_kl(larger, log_ratio, scratch) if kl_sums else None
+    return _FORMS[kind](w, student, larger, log_ratio, scratch), kls
+
+
+def _teacher_larger(log_ratio: Tensor, out: Tensor) -> Tensor:
+    """1 where T > S, else 0, as numbers: columns are selected by torch.lerp, because torch.where is slow on a CPU."""
+    return torch.gt(log_ratio, 0, out=out)
+
+
+def _plain_near_and_far(scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """The KL between S and T themselves. With M = one of the two, b is 1 on its side (h = E) and 0 on the other (h = 0):
+
+        the first argument is the larger one:  y - E         it is the smaller one:  (1+y)·E - y
+
+    near in `h`, far in `e`; `y` stays.
+    """
+    near = torch.sub(scratch.y, scratch.e, out=scratch.h)
+    far = scratch.e.mul_(scratch.y).sub_(near)
+    return near.relu_(), far.relu_()
+
+
+def _both_kl(larger: Tensor, log_ratio: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """Forward and reverse KL. Leaves `e` and `y` as they are."""
+    teacher_larger = _teacher_larger(log_ratio, scratch.b)
+    near, far = _plain_near_and_far(scratch._replace(e=scratch.e.clone()))
+    forward = torch.linalg.vecdot(larger, torch.lerp(far, near, teacher_larger))
+    return forward, torch.linalg.vecdot(larger, torch.lerp(near, far, teacher_larger))
+
+
+def _forward_kl(w: float, student: Tensor, larger: Tensor, log_ratio: Tensor, scratch: Scratch) -> Columns:
+    """KL(T‖S): near where T > S, else far.
+
+    Slope: a_v = -T_v/S_v, unbounded; but S·a - S·ΣS·a = S - T, which is ±P·y and not a difference of two rounded numbers.
+    """
+    teacher_larger = _teacher_larger(log_ratio, scratch.b)
+    near, far = _plain_near_and_far(scratch)
+    value = torch.linalg.vecdot(larger, torch.lerp(far, near, teacher_larger, out=far))
+    return Columns(value, scratch.y.mul_(larger).mul_(teacher_larger.mul_(2).sub_(1)), None, 1.0)
+
+
+def _reverse_kl(w: float, student: Tensor, larger: Tensor, log_ratio: Tensor, scratch: Scratch) -> Columns:
+    """KL(S‖T): far where T > S, else near.
+
+    Slope: ∂/∂S_v S·log(S/T) = -d + 1, so a = -d.
+    """
+    teacher_larger = _teacher_larger(log_ratio, scratch.b)
+    near, far = _plain_near_and_far(scratch)
+    value = torch.linalg.vecdot(larger, torch.lerp(near, far, teacher_larger, out=far))
+    return Columns(value, log_ratio, torch.linalg.vecdot(student, log_ratio), -1.0)
+
+
+def _jsd(w: float, student: Tensor, larger: Tensor, log_ratio: Tensor, scratch: Scratch) -> Columns:
+    """β·KL(T‖M) + (1-β)·KL(S‖M), w = β. The larger one's KL has the weight 1-b, the smaller one's b; the terms in y cancel:
+
+        (1-b)·near + b·far = b·(1+y)(E - h) - (1-b)·h = b·((1+y)(E - h) + h) - h
+
+    Slope: ∂/∂S_v = -β(1-β)T/M + (1-β)(log(S/M) + 1 - (1-β)S/M) = (1-β)·log(S_v/M_v), and log(M/S) = h + max(d, 0).
+    """
+    e, y, h, _ = scratch
+    b = w if w == 0.5 else _weight_of_smaller(w, log_ratio, scratch.b)
+    torch.mul(y, b, out=h).log1p_()
+    e.sub_(h)
+    y.mul_(e).add_(e).add_(h).mul_(b).sub_(h).relu_()
+    value = torch.linalg.vecdot(larger, y)
+    slope = h.add_(log_ratio.relu_())
+    return Columns(value, slope, torch.linalg.vecdot(student, slope), w - 1.0)
+
+
+def _weight_of_smaller(w: float, log_ratio: Tensor, out: Tensor) -> Tensor:
+    """b: w where S >= T, 1-w where T > S."""
+    return _teacher_larger(log_ratio, out).mul_(1 - 2 * w).add_(w)
+
+
+def _mixture_near_and_far(w: float, log_ratio: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """near in `y` and far in `e`, as at the top of this file, and h in `h`."""
+    e, y, h, b = scratch
+    _weight_of_smaller(w, log_ratio, b)
+    torch.mul(y, b, out=h).log1p_()
+    e.sub_(h).addcmul_(e, y).sub_(y)
+    y.mul_(b)
+    e.add_(y)
+    return y.sub_(h).relu_(), e.relu_()
+
+
+def _skew_forward_kl(w: float, student: Tensor, larger: Tensor, log_ratio: Tensor, scratch: Scratch) -> Columns:
+    """KL(T‖M), w = α.
+
+    Slope: ∂/∂S_v = -(1-α)·T/M. From this its value at T = S is taken: -(1-α)(T/M - 1) = -(1-α)²(T-S)/M. With
+    l = log(M/S) = h + max(d, 0) and α(T-S) = M - S, (T-S)/M = (1 - e^-l)/α, so a = (1-α)²/α · expm1(-l).
+    """
+    near, far = _mixture_near_and_far(w, log_ratio, scratch)
+    teacher_larger = _teacher_larger(log_ratio, scratch.b)
+    value = torch.linalg.vecdot(larger, torch.lerp(far, near, teacher_larger, out=far))
+    slope = scratch.h.add_(log_ratio.relu_()).neg_().expm1_()
+    return Columns(value, slope, torch.linalg.vecdot(student, slope), (1 - w)**2 / w)
+
+
+def _skew_reverse_kl(w: float, student: Tensor, larger: Tensor, log_ratio: Tensor, scratch: Scratch) -> Columns:
+    """KL(S‖M), M = α·S + (1-α)·T, w = 1-α.
+
+    Slope: ∂/∂S_v = log(S/M) + 1 - α·S/M. From this its value at T = S is taken, with l = log(M/S) as above:
+    a = -l - α(e^-l - 1) = -(l + α·expm1(-l)).
+    """
+    near, far = _mixture_near_and_far(w, log_ratio, scratch)
+    teacher_larger = _teacher_larger(log_ratio, scratch.b)
+    value = torch.linalg.vecdot(larger, torch.lerp(near, far, teacher_larger, out=far))
+    slope = scratch.h.add_(log_ratio.relu_())
+    slope.add_(torch.neg(slope, out=scratch.b).expm1_(), alpha=1 - w)
+    return Columns(value, slope, torch.linalg.vecdot(student, slope), -1.0)
+
+
+def _tvd(w: float, student: Tensor, larger: Tensor, log_ratio: Tensor, scratch: Scratch) -> Columns:
+    """½Σ|T - S| = -½ΣP·y. Slope: a = -½·sign(T - S); at T = S the subgradient 0."""
+    value = torch.linalg.vecdot(larger, scratch.y).mul_(-0.5)
+    slope = torch.sign(log_ratio, out=log_ratio)
+    return Columns(value, slope, torch.linalg.vecdot(student, slope), -0.5)
+
+
+_FORMS = {
+    'forward_kl': _forward_kl,
+    'reverse_kl': _reverse_kl,
+    'jsd': _jsd,
+    'skew_forward_kl': _skew_forward_kl,
+    'skew_reverse_kl': _skew_reverse_kl,
+    'tvd': _tvd,
+}

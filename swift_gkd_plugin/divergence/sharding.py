@@ -1,0 +1,84 @@
+"""A vocabulary that is split over the ranks of a group, as in tensor parallelism.
+
+Every rank holds consecutive rows of both heads, in rank order. The shards may be uneven, and the two heads may be split at
+different ids (151936 and 152064 rows over 4 ranks, say): the student's split decides, and the few rows of the teacher's head
+that lie on another rank are sent there once per call. Weights move, not logits: they do not grow with the tokens.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Reduce:
+    """Reductions over the group; without a group the tensor itself."""
+
+    group: dist.ProcessGroup | None = None
+
+    def sum(self, x: Tensor) -> Tensor:
+        return self._reduce(x, dist.ReduceOp.SUM)
+
+    def max(self, x: Tensor) -> Tensor:
+        return self._reduce(x, dist.ReduceOp.MAX)
+
+    def min(self, x: Tensor) -> Tensor:
+        return self._reduce(x, dist.ReduceOp.MIN)
+
+    def _reduce(self, x: Tensor, op) -> Tensor:
+        if self.group is not None:
+            dist.all_reduce(x, op=op, group=self.group)
+        return x
+
+
+_widths: dict[tuple, list[tuple[int, int]]] = {}
+
+
+def shard_widths(group, student: int, teacher: int, device: torch.device) -> list[tuple[int, int]]:
+    """(student, teacher) rows on every rank of the group. Exchanged once per group and pair of local widths, then remembered:
+    reading them on the host is the only synchronisation of a sharded call, and only of the first."""
+    key = (group, student, teacher)
+    if key not in _widths:
+        mine = torch.tensor([student, teacher], device=device)
+        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(everyone, mine, group=group)
+        _widths[key] = [tuple(pair) for pair in torch.stack(everyone).tolist()]
+    return _widths[key]
+
+
+def spans(widths: list[int], vocab_size: int) -> list[tuple[int, int]]:
+    """The ids [first, last) of each rank, cut at vocab_size."""
+    out, first = [], 0
+    for width in widths:
+        out.append((min(first, vocab_size), min(first + width, vocab_size)))
+        first += width
+    return out
+
+
+def realigned(rows: Tensor, have: list[tuple[int, int]], want: list[tuple[int, int]], group) -> list[tuple[int, Tensor]]:
+    """This rank's ids want[rank] of a tensor of which each rank holds have[rank]: pieces (first id, rows), in order.
+
+    One all-to-all of the rows that lie elsewhere; none where every rank has what it wants. Rows that are here are views.
+    """
+    rank = dist.get_rank(group)
+    first = have[rank][0]
+
+    def overlap(a, b):
+        return max(a[0], b[0]), min(a[1], b[1])
+
+    sends = [overlap(have[rank], span) if other != rank else (0, 0) for other, span in enumerate(want)]
+    receives = [overlap(span, want[rank]) if other != rank else (0, 0) for other, span in enumerate(have)]
+    moves = any(lo < hi for h in range(len(have)) for w in range(len(want)) if h != w
+                for lo, hi in [overlap(have[h], want[w])])
+    pieces = []
+    lo, hi = overlap(have[rank], want[rank])
+    if lo < hi:
+        pieces.append((lo, rows[lo - first:hi - first]))
+    if moves:
+        outgoing = [rows[lo - first:hi - first] if lo < hi else rows[:0] for lo, hi in sends]
+        sizes = [max(hi - lo, 0) for lo, hi in receives]
+        received = rows.new_empty(sum(sizes), *rows.shape[1:])
+        dist.all_to_all_single(received, torch.cat(outgoing), sizes, [len(part) for part in outgoing], group=group)
+        pieces += [(lo, part) for (lo, _), part in zip(receives, received.split(sizes), strict=False) if len(part)]
+    return sorted(pieces, key=lambda piece: piece[0])

@@ -1,0 +1,172 @@
+"""A generation cycle: rows draw their sources and get their responses, and what of it a checkpoint has to keep.
+
+A cycle is ``steps_per_generation`` micro-batches. What is left of one when a checkpoint is written is stored in it as JSON, with the
+token ids of the responses, and is not generated again.
+"""
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from swift.utils import get_logger
+
+from .. import sources
+from ..arguments import OptionError
+from ..responses import Response
+from ..sources import DATASET, STUDENT, TEACHER, Source
+from .data import Row
+from .samples import Sample, SampleEncoder
+
+logger = get_logger()
+
+MAX_REPLACEMENTS = 50
+STATE_VERSION = 1
+
+# Fills in the responses of samples that all drew the same source; called on every rank, with none on some.
+Answer = Callable[[list[Sample]], None]
+
+
+class Cycle:
+    """Turns the rows of a cycle into samples with responses.
+
+    Args:
+        args: The trainer's arguments.
+        dataset: The loaded dataset, for rows that stand in for others.
+        encoder: Tells whether a row fits.
+        answers: Who answers, by source.
+    """
+
+    def __init__(self, args, dataset, encoder: SampleEncoder, answers: dict[Source, Answer]):
+        self.args, self.dataset, self.encoder, self.answers = args, dataset, encoder, answers
+
+    def samples(self, micro_batches: list[list[Row]], cycle_key: tuple[int, int]) -> list[list[Sample]]:
+        """Draw a source for each row, replace what can't be encoded, and generate.
+
+        Args:
+            micro_batches: The rows of this rank.
+            cycle_key: (optimizer step, number of the cycle in it), for ``--gkd_source_per batch``.
+        """
+        result = [[self.sample(row, self._source(row, cycle_key)) for row in rows] for rows in micro_batches]
+        everyone = [sample for samples in result for sample in samples if sample.row.counts]
+        for source in (STUDENT, TEACHER):
+            if source in self.answers:
+                self.answers[source]([sample for sample in everyone if sample.source == source])
+        return result
+
+    def _source(self, row: Row, cycle_key: tuple[int, int]) -> Source:
+        if not row.counts:
+            return DATASET
+        seed, per_sample = self.args.seed, self.args.gkd_source_per == 'sample'
+        u = sources.uniform(seed, row.epoch, row.number) if per_sample else sources.uniform(seed, *cycle_key, purpose='cycle')
+        return sources.draw_source(u, self.args.lmbda, self.args.seq_kd)
+
+    def sample(self, row: Row, source: Source) -> Sample:
+        """The row as a sample that can be encoded for its source: with its own content, or with another row's."""
+        sample = Sample(row, row.content, source)
+        if not row.counts:
+            return sample
+        for attempt in range(MAX_REPLACEMENTS):
+            try:
+                self.encoder.check(sample)
+            except Exception as error:  # as ms-swift's resampling: templates raise anything on a broken image or an over-long row
+                if not hasattr(self.dataset, '__len__'):
+                    logger.warning(f'{sample} is left out, it cannot be encoded: {error}')
+                    return Sample(Row(row.number, row.epoch, row.content, counts=False), row.content)
+                number = sources.replacement_row(self.args.seed, row.epoch, row.number, attempt, len(self.dataset))
+                logger.info(f'{sample} cannot be encoded, row {number} stands in: {error}')
+                sample = Sample(row, self.dataset[number], source)
+                last_error = error
+            else:
+                return sample
+        raise OptionError(f'{sample} and {MAX_REPLACEMENTS} other rows cannot be encoded (last: {last_error}); raise --max_length or look '
+                          'at the dataset.')
+
+
+def state_of(ready: list[list[Sample]]) -> dict[str, Any]:
+    """What a checkpoint keeps of the micro-batches that wait for their optimizer step."""
+    def one(sample: Sample) -> dict[str, Any]:
+        state = {'row': sample.row.number, 'epoch': sample.row.epoch, 'counts': sample.row.counts, 'source': sample.source}
+        if sample.response is not None:
+            state['token_ids'], state['finish_reason'] = sample.response.token_ids, sample.response.finish_reason
+        if sample.generated is not None:
+            state['generated'] = {name: getattr(sample.generated, name)
+                                  for name in ('messages', 'response_token_ids', 'response_loss_mask', 'finish_reason')}
+        return state
+    return {'version': STATE_VERSION, 'world_size': _world_size(), 'micro_batches': [list(map(one, samples)) for samples in ready]}
+
+
+def restored(cycle: Cycle, state: dict[str, Any], micro_batches: list[list[Row]]) -> list[list[Sample]]:
+    """The samples of :func:`state_of`, on the same rows.
+
+    Raises:
+        OptionError: The rows are others than those of the checkpoint: the dataset, its order or the batch size changed.
+    """
+    result = []
+    for rows, kept in zip(micro_batches, state['micro_batches'], strict=True):
+        samples = []
+        if [(row.number, row.epoch) for row in rows] != [(one['row'], one['epoch']) for one in kept]:
+            raise OptionError(f'--resume_from_checkpoint: the checkpoint has responses for rows {[one["row"] for one in kept]}, the data now '
+                              f'gives rows {[row.number for row in rows]}; use the same dataset, seeds and batch sizes, or '
+                              '--ignore_data_skip true.')
+        for row, one in zip(rows, kept, strict=True):
+            sample = cycle.sample(Row(row.number, row.epoch, row.content, one['counts']), one['source'])
+            if 'token_ids' in one:
+                sample.response = Response(one['token_ids'], one['finish_reason'])
+            if 'generated' in one:
+                sample.generated = cycle.encoder.inner(sample)
+                for name, value in one['generated'].items():
+                    setattr(sample.generated, name, value)
+            samples.append(sample)
+        result.append(samples)
+    return result
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _path(checkpoint: str) -> str:
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return os.path.join(checkpoint, f'gkd_cycle_rank{rank}.json')
+
+
+def save(checkpoint: str, ready: list[list[Sample]]) -> None:
+    """Write this rank's part of the cycle in flight, if there is one."""
+    if not ready:
+        return
+    os.makedirs(checkpoint, exist_ok=True)
+    path = _path(checkpoint)
+    with open(f'{path}.part', 'w', encoding='utf-8') as file:
+        json.dump(state_of(ready), file)
+    os.replace(f'{path}.part', path)
+
+
+def load(checkpoint: str) -> dict[str, Any] | None:
+    """This rank's part of a cycle in flight; None if there was none.
+
+    Raises:
+        OptionError: It was written by another number of ranks or another version of the format.
+    """
+    path = _path(checkpoint)
+    if not os.path.isfile(path):
+        return None
+    with open(path, encoding='utf-8') as file:
+        state = json.load(file)
+    for name, value in (('version', STATE_VERSION), ('world_size', _world_size())):
+        if state[name] != value:
+            raise OptionError(f'--resume_from_checkpoint {checkpoint}: its responses in flight have {name} {state[name]}, this run has '
+                              f'{value}; resume on the same number of ranks, or delete gkd_cycle_rank*.json to generate them again.')
+    return state
+
+
+def total_over_ranks(value: int, device: torch.device) -> int:
+    """The sum of a number over all ranks. A collective call."""
+    if _world_size() == 1:
+        return value
+    tensor = torch.tensor(value, dtype=torch.int64, device=device)
+    dist.all_reduce(tensor)
+    return int(tensor)

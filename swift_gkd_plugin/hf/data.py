@@ -1,0 +1,165 @@
+"""Rows with their numbers, in an order that depends on the seed and the epoch only, shared out to the ranks without losing one.
+
+ms-swift's own samplers drop the remainder of a dataset (``len // world_size``) and, with ``steps_per_generation``, most of a
+stream; both hand over bare rows. Here each row carries the number that :mod:`swift_gkd_plugin.sources` draws from.
+"""
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from swift.dataloader import DataLoaderDispatcher, DataLoaderShard
+from torch.utils.data import DataLoader
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the dataset on its way to a sample.
+
+    Attributes:
+        number: The row's number in the loaded dataset, or its position in the stream.
+        epoch: The pass over the data that it belongs to.
+        content: The row itself, as the dataset gives it.
+        counts: False for a filler: a copy that keeps the ranks in step and must not weigh anywhere.
+    """
+    number: int
+    epoch: int
+    content: dict[str, Any] = field(repr=False)
+    counts: bool = True
+
+
+class NumberedRows(torch.utils.data.Dataset):
+    """A dataset with a length, indexed by (epoch, number, counts)."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int, bool]) -> Row:
+        epoch, number, counts = key
+        return Row(number, epoch, self.dataset[number], counts)
+
+
+def share_out(numbers: list[int], batch_size: int, world_size: int, rank: int) -> list[list[tuple[int, bool]]]:
+    """Micro-batches of one rank: consecutive numbers go to the ranks in turn, so that any split of a step holds the same rows.
+
+    What remains at the end is spread over the ranks; a rank that would get nothing gets one filler, for all ranks have to run
+    the same number of micro-batches.
+
+    Returns:
+        One list per micro-batch with (number, counts).
+    """
+    batches = []
+    for start in range(0, len(numbers), batch_size * world_size):
+        part = numbers[start:start + batch_size * world_size]
+        if len(part) == batch_size * world_size:
+            mine = part[rank * batch_size:(rank + 1) * batch_size]
+        else:
+            mine = part[rank::world_size]
+        batches.append([(n, True) for n in mine] or [(part[0], False)])
+    return batches
+
+
+class RowBatchSampler:
+    """Batches of keys for :class:`NumberedRows`: this rank's share of the epoch's order.
+
+    Args:
+        num_rows: Length of the dataset.
+        batch_size: Rows of one micro-batch of one rank.
+        seed: Seed of the order; None keeps the order of the dataset.
+        skip: Micro-batches of the first epoch that are left out (a resumed run).
+    """
+
+    def __init__(self, num_rows: int, batch_size: int, *, seed: int | None, drop_last: bool = False, rank: int = 0,
+                 world_size: int = 1, skip: int = 0):
+        self.num_rows, self.batch_size, self.seed = num_rows, batch_size, seed
+        self.drop_last, self.rank, self.world_size, self.skip = drop_last, rank, world_size, skip
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        global_batch = self.batch_size * self.world_size
+        total = self.num_rows // global_batch if self.drop_last else -(-self.num_rows // global_batch)
+        return total - self.skip
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, bool]]]:
+        if self.seed is None:
+            order = list(range(self.num_rows))
+        else:
+            generator = torch.Generator().manual_seed(self.seed + self.epoch)
+            order = torch.randperm(self.num_rows, generator=generator).tolist()
+        if self.drop_last:
+            order = order[:len(order) - len(order) % (self.batch_size * self.world_size)]
+        batches = share_out(order, self.batch_size, self.world_size, self.rank)
+        for batch in batches[self.skip:]:
+            yield [(self.epoch, number, counts) for number, counts in batch]
+
+
+def _as_it_is(row: dict[str, Any]) -> dict[str, Any]:
+    return row
+
+
+class StreamOfRows(DataLoaderDispatcher):
+    """Micro-batches from a dataset without a length: the first rank reads and numbers, all ranks get their share.
+
+    The stream starts again when it ends, as a new epoch with new numbers; a shorter last batch is trained on, not thrown away.
+    """
+
+    def __init__(self, dataset, batch_size: int, *, rank: int = 0, world_size: int = 1, skip: int = 0, **loader_options):
+        loader = DataLoader(dataset, batch_size=None, collate_fn=_as_it_is, **loader_options)
+        super().__init__(loader, device=None, skip_batches=skip)
+        self.batch_size, self._rank, self._world_size = batch_size, rank, world_size
+
+    def _rows(self) -> Iterator[Row]:
+        for epoch in itertools.count():
+            super().set_epoch(epoch)
+            number = -1
+            for number, content in enumerate(self.base_dataloader):
+                yield Row(number, epoch, content)
+            if number < 0:
+                raise ValueError('--streaming: the stream holds no row; check --dataset.')
+
+    def _global_batches(self) -> Iterator[list[list[Row]]]:
+        size = self.batch_size * self._world_size
+        for _, epoch_rows in itertools.groupby(self._rows(), key=lambda row: row.epoch):
+            while part := list(itertools.islice(epoch_rows, size)):
+                shares = [share_out(list(range(len(part))), self.batch_size, self._world_size, r)[0] for r in range(self._world_size)]
+                yield [[part[i] if counts else Row(part[i].number, part[i].epoch, part[i].content, False) for i, counts in share]
+                       for share in shares]
+
+    def set_epoch(self, epoch: int) -> None:
+        """The stream counts its own epochs: transformers calls every ``max_steps`` one epoch."""
+
+    def __iter__(self) -> Iterator[list[Row]]:
+        batches = itertools.islice(self._global_batches(), self.skip_batches, None) if self._rank == 0 else None
+        while True:
+            shares = next(batches) if self._rank == 0 else None
+            if self._world_size == 1:
+                yield shares[0]
+                continue
+            mine: list[Any] = [None]
+            dist.scatter_object_list(mine, shares, src=0)
+            yield mine[0]
+
+
+def row_loader(dataset, batch_size: int, *, seed: int | None, drop_last: bool, rank: int, world_size: int, skip: int = 0,
+               **loader_options):
+    """The loader of one rank; each item is the list of :class:`Row` of one micro-batch.
+
+    Args:
+        dataset: ms-swift's loaded dataset, with or without a length.
+        seed: Seed of the order of a dataset with a length; None keeps its order.
+        skip: Micro-batches of this rank that an earlier run has trained on.
+    """
+    if hasattr(dataset, '__len__'):
+        sampler = RowBatchSampler(len(dataset), batch_size, seed=seed, drop_last=drop_last, rank=rank, world_size=world_size, skip=skip)
+        return DataLoaderShard(NumberedRows(dataset), batch_sampler=sampler, collate_fn=list, **loader_options)
+    return StreamOfRows(dataset, batch_size, rank=rank, world_size=world_size, skip=skip, **loader_options)

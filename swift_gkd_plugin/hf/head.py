@@ -1,0 +1,233 @@
+"""The output head belongs to the loss.
+
+The model's forward must stop at the hidden states, so that [tokens, vocab] logits never exist as a whole, and yet run through the
+wrapped model, so that DDP, ZeRO-3 and FSDP see every parameter that they manage, the head's included. So the head *module* is asked
+for something else while the forward runs: its ``forward`` is replaced for the duration of the call, by the loss (student) or by a
+selection of hidden states (teacher). The result leaves the model where logits would: ZeRO-3 and FSDP hang their backward hooks on
+module outputs, and a value carried out by a closure would miss them.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..divergence import LogitTransform
+
+
+@dataclass(frozen=True)
+class PostProcessing:
+    """What a family of models does to the logits after the head, and the value that switches it off.
+
+    Attributes:
+        owner: ``config`` (the text model's configuration) or ``model`` (the module itself).
+        attribute: Where the number is.
+        neutral: The value with which nothing happens.
+        transform: The operator's counterpart, from the number.
+    """
+    owner: str
+    attribute: str
+    neutral: float | None
+    transform: Callable[[float], LogitTransform]
+
+
+# Read off transformers 5.19; a family that is not in the list is found out by OutputHead.verify().
+POST_PROCESSING = (
+    PostProcessing('config', 'final_logit_softcapping', None, lambda cap: LogitTransform(softcap=cap)),  # Gemma 2, 3, 3n, 4
+    PostProcessing('model', 'logit_scale', 1.0, lambda scale: LogitTransform(scale=scale)),  # Cohere
+    PostProcessing('config', 'logits_scaling', 1.0, lambda scaling: LogitTransform(scale=1.0 / scaling)),  # Granite
+)
+
+
+@dataclass(frozen=True)
+class HeadTensors:
+    """An output head as :mod:`swift_gkd_plugin.divergence` takes it: logits = transform(hidden @ weight.T + bias + low-rank term)."""
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    transform: LogitTransform | None
+    lora: tuple[torch.Tensor, torch.Tensor, float] | None = None
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, dim] -> [n, vocab], the plain way; for a few tokens."""
+        logits = F.linear(hidden, self.weight, self.bias).float()
+        if self.lora is not None:
+            a, b, scaling = self.lora
+            logits = logits + (hidden.to(a.dtype) @ a.t() @ b.t()).float() * scaling
+        if self.transform is not None:
+            logits = logits * self.transform.scale
+            if self.transform.softcap is not None:
+                logits = self.transform.softcap * torch.tanh(logits / self.transform.softcap)
+        return logits
+
+
+def _autocast(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """What autocast would do to an operand of the head's matrix product, were it not replaced."""
+    device_type = tensor.device.type if tensor is not None else 'cpu'
+    if tensor is None or not torch.is_autocast_enabled(device_type):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device_type))
+
+
+def unwrap_peft(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT model; adapters stay in place."""
+    return model.get_base_model() if hasattr(model, 'get_base_model') else model
+
+
+class OutputHead:
+    """The output head of one transformers (or PEFT) model.
+
+    Attributes:
+        dense: Why the head can't be intercepted, one line; None if it can.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = unwrap_peft(model)
+        self.module: nn.Module | None = self.model.get_output_embeddings()
+        self.dense = self._why_dense()
+
+    @property
+    def columns(self) -> int:
+        """Rows of the head's weight, i.e. columns of the logits, also while the weight is sharded."""
+        if self.dense:
+            return self.model.config.get_text_config().vocab_size
+        return getattr(self._executed(adapter=False), 'base_layer', self._executed(adapter=False)).out_features
+
+    def _why_dense(self) -> str | None:
+        if self.module is None:
+            return f'{type(self.model).__name__}.get_output_embeddings() is None'
+        base = getattr(self.module, 'base_layer', self.module)
+        base = getattr(base, 'original_module', base)
+        if not isinstance(base, nn.Linear) or type(base).forward is not nn.Linear.forward:
+            return f'the output head is a {type(base).__name__}, not a linear layer'
+        if hasattr(self.module, 'base_layer'):
+            return self._why_lora_is_dense()
+        return None
+
+    def _why_lora_is_dense(self) -> str | None:
+        layer = self.module
+        active = [name for name in layer.active_adapters if name in getattr(layer, 'lora_A', {})]
+        if not hasattr(layer, 'lora_A') or len(active) > 1:
+            return 'the output head has another adapter than one LoRA'
+        if any(layer.use_dora.get(name) for name in active):
+            return 'the output head has DoRA'
+        if any(getattr(layer.lora_dropout[name], 'p', 0) for name in active):
+            return 'the output head has LoRA with dropout'
+        if hasattr(layer.base_layer.weight, 'ds_id'):
+            return 'the output head has LoRA under ZeRO-3'
+        return None
+
+    def _executed(self, adapter: bool) -> nn.Module:
+        """The module whose forward runs: PEFT's ``modules_to_save`` keeps the trained copy and the original side by side."""
+        if not hasattr(self.module, 'modules_to_save'):
+            return self.module
+        return self.module.modules_to_save[self.module.active_adapter[0] if isinstance(self.module.active_adapter, list)
+                                           else self.module.active_adapter] if adapter else self.module.original_module
+
+    def _post_processing(self) -> list[tuple[Any, PostProcessing, float]]:
+        owners = {'config': self.model.config.get_text_config(), 'model': self.model}
+        found = []
+        for item in POST_PROCESSING:
+            value = getattr(owners[item.owner], item.attribute, item.neutral)
+            if value != item.neutral and value is not None:
+                found.append((owners[item.owner], item, value))
+        return found
+
+    def tensors(self, adapter: bool = True) -> HeadTensors:
+        """The head's tensors, to be read while they are whole: inside the head's own forward or inside :meth:`gathered`."""
+        executed = self._executed(adapter)
+        base = getattr(executed, 'base_layer', executed)
+        lora = None
+        if hasattr(executed, 'lora_A') and adapter and not executed.disable_adapters:
+            name, = (name for name in executed.active_adapters if name in executed.lora_A)
+            lora = (executed.lora_A[name].weight, executed.lora_B[name].weight, executed.scaling[name])
+        transforms = [item.transform(value) for _, item, value in self._post_processing()]
+        return HeadTensors(_autocast(base.weight), _autocast(base.bias), transforms[0] if transforms else None, lora)
+
+    @contextmanager
+    def replaced(self, forward: Callable[[torch.Tensor], torch.Tensor], adapter: bool = True, raw: bool = True) -> Iterator[None]:
+        """Let the head return ``forward(hidden)`` instead of logits.
+
+        Args:
+            forward: Takes the head's input [batch, sequence, dim].
+            adapter: Whether the adapter is on in this forward.
+            raw: Switch the model's own post-processing of logits off, since the result is something else.
+        """
+        executed = self._executed(adapter)
+        changed = self._post_processing() if raw else []
+        before = executed.__dict__.get('forward')
+        executed.forward = forward
+        for owner, item, _ in changed:
+            setattr(owner, item.attribute, item.neutral)
+        try:
+            yield
+        finally:
+            for owner, item, value in changed:
+                setattr(owner, item.attribute, value)
+            if before is None:
+                del executed.forward
+            else:
+                executed.forward = before
+
+    def gathered(self, adapter: bool = True):
+        """A context in which :meth:`tensors` are whole outside the head's forward, for a model whose weights are sharded."""
+        executed = self._executed(adapter)
+        weight = getattr(executed, 'base_layer', executed).weight
+        if hasattr(weight, 'ds_id'):
+            import deepspeed
+            return deepspeed.zero.GatheredParameters(list(executed.parameters()))
+        if hasattr(weight, 'full_tensor'):
+            return self._unsharded(executed)
+        return nullcontext()
+
+    @contextmanager
+    def _unsharded(self, executed: nn.Module) -> Iterator[None]:
+        """FSDP2: the head has a group of its own or belongs to the root's."""
+        owner = executed if hasattr(executed, 'unshard') else self.model
+        owner.unshard()
+        try:
+            yield
+        finally:
+            owner.reshard()
+
+    def verify(self, forward: Callable[[], Any], index: torch.Tensor, adapter: bool = True) -> str | None:
+        """Compare a few tokens' logits from :meth:`tensors` with the model's own.
+
+        Args:
+            forward: Runs the model on one micro-batch and returns its output.
+            index: Positions in the flattened [batch * sequence] to compare, at least one.
+
+        Returns:
+            Why the head can't be intercepted, one line; None if the logits agree.
+        """
+        if self.dense:
+            return self.dense
+        executed = self._executed(adapter)
+        original = executed.forward
+        ours: dict[str, torch.Tensor] = {}
+
+        def few(hidden: torch.Tensor) -> torch.Tensor:
+            chosen = hidden.reshape(-1, hidden.shape[-1])[index.to(hidden.device)]
+            ours['logits'] = self.tensors(adapter).logits(_autocast(chosen))
+            return original(chosen)[None]
+
+        with torch.no_grad(), self.replaced(few, adapter, raw=False):
+            theirs = forward().logits
+        mine = ours.get('logits')
+        if mine is None:
+            self.dense = 'the model does not call its output head'
+        elif theirs.shape[-2:] != mine.shape:
+            self.dense = f'the model turns logits of shape {tuple(mine.shape)} into {tuple(theirs.shape[-2:])}'
+        else:
+            theirs = theirs.reshape(mine.shape).float()
+            finite = theirs.isfinite() & mine.isfinite()
+            scale = theirs[finite].abs().max().clamp_min(1e-6) if finite.any() else theirs.new_ones(())
+            error = ((mine - theirs)[finite].abs().max() / scale).item() if finite.any() else 0.0
+            # bf16 rounds a logit to 1/256 of itself; a missing scale or cap is off by far more.
+            if error > 2e-2 or not torch.equal(theirs.isfinite(), mine.isfinite()):
+                self.dense = f'the model post-processes its logits in a way that is not in the list (relative difference {error:.2g})'
+        return self.dense

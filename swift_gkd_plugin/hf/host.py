@@ -1,0 +1,137 @@
+"""Everything that the plugin changes in ms-swift for ``swift rlhf --rlhf_type gkd``, read and tested with ms-swift 4.6.0.
+
+``SEAMS`` names the modules of ms-swift that are changed; ``activation.py`` calls each function once, right after its module was imported.
+A function changes its module in place and returns the names that get a new value. Runs of another rlhf_type pass through unchanged.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, Literal, Optional
+
+from ..arguments import OPTION_NAMES, check_values
+from ..seams import Renamed, extended, fields_of, for_gkd, forget_external_plugin, modern_command_line, option_fields, take_options
+
+# Options of ms-swift 2.x and 3.x that command lines for gkd still carry.
+RENAMED = {
+    '--train_type': Renamed('--tuner_type'),
+    '--sft_type': Renamed('--tuner_type'),
+    '--lora_target_modules': Renamed('--target_modules', {'ALL': 'all-linear'}),
+}
+
+# PEFT's tuners beside LoRA: disable_adapter() gives the base model, so that one copy of the weights serves student and teacher.
+SHARED_BASE_TUNERS = ('lora', 'adalora', 'vera', 'boft', 'fourierft', 'bone')
+
+# Options of RLHFArguments that stock GKDConfig lacks. TrainerFactory passes on only what both have, so that a GKD run lost them silently.
+LOST_OPTIONS = ('multi_turn_scheduler', 'max_turns', 'completion_length_limit_scope', 'vllm_server_pass_dataset', 'use_gym_env', 'gym_env')
+
+
+def take_over_arguments(module: ModuleType) -> dict[str, Any]:
+    """``swift.arguments.rlhf_args``: our options, checked before anything else happens; options that stock refuses or overrides."""
+    cls = module.RLHFArguments
+
+    @for_gkd(cls, '__post_init__')
+    def check_first(self: Any, stock: Callable[[], None]) -> None:
+        # Stock connects to the vLLM server before it checks a single option.
+        take_options(self)
+        check_values(self)
+        stock()
+
+    @for_gkd(cls, '_init_model_kwargs')
+    def check_again_after_plugins(self: Any, stock: Callable[[], None]) -> None:
+        # The first method that runs after --external_plugins: if we came that way, check_first did not run.
+        stock()
+        take_options(self)
+        check_values(self)
+        forget_external_plugin(self)
+
+    @for_gkd(cls, '_check_teacher')
+    def recognise_shared_base(self: Any, stock: Callable[[], None]) -> None:
+        # Stock compares two strings, ignores the revisions and knows LoRA only.
+        teacher = self.teacher_model
+        stock()
+        if teacher is None:
+            return
+        shared = self.tuner_type in SHARED_BASE_TUNERS and not self.teacher_adapters and _same_weights(self, teacher)
+        self._teacher_use_disable_adapter = shared
+        self.teacher_model = None if shared else teacher
+
+    @for_gkd(cls, '_check_gkd')
+    def allow_seq_kd(self: Any, stock: Callable[[], None]) -> None:
+        # Stock refuses seq_kd as not implemented. Its other checks hold.
+        seq_kd, self.seq_kd = self.seq_kd, False
+        stock()
+        self.seq_kd = seq_kd
+
+    @for_gkd(cls, '_prepare_training_args')
+    def pass_options_on(self: Any, stock: Callable[[dict], None], training_args: dict[str, Any]) -> None:
+        # With --external_plugins our options are attributes, not fields, and asdict() left them out.
+        stock(training_args)
+        training_args.update({name: getattr(self, name) for name in OPTION_NAMES})
+
+    padding_side = ('padding_side', Optional[Literal['left', 'right']], None)
+    new = extended(cls, [*option_fields(), padding_side])
+    stock_side, stock_init = cls.padding_side, cls._init_padding_side
+
+    def _init_padding_side(self: Any) -> None:
+        # Stock overwrites a --padding_side that the user gave to gkd. None stands for not given: then its defaults hold.
+        given = self.padding_side
+        self.padding_side = given or stock_side
+        stock_init(self)
+        if self.rlhf_type == 'gkd' and given:
+            self.padding_side = given
+
+    new._init_padding_side = _init_padding_side
+    return {'RLHFArguments': new}
+
+
+def _same_weights(args: Any, teacher: str) -> bool:
+    if teacher == args.model:
+        return args.teacher_model_revision in (None, args.model_revision)
+    if not os.path.isdir(teacher):
+        return False
+    own = [path for path in (args.model, args.model_dir) if path and os.path.isdir(path)]
+    return os.path.realpath(teacher) in [os.path.realpath(path) for path in own]
+
+
+def take_over_config(module: ModuleType) -> dict[str, Any]:
+    """``swift.rlhf_trainers.arguments``: the trainer's own arguments get our options and those that stock lost."""
+    # disable_dropout: TRL's default of true sets --lora_dropout to 0 without a word.
+    fields = [*option_fields(), *fields_of(module.GRPOArgumentsMixin, LOST_OPTIONS), ('disable_dropout', bool, False)]
+    return {'GKDConfig': extended(module.GKDConfig, fields)}
+
+
+def take_over_trainer(module: ModuleType) -> None:
+    """``swift.trainers.trainer_factory``: the trainer is looked up by a dotted name."""
+    module.TrainerFactory.TRAINER_MAPPING['gkd'] = 'swift_gkd_plugin.hf.trainer.GKDTrainer'
+
+
+def take_over_pipeline(module: ModuleType) -> None:
+    """``swift.pipelines.train.rlhf``: old spellings before parsing, our pipeline after it."""
+    cls = module.SwiftRLHF
+    cls.args_class = module.RLHFArguments
+    parse, set_seed = cls._parse_args, cls._set_seed
+
+    def _parse_args(self: Any, args: Any = None) -> Any:
+        return parse(self, modern_command_line(args, RENAMED, self.args_class))
+
+    def _set_seed(self: Any) -> None:
+        # The first method that the constructor calls once the options are known, so that it is reached with --external_plugins too:
+        # only now can be said whether this object is to be ours.
+        if self.args.rlhf_type == 'gkd' and type(self) is cls:
+            from .pipeline import GKDPipeline
+
+            self.__class__ = GKDPipeline
+        set_seed(self)
+
+    cls._parse_args, cls._set_seed = _parse_args, _set_seed
+
+
+SEAMS = {
+    'swift.arguments.rlhf_args': take_over_arguments,
+    'swift.rlhf_trainers.arguments': take_over_config,
+    'swift.trainers.trainer_factory': take_over_trainer,
+    'swift.pipelines.train.rlhf': take_over_pipeline,
+}

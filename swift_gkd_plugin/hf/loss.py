@@ -1,0 +1,106 @@
+"""The loss of a micro-batch, computed inside the student's wrapped forward."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..divergence import Divergence, TokenStats, linear_divergence, logits_divergence, topk_divergence
+from ..teachers import HiddenStates, Logits, Signal, TopK
+from .head import HeadTensors, OutputHead
+from .samples import MicroBatch
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """What is minimised: the sum over trained tokens of ``weight · D(teacher, student) + alpha · imitated · cross-entropy``.
+
+    Attributes:
+        divergence: D, with its temperature.
+        weight: Of the divergence (``--gkd_loss_weight``, times the squared temperature with ``--gkd_temperature_squared``);
+            at 0 there is no teacher.
+        alpha: Of the cross-entropy, on tokens that the student did not generate (``--sft_alpha``).
+        tail: How a top-k teacher's remaining mass is treated (``--gkd_tail``).
+        vocab_size: Number of token ids that both models have.
+    """
+    divergence: Divergence
+    weight: float
+    alpha: float
+    tail: str
+    vocab_size: int | None
+
+
+class DistillationLoss:
+    """The loss, for one student.
+
+    Args:
+        options: What is minimised.
+        head: The student's output head.
+        teacher_adapter: Whether the teacher's head is read with its adapter on.
+    """
+
+    def __init__(self, options: LossOptions, head: OutputHead, teacher_adapter: bool = True):
+        self.options, self.head, self.teacher_adapter = options, head, teacher_adapter
+
+    def __call__(self, forward: Callable[[dict[str, Any]], Any], batch: MicroBatch, signal: Signal | None,
+                 stats: TokenStats) -> tuple[torch.Tensor, Any]:
+        """Run the student and sum the loss over the micro-batch's tokens.
+
+        Args:
+            forward: Runs the wrapped student on keyword arguments.
+            batch: On the device.
+            signal: What the teacher says; None without a teacher.
+            stats: Filled with per-token values.
+
+        Returns:
+            The sum (a scalar in fp32, connected to the student's parameters even without a trained token), and the model's output.
+        """
+        def in_head(states: torch.Tensor) -> torch.Tensor:
+            chosen = states.reshape(-1, states.shape[-1])[batch.student_index.to(states.device)]
+            with torch.autocast(states.device.type, enabled=False):
+                return self._sum(chosen, None if self.head.dense else self.head.tensors(), batch, signal, stats)
+
+        if self.head.dense:
+            outputs = forward(batch.student_inputs)
+            return in_head(outputs.logits), outputs
+        with self.head.replaced(in_head):
+            outputs = forward(batch.student_inputs)
+        return outputs.logits, outputs
+
+    def _sum(self, chosen: torch.Tensor, head: HeadTensors | None, batch: MicroBatch, signal: Signal | None, stats: TokenStats) -> torch.Tensor:
+        """``chosen`` [n, dim] hidden states, or [n, vocab] logits if ``head`` is None."""
+        options, device = self.options, chosen.device
+        weights = batch.weights.to(device)
+        common = dict(token_weights=weights * options.weight, labels=batch.labels.to(device),
+                      label_weights=weights * batch.imitated.to(device) * options.alpha, reduction='sum', stats=stats)
+        if head is not None:
+            chosen = chosen.to(head.weight.dtype)
+            student = dict(student_bias=head.bias, student_transform=head.transform, student_lora=head.lora)
+        if signal is None:
+            if head is None:
+                return logits_divergence(chosen, None, options.divergence, **common)
+            return linear_divergence(chosen, head.weight, None, None, options.divergence, **student, **common)
+        common['vocab_size'] = options.vocab_size
+        if isinstance(signal, TopK):
+            weight = None if head is None else head.weight
+            student = {} if head is None else student
+            return topk_divergence(chosen, weight, signal.logprobs.to(device), signal.ids.to(device), options.divergence,
+                                   tail=options.tail, **student, **common)
+        if head is None or isinstance(signal, Logits):
+            logits = chosen if head is None else head.logits(chosen)
+            return logits_divergence(logits, self._teacher_logits(signal, device), options.divergence, **common)
+        with signal.head.gathered(self.teacher_adapter):
+            teacher = signal.head.tensors(self.teacher_adapter)
+            # Its hidden states were upcast on the way out of a forward in mixed precision; its weights were not.
+            hidden = signal.hidden.to(device, teacher.weight.dtype)
+            return linear_divergence(chosen, head.weight, hidden, teacher.weight.detach().to(device), options.divergence,
+                                     teacher_bias=teacher.bias, teacher_transform=teacher.transform, **student, **common)
+
+    def _teacher_logits(self, signal: HiddenStates | Logits, device: torch.device) -> torch.Tensor:
+        if isinstance(signal, Logits):
+            return signal.logits.to(device)
+        with torch.no_grad(), signal.head.gathered(self.teacher_adapter):
+            head = signal.head.tensors(self.teacher_adapter)
+            return head.logits(signal.hidden.to(head.weight.device, head.weight.dtype)).to(device)

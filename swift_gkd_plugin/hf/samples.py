@@ -1,0 +1,282 @@
+"""From rows to the tensors of a micro-batch: the student's view, the teacher's view, and the tokens that are trained.
+
+Both views hold the same response tokens, each under its own prompt. The n trained tokens of a micro-batch are numbered row by row;
+every per-token tensor in here and in the loss is in that order, whatever the layout of the batch (padded or packed).
+"""
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from swift.rl_core.data import GKDSample
+from swift.rlhf_trainers.utils import encode_sample, get_response_prefix_ids
+from swift.utils import get_logger, remove_response
+
+from ..responses import Response
+from ..sources import DATASET, STUDENT, Source
+from .data import Row
+
+logger = get_logger()
+
+IGNORED = -100  # label of a token that isn't trained, as everywhere in transformers
+
+
+@dataclass
+class Sample:
+    """A row, the source that it drew, and the response once there is one.
+
+    Attributes:
+        row: Number, epoch and whether it counts; never changes.
+        content: The row's own content, or that of the row that stands in for it.
+        source: Who answers.
+        response: The generated response; None for the dataset's.
+        generated: The sample as ms-swift's rollout returned it, for what only that knows (several turns, loss masks, media).
+        encoded: The student's view of a dataset response, encoded when it was checked.
+    """
+    row: Row
+    content: dict[str, Any] = field(repr=False)
+    source: Source = DATASET
+    response: Response | None = None
+    generated: GKDSample | None = field(default=None, repr=False)
+    encoded: dict[str, Any] | None = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        return f'row {self.row.number} of epoch {self.row.epoch} ({self.source})'
+
+
+@dataclass(frozen=True)
+class TeacherView:
+    """What the teacher sees of a row, where that differs from what the student sees.
+
+    Attributes:
+        system: System prompt in place of the row's; None keeps it.
+        enable_thinking: Thinking mode in place of the template's; None keeps it.
+    """
+    system: str | None = None
+    enable_thinking: bool | None = None
+
+    def differs(self, sample: GKDSample) -> bool:
+        return (bool(sample.teacher_prompt) or sample.teacher_images is not None or self.system is not None
+                or self.enable_thinking is not None)
+
+    def of(self, sample: GKDSample) -> GKDSample:
+        """The sample as the teacher sees it: privileged prompt and images (columns ``teacher_prompt``, ``teacher_images``)."""
+        view = copy.copy(sample)
+        view.messages = [dict(m) for m in sample.messages]
+        if sample.teacher_prompt:
+            last_user = max(i for i, m in enumerate(view.messages) if m['role'] == 'user')
+            view.messages[last_user]['content'] = sample.teacher_prompt
+        if sample.teacher_images is not None:
+            view.images = sample.teacher_images
+        if self.system is not None:
+            view.messages = [m for m in view.messages if m['role'] != 'system']
+            if self.system:
+                view.messages.insert(0, {'role': 'system', 'content': self.system})
+        if self.enable_thinking is not None:
+            template_kwargs = {**(sample.extra.get('chat_template_kwargs') or {}), 'enable_thinking': self.enable_thinking}
+            view.extra = {**sample.extra, 'chat_template_kwargs': template_kwargs}
+        return view
+
+
+@dataclass
+class MicroBatch:
+    """One forward's worth of samples.
+
+    Attributes:
+        samples: In batch order.
+        student_inputs, teacher_inputs: Keyword arguments of the two forwards; ``teacher_inputs`` is None if they are the same.
+        student_index, teacher_index: [n] int64, positions in the flattened [batch * sequence] of the hidden state that predicts
+            trained token i.
+        labels: [n] int64, the trained tokens.
+        weights: [n] float32, ``loss_scale`` of each token (1 without one).
+        imitated: [n] float32, 1 where the cross-entropy applies: the student didn't generate the token.
+        sample_of_token: [n] int64, which of ``samples`` the token belongs to.
+    """
+    samples: list[Sample]
+    student_inputs: dict[str, Any] = field(repr=False)
+    teacher_inputs: dict[str, Any] | None = field(repr=False)
+    student_index: torch.Tensor = field(repr=False)
+    teacher_index: torch.Tensor = field(repr=False)
+    labels: torch.Tensor = field(repr=False)
+    weights: torch.Tensor = field(repr=False)
+    imitated: torch.Tensor = field(repr=False)
+    sample_of_token: torch.Tensor = field(repr=False)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> MicroBatch:
+        def move(value):
+            if isinstance(value, dict):
+                return {k: move(v) for k, v in value.items()}
+            if isinstance(value, list | tuple):
+                return type(value)(map(move, value))
+            return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        return MicroBatch(**{name: move(value) if name != 'samples' else value for name, value in vars(self).items()})
+
+
+class SampleEncoder:
+    """Encodes samples with ms-swift's template.
+
+    Args:
+        template: The student's template.
+        teacher_view: How the teacher's view differs.
+        needs_teacher: Whether any teacher looks at the samples.
+    """
+
+    def __init__(self, template, teacher_view: TeacherView, needs_teacher: bool = True):
+        self.template, self.teacher_view, self.needs_teacher = template, teacher_view, needs_teacher
+
+    @contextmanager
+    def _limit(self, max_length: int | None) -> Iterator[None]:
+        before, self.template.max_length = self.template.max_length, max_length
+        try:
+            yield
+        finally:
+            self.template.max_length = before
+
+    def check(self, sample: Sample) -> None:
+        """Raise if the sample can't be encoded for its source; keep what was encoded.
+
+        With ``--truncation_strategy delete`` that includes more than ``max_length`` tokens: of prompt and response for the
+        dataset's, of the prompt alone for a response that is still to be generated.
+        """
+        if sample.source == DATASET:
+            if sample.content['messages'][-1]['role'] != 'assistant':
+                raise ValueError('the row has no response')
+            sample.encoded = self._encode(self.inner(sample))
+        else:
+            with self.template.generate_context():
+                self.template.encode(self.student_prompt(sample))
+                if sample.source != STUDENT:
+                    self.template.encode(self.teacher_prompt(sample))
+
+    @staticmethod
+    def inner(sample: Sample) -> GKDSample:
+        """ms-swift's sample with the row's own content; a copy that may be changed."""
+        return GKDSample.from_row(sample.content)
+
+    def student_prompt(self, sample: Sample) -> dict[str, Any]:
+        """Inputs of ``template.encode`` for the student's answer to this sample."""
+        return self._prompt(self.inner(sample))
+
+    def teacher_prompt(self, sample: Sample) -> dict[str, Any]:
+        """Inputs of ``template.encode`` for the teacher's answer to this sample, from its own view."""
+        return self._prompt(self.teacher_view.of(self.inner(sample)))
+
+    @staticmethod
+    def _prompt(inner: GKDSample) -> dict[str, Any]:
+        inputs = inner.to_template_dict()
+        inputs.pop('add_eos', None)
+        remove_response(inputs['messages'])
+        return inputs
+
+    def _answered(self, sample: Sample) -> GKDSample:
+        """ms-swift's sample with the response in it, as token ids where it was generated."""
+        if sample.generated is not None:
+            return sample.generated
+        inner = self.inner(sample)
+        if sample.response is not None:
+            remove_response(inner.messages)
+            text = self.template.safe_decode(sample.response.token_ids)
+            inner.messages.append({'role': 'assistant', 'content': text if sample.response.token_ids else ''})
+            inner.response_token_ids = sample.response.token_ids
+            inner.add_eos = False
+        return inner
+
+    def _encode(self, inner: GKDSample) -> dict[str, Any]:
+        """``template.encode``, with what the prompt of a generation call ends with (an empty think block, say) untrained."""
+        encoded = encode_sample(inner, self.template)
+        encoded.pop('_extra_kwargs', None)
+        prefix = get_response_prefix_ids(self.template, chat_template_kwargs=inner.extra.get('chat_template_kwargs') or {})
+        if prefix:
+            ids, labels = encoded['input_ids'], encoded['labels']
+            for start in range(1, len(labels)):
+                if labels[start] != IGNORED and labels[start - 1] == IGNORED and ids[start:start + len(prefix)] == prefix:
+                    labels[start:start + len(prefix)] = [IGNORED] * len(prefix)
+        return encoded
+
+    def _response_limit(self, sample: Sample) -> int | None:
+        """Length limit under which a generated response is encoded: that of its prompt, and the response on top."""
+        if self.template.max_length is None or self.template.truncation_strategy == 'raise':
+            return None  # the prompt was checked
+        inner = self._answered(sample)
+        turns = inner.response_token_ids
+        length = sum(map(len, turns)) if turns and isinstance(turns[0], list) else len(turns)
+        return self.template.max_length + length
+
+    def views(self, sample: Sample) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """The encoded student's view, and the teacher's if it differs, with the same trained tokens."""
+        inner = self._answered(sample)
+        if not sample.row.counts:
+            student = self._filler(inner)
+        elif sample.source == DATASET:
+            student = dict(sample.encoded)
+        else:
+            with self._limit(self._response_limit(sample)):
+                student = self._encode(inner)
+        if not self.needs_teacher or not self.teacher_view.differs(inner):
+            return student, None
+        with self._limit(None):
+            teacher = self._encode(self.teacher_view.of(inner))
+        teacher['labels'] = self._matching_labels(sample, student['labels'], teacher['labels'])
+        return student, teacher
+
+    def _filler(self, inner: GKDSample) -> dict[str, Any]:
+        """A row's prompt with nothing to train on."""
+        remove_response(inner.messages)
+        inner.messages.append({'role': 'assistant', 'content': ''})
+        with self._limit(None):
+            encoded = self._encode(inner)
+        return {**encoded, 'labels': [IGNORED] * len(encoded['labels'])}
+
+    def _matching_labels(self, sample: Sample, student: list[int], teacher: list[int]) -> list[int]:
+        """The teacher's labels, reduced to the tokens that the student trains on (a truncated student view has fewer)."""
+        wanted = [t for t in student[1:] if t != IGNORED]
+        positions = [i for i, t in enumerate(teacher) if i and t != IGNORED]
+        kept = positions[:len(wanted)] if self.template.truncation_strategy == 'right' else positions[len(positions) - len(wanted):]
+        if [teacher[i] for i in kept] != wanted:
+            raise ValueError(
+                f"{sample}: the response is {len(wanted)} tokens under the student's prompt and {len(positions)} other tokens under "
+                "the teacher's; both must tokenize it alike (check teacher_prompt and the thinking options).")
+        kept = set(kept)
+        return [t if i in kept else IGNORED for i, t in enumerate(teacher)]
+
+    def micro_batch(self, samples: list[Sample]) -> MicroBatch:
+        """Encode and collate, on the CPU. A teacher's view for one sample means one for all of them."""
+        views = [self.views(sample) for sample in samples]
+        student = [dict(s) for s, _ in views]
+        teacher = [dict(t or s) for s, t in views] if any(t for _, t in views) else None
+        labels, weights, imitated, owners = [], [], [], []
+        for number, (sample, encoded) in enumerate(zip(samples, student, strict=True)):
+            scale = encoded.pop('loss_scale', None) or [1.0] * len(encoded['labels'])
+            for token, weight in zip(encoded['labels'][1:], scale[1:], strict=True):
+                if token != IGNORED:
+                    labels.append(token)
+                    weights.append(weight)
+                    imitated.append(float(sample.source != STUDENT))
+                    owners.append(number)
+        for encoded in teacher or ():
+            encoded.pop('loss_scale', None)
+        student_inputs, student_index = self._collate(student, samples, len(labels))
+        teacher_inputs, teacher_index = self._collate(teacher, samples, len(labels)) if teacher else (None, student_index)
+        return MicroBatch(samples, student_inputs, teacher_inputs, student_index, teacher_index,
+                          torch.tensor(labels, dtype=torch.int64), torch.tensor(weights, dtype=torch.float32),
+                          torch.tensor(imitated, dtype=torch.float32), torch.tensor(owners, dtype=torch.int64))
+
+    def _collate(self, encoded: list[dict[str, Any]], samples: list[Sample], num_tokens: int) -> tuple[dict[str, Any], torch.Tensor]:
+        inputs = self.template.data_collator(encoded)
+        labels = inputs.pop('labels')
+        inputs.pop('channel', None)
+        # A token is predicted by the position before it: no roll, whose wrap-around would train a row's first token.
+        row, position = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+        index = row * labels.shape[1] + position
+        if len(index) != num_tokens:
+            raise RuntimeError(f'{len(index)} trained tokens after collating, {num_tokens} before ({", ".join(map(str, samples))}); '
+                               'please report the model type and this line.')
+        return inputs, index

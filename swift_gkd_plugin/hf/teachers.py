@@ -1,0 +1,112 @@
+"""Local teachers of the transformers back end: a separate model, the student's base with its adapter off, the live student.
+
+Each says which model it is, in what state it has to be while it looks at the samples, and which output head belongs to it; the
+forward itself is the same for all.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..responses.local import evaluation_mode
+from ..teachers import HiddenStates, Logits, Signal, TopK
+from .head import OutputHead
+from .samples import MicroBatch
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The base model, without PEFT's ``disable_adapter()``.
+
+    That toggles ``requires_grad`` too. Under FSDP2 the toggle lands on unsharded parameters, and a trained head of
+    ``modules_to_save`` silently stops training (peft 0.20, ``utils/other.py:662``). The flag alone decides what a forward computes.
+    """
+    layers = [m for m in model.modules() if '_disable_adapters' in vars(m) or hasattr(type(m), '_disable_adapters')]
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, flag in zip(layers, before, strict=True):
+            layer._disable_adapters = flag
+
+
+class LocalTeacher:
+    """A separate, frozen model.
+
+    Args:
+        model: The prepared (wrapped) model.
+        bare: The same without its wrapper.
+        present: A context in which its weights are on the device.
+    """
+    adapter = True
+    description = 'a separate model'
+
+    def __init__(self, model: nn.Module, bare: nn.Module, present: Callable[[], AbstractContextManager] = nullcontext):
+        self.model, self.bare, self.present = model, bare, present
+        self.head = OutputHead(bare)
+
+    @contextmanager
+    def ready(self) -> Iterator[nn.Module]:
+        """The model in the state in which it teaches: on its device, no dropout, no gradient checkpointing, no gradient."""
+        with self.present(), evaluation_mode(self.bare), torch.no_grad():
+            yield self.model
+
+    def signal(self, batch: MicroBatch, forward: Callable[..., Any]) -> Signal:
+        """What the teacher says about the n trained tokens of a micro-batch.
+
+        Args:
+            batch: On the device.
+            forward: Calls a model with keyword arguments, in the template's forward context.
+        """
+        inputs = batch.teacher_inputs or batch.student_inputs
+
+        def chosen(states: torch.Tensor) -> torch.Tensor:
+            return states.reshape(-1, states.shape[-1])[batch.teacher_index.to(states.device)]
+
+        with self.ready() as model:
+            if self.head.dense:
+                return Logits(chosen(forward(model, inputs).logits))
+            with self.head.replaced(chosen, self.adapter):
+                return HiddenStates(forward(model, inputs).logits, self.head)
+
+
+class SharedBase(LocalTeacher):
+    """The student's own base: one copy of the weights, the adapter off while it teaches."""
+    adapter = False
+    description = "the student's base with its adapter off"
+
+    @contextmanager
+    def ready(self) -> Iterator[nn.Module]:
+        with adapters_off(self.bare), super().ready() as model:
+            yield model
+
+
+class LiveStudent(LocalTeacher):
+    """The student itself, as it is at this step; it teaches by what only its own prompt or images tell (``teacher_prompt``)."""
+    description = 'the live student'
+
+
+def topk_signal(signal: HiddenStates | Logits, adapter: bool, k: int, temperature: float, vocab_size: int, chunk_tokens: int = 256) -> TopK:
+    """The k largest log-probabilities of a local teacher, normalised over the first ``vocab_size`` ids at this temperature.
+
+    A chunk of tokens at a time, so that the logits never exist as a whole.
+    """
+    states = signal.hidden if isinstance(signal, HiddenStates) else signal.logits
+    head = signal.head if isinstance(signal, HiddenStates) else None
+    logprobs = states.new_empty(len(states), k, dtype=torch.float32)
+    ids = torch.empty(len(states), k, dtype=torch.int64, device=states.device)
+    with torch.no_grad(), head.gathered(adapter) if head else nullcontext():
+        tensors = head.tensors(adapter) if head else None
+        for start in range(0, len(states), chunk_tokens):
+            part = states[start:start + chunk_tokens]
+            logits = tensors.logits(part.to(tensors.weight.dtype)) if tensors else part.float()
+            values, ids[start:start + chunk_tokens] = (
+                torch.log_softmax(logits[:, :vocab_size] / temperature, -1).topk(k, dim=-1))
+            logprobs[start:start + chunk_tokens] = values
+    return TopK(logprobs, ids)

@@ -1,0 +1,487 @@
+"""GKD on transformers, accelerate, DeepSpeed and FSDP. One optimizer step, from top to bottom:
+
+    rows -> sources -> responses -> encode -> teacher -> divergence -> one number
+
+:meth:`GKDTrainer.get_batch_samples` brings an optimizer step's rows to the point where every response exists and is encoded, so that
+the number of trained tokens of the whole step, over all ranks, is known before the first backward pass.
+:meth:`GKDTrainer.compute_loss` divides each micro-batch's sum by it: the step is the same however it is split.
+"""
+from __future__ import annotations
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import gather_object
+from swift.rlhf_trainers.rollout_mixin import RolloutTrainerMixin
+from swift.template import update_generation_config_eos_token
+from swift.trainers import SwiftMixin
+from swift.utils import HfConfigFactory, JsonlWriter, get_logger, unwrap_model_for_generation
+from torch import nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from .. import activation, checks, sources
+from ..divergence import Divergence, TokenStats
+from ..metrics import Metrics
+from ..responses import Response, SamplingOptions
+from ..responses.local import LocalGenerator
+from ..sources import DATASET, STUDENT, TEACHER, Source
+from . import cycle as cycles
+from .cycle import Cycle
+from .data import Row, row_loader
+from .head import OutputHead
+from .loss import DistillationLoss, LossOptions
+from .samples import MicroBatch, Sample, SampleEncoder, TeacherView
+from .teachers import LiveStudent, LocalTeacher, SharedBase, topk_signal
+
+logger = get_logger()
+
+
+class StopOnNaN(TrainerCallback):
+    """Ends the run before an optimizer step whose loss is not a number, so that no weight and no checkpoint takes part in it."""
+
+    def __init__(self, trainer: GKDTrainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        self.trainer.stop_on_nan()
+
+
+class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
+    """Generalized Knowledge Distillation (Agarwal et al., 2024, arXiv 2306.13649) for ms-swift.
+
+    Args:
+        model: The student.
+        kwargs: What ms-swift's pipeline passes to its own trainer, and ``tokenizer_lengths``, the lengths of the student's and the
+            teacher's tokenizer (None if there is no other model).
+    """
+
+    def __init__(self, model: nn.Module, *_args, **kwargs):
+        self.vllm_client = kwargs.pop('vllm_client', None)
+        self._tokenizer_lengths = kwargs.pop('tokenizer_lengths', None)
+        self._topk = kwargs.pop('gkd_logits_topk', None)
+        self._pop_teacher_kwargs(kwargs)
+        super().__init__(model, None, *_args, **kwargs)
+        args = self.args
+        logger.info(activation.banner(type(self)))
+        self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole step
+        args.logging_nan_inf_filter = False  # it would hide what StopOnNaN is there to find
+        self.add_callback(StopOnNaN(self))
+        self.metrics = Metrics(args.device)
+        self.log_completions = args.log_completions
+        self.completions = JsonlWriter(os.path.join(args.output_dir, 'completions.jsonl'))
+
+        self._setup_teacher()
+        self.teacher = self._resolve_teacher() if args.gkd_loss_weight > 0 or args.seq_kd or args.gkd_eval_source == TEACHER else None
+        self.loss = DistillationLoss(self._loss_options(), OutputHead(self._bare()), self.teacher.adapter if self.teacher else True)
+        self._heads_verified = False
+        view = TeacherView(args.gkd_teacher_system, args.gkd_teacher_enable_thinking)
+        self.encoder = SampleEncoder(self.template, view, needs_teacher=self.teacher is not None)
+        if args.use_vllm:
+            self.prepare_rollout()
+        self.cycle = Cycle(args, self.train_dataset, self.encoder, self._answers())
+        self._check_dataset_size()
+        self._warn_if_nothing_to_learn()
+
+        self._ready: deque[list[Sample]] = deque()  # micro-batches that have their responses and wait for their optimizer step
+        self._resumed: dict[str, Any] | None = None
+        self._step_tokens = 1
+        self._step_losses: list[tuple[torch.Tensor, MicroBatch]] = []
+
+    # -- what is trained, and by whom ------------------------------------------------------------------------------------------
+
+    def _bare(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model)
+
+    def _resolve_teacher(self) -> LocalTeacher:
+        if self.teacher_model is not None:
+            bare = self.accelerator.unwrap_model(self.teacher_model)
+            update_generation_config_eos_token(bare.generation_config, self.template)
+            teacher = LocalTeacher(self.teacher_model, bare, self.load_teacher_model_context)
+        else:
+            kind = SharedBase if self._teacher_use_disable_adapter else LiveStudent
+            teacher = kind(self.model, self._bare())
+        logger.info(f'Student: {type(self._bare()).__name__}; teacher: {teacher.description}.')
+        return teacher
+
+    def _loss_options(self) -> LossOptions:
+        args = self.args
+        temperature = args.temperature if args.gkd_temperature is None else args.gkd_temperature
+        weight = args.gkd_loss_weight * (temperature**2 if args.gkd_temperature_squared else 1)
+        columns = None
+        if self.teacher is not None and self._tokenizer_lengths is not None:
+            student, teacher = (OutputHead(model).columns for model in (self._bare(), self.teacher.bare))
+            columns = checks.compared_columns(student, teacher, *self._tokenizer_lengths)
+            if columns < max(student, teacher):
+                logger.info(f'Output heads with {student} (student) and {teacher} (teacher) columns: the first {columns} are compared.')
+        if self._topk is not None and columns is not None and self._topk > columns:
+            raise ValueError(f'--gkd_logits_topk {self._topk}: more than the {columns} token ids that both models have.')
+        return LossOptions(Divergence(args.gkd_divergence, args.beta, temperature, args.gkd_skew), weight, args.sft_alpha, args.gkd_tail,
+                           columns)
+
+    def _check_dataset_size(self) -> None:
+        args = self.args
+        if hasattr(self.train_dataset, '__len__'):
+            parts = f'{args.per_device_train_batch_size} per device x {args.steps_per_generation} steps per generation x {args.world_size} ranks'
+            checks.check_size(len(self.train_dataset), args.generation_batch_size, parts)
+
+    def _warn_if_nothing_to_learn(self) -> None:
+        """A teacher that is the student, asked the same question, has nothing to say."""
+        args = self.args
+        fresh = isinstance(self.teacher, SharedBase) and not args.resume_from_checkpoint and not self._adapter_has_effect()
+        if not (isinstance(self.teacher, LiveStudent) or fresh) or args.sft_alpha > 0:
+            return
+        columns = getattr(self.train_dataset, 'column_names', None)
+        privileged = columns is None or {'teacher_prompt', 'teacher_images'} & set(columns)
+        if privileged or args.gkd_teacher_system is not None or args.gkd_teacher_enable_thinking is not None:
+            return
+        logger.warning(
+            f'NOTHING TO LEARN: the teacher is {self.teacher.description} and sees the same prompt, so both distributions are equal, the '
+            'divergence is 0 and so is its gradient. What helps: a column teacher_prompt or teacher_images in the dataset, --adapters '
+            'with an adapter to start from, --sft_alpha > 0, or another --teacher_model.')
+
+    def _adapter_has_effect(self) -> bool:
+        """Whether the adapter changes the model at the start. A fresh LoRA has B = 0."""
+        return bool(self._bare().active_peft_config.__dict__.get('inference_mode')) or any(
+            parameter.detach().any().item() for name, parameter in self._bare().named_parameters() if 'lora_B' in name)
+
+    # -- who answers -------------------------------------------------------------------------------------------------------------
+
+    def _answers(self) -> dict[Source, cycles.Answer]:
+        args = self.args
+        answers: dict[Source, cycles.Answer] = {}
+        if args.lmbda > 0 or args.gkd_eval_source == STUDENT:
+            answers[STUDENT] = self._engine_answers if args.use_vllm else self._student_answers
+        if args.seq_kd or args.gkd_eval_source == TEACHER:
+            answers[TEACHER] = self._teacher_answers
+        return answers
+
+    def _sampling_options(self, source: Source) -> SamplingOptions:
+        args = self.args
+        temperature, limit = args.temperature, args.max_completion_length
+        if source == TEACHER:
+            temperature = temperature if args.gkd_teacher_temperature is None else args.gkd_teacher_temperature
+            limit = args.gkd_teacher_max_completion_length or limit
+        return SamplingOptions(limit, temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, tuple(args.stop_words))
+
+    def _student_answers(self, samples: list[Sample]) -> None:
+        def lend():
+            return unwrap_model_for_generation(
+                self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation)
+        self._generate(samples, STUDENT, lend, [self.encoder.student_prompt(sample) for sample in samples])
+
+    def _teacher_answers(self, samples: list[Sample]) -> None:
+        @contextmanager
+        def lend() -> Iterator[nn.Module]:
+            with self.teacher.ready() as model, unwrap_model_for_generation(
+                    model, self.accelerator, gather_deepspeed3_params=self.teacher_ds3_gather_for_generation) as bare:
+                yield bare
+        self._generate(samples, TEACHER, lend, [self.encoder.teacher_prompt(sample) for sample in samples])
+
+    def _generate(self, samples: list[Sample], source: Source, lend, prompts: list[dict[str, Any]]) -> None:
+        """Generate with transformers. Where ranks share the weights, all of them take part if one has a prompt."""
+        lockstep = self.accelerator.num_processes > 1 and (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        if lockstep and not cycles.total_over_ranks(len(samples), self.args.device):
+            return
+        if lockstep and not prompts:
+            prompts = [{'messages': [{'role': 'user', 'content': 'a'}]}]
+        seeds = [sources.sampling_seed(self.args.seed, s.row.epoch, s.row.number, source) for s in samples] or [0] * len(prompts)
+        with self.metrics.seconds('seconds/generation'):
+            responses = LocalGenerator(self.template, lend, self.args.device, lockstep)(prompts, seeds, self._sampling_options(source))
+        for sample, response in zip(samples, responses, strict=False):  # a rank's stand-in prompt has no sample
+            sample.response = response
+
+    def _engine_answers(self, samples: list[Sample]) -> None:
+        """The student answers through ms-swift's rollout (vLLM). Every rank calls it, even with nothing to generate."""
+        with self.metrics.seconds('seconds/generation'):
+            generated = self._fast_infer(self._preprocess_inputs([self.encoder.inner(sample) for sample in samples]))
+        for sample, result in zip(samples, generated, strict=True):
+            ids = result.response_token_ids
+            flat = list(itertools.chain.from_iterable(ids)) if ids and isinstance(ids[0], list) else list(ids)
+            sample.generated, sample.response = result, Response(flat, result.finish_reason or 'stop')
+
+    def _add_prompt_id_to_inputs(self, samples):
+        """Name the requests. ms-swift gathers all prompts to number equal ones, which GRPO needs; and skips the call on a rank without
+        samples (4.6.0, rollout_mixin.py:1236), on which the others then wait forever."""
+        for sample in samples:
+            sample.prompt_id = sample.request_id = f'gkd-{self.accelerator.process_index}-{id(sample)}'
+        return samples
+
+    @contextmanager
+    def offload_context(self) -> Iterator[None]:
+        """The student and its optimizer away from the device while ms-swift's colocated engine generates."""
+        model = self._bare()
+        optimizer = self.args.offload_optimizer and getattr(self, 'optimizer', None)
+        if self.args.offload_model:
+            self.offload_model(model)
+        if optimizer:
+            self.offload_optimizer()
+        try:
+            yield
+        finally:
+            if self.args.offload_model:
+                self.load_model(model)
+            if optimizer:
+                self.load_optimizer()
+
+    # -- rows to micro-batches -----------------------------------------------------------------------------------------------------
+
+    def _get_data_collator(self, args, template):
+        return list
+
+    def _row_loader(self, dataset, batch_size: int, *, seed: int | None, drop_last: bool, skip: int = 0):
+        args = self.args
+        options = {'num_workers': args.dataloader_num_workers}
+        if args.dataloader_num_workers > 0:
+            options |= {'persistent_workers': args.dataloader_persistent_workers, 'prefetch_factor': args.dataloader_prefetch_factor}
+        return row_loader(dataset, batch_size, seed=seed, drop_last=drop_last, rank=args.process_index, world_size=args.world_size,
+                          skip=skip, **options)
+
+    def get_train_dataloader(self, skip_batches: int = 0):
+        args = self.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return self._row_loader(self.train_dataset, self._train_batch_size, seed=seed if args.train_dataloader_shuffle else None,
+                                drop_last=args.dataloader_drop_last, skip=skip_batches)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        return self._row_loader(self.eval_dataset if eval_dataset is None else eval_dataset, self.args.eval_batch_size, seed=None,
+                                drop_last=False)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[list[Row]], num_batches: int, device) -> tuple[list[MicroBatch], None]:
+        """The micro-batches of one optimizer step, encoded, every response in place.
+
+        A generation cycle (``steps_per_generation`` micro-batches) may serve several steps, or a step may need several cycles; either
+        way the weights do not change between the first cycle of a step and its last.
+        """
+        for number in itertools.count():
+            if len(self._ready) >= num_batches:
+                break
+            rows = self._resumed_rows(epoch_iterator) if self._resumed else list(
+                itertools.islice(epoch_iterator, self.args.steps_per_generation))
+            if not rows:
+                break
+            if self._resumed:
+                self._ready.extend(cycles.restored(self.cycle, self._resumed, rows))
+                self._resumed = None
+            else:
+                new = self.cycle.samples(rows, (self.state.global_step, number))
+                self._log_responses(new)
+                self._ready.extend(new)
+        samples = [self._ready.popleft() for _ in range(min(num_batches, len(self._ready)))]
+        batches = [self.encoder.micro_batch(one) for one in samples]
+        self._count(batches)
+        return batches, None
+
+    def _resumed_rows(self, epoch_iterator: Iterator[list[Row]]) -> list[list[Row]]:
+        return list(itertools.islice(epoch_iterator, len(self._resumed['micro_batches'])))
+
+    def _count(self, batches: list[MicroBatch]) -> None:
+        """The step's denominator."""
+        total = cycles.total_over_ranks(sum(batch.num_tokens for batch in batches), self.args.device)
+        self._step_tokens = max(total, 1)
+        self._step_losses.clear()
+        if batches and total == 0:
+            logger.warning(f'Step {self.state.global_step + 1}: no token of the whole step is trained '
+                           f'({", ".join(str(s) for batch in batches for s in batch.samples)}); its gradient is 0.')
+        self.metrics.add('tokens/trained', total / self.accelerator.num_processes, 1 / self.accelerator.num_processes)
+
+    def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
+        return inputs.to(self.args.device)
+
+    # -- the loss --------------------------------------------------------------------------------------------------------------------
+
+    def training_step(self, model: nn.Module, inputs: MicroBatch, num_items_in_batch=None) -> torch.Tensor:
+        # Some templates patch the model's attention, for the backward pass of checkpointed layers too.
+        with self.template.forward_context(self.model, inputs.student_inputs):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, model: nn.Module, inputs: MicroBatch, return_outputs: bool = False, num_items_in_batch=None):
+        """This micro-batch's share of the step's loss, times the number of ranks, over which DDP averages."""
+        total, outputs, stats = self._sum_over_tokens(model, inputs)
+        loss = total / self._step_tokens
+        aux = getattr(outputs, 'aux_loss', None)
+        if aux is not None and self.aux_loss_enabled:
+            loss = loss + self.aux_loss_coef * aux.to(loss.device) * (inputs.num_tokens / self._step_tokens)
+        self._add_token_metrics(inputs, stats)
+        self._step_losses.append((loss.detach(), inputs))
+        loss = loss.to(self.args.device) * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _sum_over_tokens(self, model: nn.Module, batch: MicroBatch) -> tuple[torch.Tensor, Any, TokenStats]:
+        """The loss summed over the micro-batch's tokens. The teacher goes first, so that its activations are gone when the student's come."""
+        self._verify_heads(model, batch)
+        stats = TokenStats(detail=self.args.gkd_detailed_metrics and self.teacher is not None)
+        signal = None
+        if self.teacher is not None and self.args.gkd_loss_weight > 0:
+            with self.metrics.seconds('seconds/teacher'):
+                signal = self.teacher.signal(batch, self._call)
+                if self._topk is not None:
+                    options = self.loss.options
+                    signal = topk_signal(signal, self.teacher.adapter, self._topk, options.divergence.temperature, options.vocab_size)
+        with self.metrics.seconds('seconds/student'):
+            total, outputs = self.loss(lambda inputs: model(**self._with_router_logits(inputs)), batch, signal, stats)
+        return total, outputs, stats
+
+    def _call(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        with self.template.forward_context(model, inputs):
+            return model(**inputs)
+
+    def _with_router_logits(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {**inputs, 'output_router_logits': True} if self.aux_loss_enabled else inputs
+
+    def _verify_heads(self, model: nn.Module, batch: MicroBatch) -> None:
+        """Once, on the first micro-batch: is the list of what models do after their head complete for these two?"""
+        if self._heads_verified:
+            return
+        self._heads_verified = True
+        index = torch.linspace(0, batch.student_inputs['input_ids'].numel() - 1, 8, device=self.args.device).long()
+        heads = [('student', self.loss.head, lambda: self._call(model, batch.student_inputs), True)]
+        if self.teacher is not None and self.teacher.model is not self.model:
+            heads.append(('teacher', self.teacher.head, lambda: self._call(self.teacher.model, batch.student_inputs), True))
+        for name, head, forward, adapter in heads:
+            with self.teacher.ready() if name == 'teacher' else torch.no_grad():
+                reason = head.verify(forward, index, adapter)
+            if reason:
+                logger.warning(f'The {name} runs with whole logits, which take more memory, because {reason}.')
+        if self.teacher is not None and self.teacher.model is self.model:
+            self.teacher.head = self.loss.head
+
+    def stop_on_nan(self) -> None:
+        """Raise if this step's loss is not finite on any rank.
+
+        Raises:
+            FloatingPointError: Names the step and this rank's samples.
+        """
+        finite = torch.stack([loss for loss, _ in self._step_losses]).isfinite() if self._step_losses else torch.ones(1).bool()
+        bad = cycles.total_over_ranks(int((~finite).sum()), self.args.device)
+        if not bad:
+            return
+        mine = [str(sample) for (_, batch), ok in zip(self._step_losses, finite.tolist(), strict=False) if not ok for sample in batch.samples]
+        raise FloatingPointError(
+            f'The loss of step {self.state.global_step + 1} is not finite in {bad} micro-batches'
+            + (f', here with {", ".join(mine)}' if mine else ' of other ranks')
+            + f'. The weights are those of step {self.state.global_step}; the last checkpoint is {self.state.last_model_checkpoint}. '
+            'Look at these rows, or lower --learning_rate.')
+
+    # -- evaluation ------------------------------------------------------------------------------------------------------------------
+
+    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix='eval'):
+        """The mean over all trained tokens of the whole set, the same for any batch size and number of ranks: no coin is tossed."""
+        model = self._prepared_for_evaluation()
+        source: Source = self.args.gkd_eval_source
+        sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)  # loss, divergence, cross-entropy, tokens
+        left_out = 0
+        for rows in dataloader:
+            samples = [self._eval_sample(row, source) for row in rows]
+            left_out += sum(row.counts and not sample.row.counts for row, sample in zip(rows, samples, strict=True))
+            if source in (STUDENT, TEACHER):
+                self.cycle.answers[source]([sample for sample in samples if sample.row.counts])
+            batch = self.encoder.micro_batch(samples).to(self.args.device)
+            with torch.no_grad(), self.template.forward_context(self.model, batch.student_inputs):
+                total, _, stats = self._sum_over_tokens(model, batch)
+            sums += torch.stack([total.double().to(sums.device), self._sum(stats.divergence), self._sum(stats.cross_entropy),
+                                 sums.new_tensor(batch.num_tokens)])
+        left_out = cycles.total_over_ranks(left_out, self.args.device)
+        if left_out:
+            logger.warning(f'{left_out} rows of the evaluation set cannot be encoded (--max_length {self.template.max_length}) and are left out.')
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        self.metrics.pop()
+        loss, divergence, cross_entropy, tokens = sums.tolist()
+        count = max(tokens, 1)
+        metrics = {f'{metric_key_prefix}_loss': loss / count, f'{metric_key_prefix}_divergence': divergence / count,
+                   f'{metric_key_prefix}_cross_entropy': cross_entropy / count, f'{metric_key_prefix}_tokens': int(tokens)}
+        if self.teacher is None or self.args.gkd_loss_weight == 0:
+            del metrics[f'{metric_key_prefix}_divergence']
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))
+
+    def _prepared_for_evaluation(self) -> nn.Module:
+        """The wrapped model in eval mode; prepared here if evaluation comes before any training."""
+        if len(self.accelerator._models) == 0:
+            prepare = self.accelerator.prepare if self.is_deepspeed_enabled or self.is_fsdp_enabled else (
+                lambda model: self.accelerator.prepare_model(model, evaluation_mode=True))
+            self.model_wrapped = prepare(self.model)
+        self.model.eval()
+        return self.model_wrapped
+
+    def _eval_sample(self, row: Row, source: Source) -> Sample:
+        """No row stands in for another here: the set stays what it is."""
+        sample = Sample(row, row.content, source if row.counts else DATASET)
+        if row.counts:
+            try:
+                self.encoder.check(sample)
+            except Exception as error:  # see Cycle.sample
+                logger.warning(f'evaluation: {sample} cannot be encoded: {error}')
+                sample = Sample(Row(row.number, row.epoch, row.content, counts=False), row.content)
+        return sample
+
+    # -- metrics ---------------------------------------------------------------------------------------------------------------------
+
+    def _sum(self, values: torch.Tensor | None) -> torch.Tensor:
+        zero = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        return zero if values is None else values.double().sum().to(self.args.device)
+
+    def _add_token_metrics(self, batch: MicroBatch, stats: TokenStats) -> None:
+        count = batch.num_tokens
+        if stats.divergence is not None:
+            self.metrics.add('divergence', self._sum(stats.divergence), count)
+        imitated = batch.imitated.to(self.args.device)
+        if stats.cross_entropy is not None:
+            self.metrics.add('cross_entropy', self._sum(stats.cross_entropy.to(self.args.device) * imitated), imitated.sum())
+        if stats.detail:
+            for name in ('forward_kl', 'reverse_kl', 'student_entropy', 'teacher_entropy', 'top1_agreement', 'teacher_prob_of_label',
+                         'student_mass_on_topk'):
+                values = getattr(stats, name)
+                if values is not None:
+                    self.metrics.add(name, self._sum(values), count)
+
+    def _log_responses(self, micro_batches: list[list[Sample]]) -> None:
+        samples = [sample for one in micro_batches for sample in one if sample.row.counts]
+        for source in sources.ALL_SOURCES:
+            self.metrics.add(f'source/{source}', sum(sample.source == source for sample in samples), len(samples))
+        generated = [sample for sample in samples if sample.response is not None]
+        for sample in generated:
+            self.metrics.add('response/length', len(sample.response.token_ids))
+            self.metrics.add('response/cut_off', sample.response.cut_off)
+        if self.log_completions and self.cycle.answers:
+            lines = [{'step': self.state.global_step + 1, 'row': sample.row.number, 'epoch': sample.row.epoch, 'source': sample.source,
+                      'prompt': self.encoder.inner(sample).messages, 'completion': self.template.safe_decode(sample.response.token_ids),
+                      'length': len(sample.response.token_ids), 'finish_reason': sample.response.finish_reason} for sample in generated]
+            self.completions.append(gather_object(lines))
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if 'loss' in logs:
+            logs.update(self.metrics.pop())
+        super().log(logs, *args, **kwargs)
+
+    def floating_point_ops(self, inputs: MicroBatch) -> int:
+        return super().floating_point_ops(inputs.student_inputs)
+
+    def _track_num_input_tokens(self, inputs: MicroBatch) -> None:
+        super()._track_num_input_tokens(inputs.student_inputs)
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        self._ready.clear()
+        self._resumed = None
+        resume = resume_from_checkpoint or self.args.resume_from_checkpoint
+        if resume and not self.args.resume_only_model and not self.args.ignore_data_skip:
+            self._resumed = cycles.load(resume)
+        if self.aux_loss_enabled:
+            HfConfigFactory.set_config_attr(self._bare().config, 'router_aux_loss_coef', self.aux_loss_coef)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, *args, **kwargs):
+        if not self.args.save_only_model:
+            # Before the rest: a checkpoint that looks complete has to be.
+            cycles.save(os.path.join(self.args.output_dir, f'checkpoint-{self.state.global_step}'), list(self._ready))
+        return super()._save_checkpoint(*args, **kwargs)

@@ -1,0 +1,101 @@
+"""Responses by ``transformers``: batched, with a KV cache, from a model that may be in the middle of its training."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.stopping_criteria import EosTokenCriteria
+
+from .sampling import FinishedAt, Response, RowSeededSampling, SamplingOptions
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode inside, each in its own former mode after, whatever happens.
+
+    ``model.train()`` afterwards would also wake frozen parts that ms-swift keeps in eval mode. Eval mode is needed for more than
+    dropout: with gradient checkpointing on, transformers 5.19 decodes a model in train mode without its cache and generates wrong
+    text, with only a warning.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class LocalGenerator:
+    """Generates with one model of this process.
+
+    Args:
+        template: ms-swift's template of the model that answers, used for encoding, collating and stop words.
+        lend_model: Gives the bare model for the duration of a generation call; gathers or loads its weights if it has to.
+        device: Where the inputs go.
+        lockstep: All ranks run each other's number of decoding steps (ZeRO-3 and FSDP shard the weights), so a rank without
+            a prompt has to generate too.
+    """
+
+    def __init__(self, template, lend_model: Callable[[], AbstractContextManager[nn.Module]], device: torch.device,
+                 lockstep: bool = False):
+        self.template, self.lend_model, self.device, self.lockstep = template, lend_model, device, lockstep
+
+    @contextmanager
+    def _inference_template(self, model: nn.Module) -> Iterator[Any]:
+        """The template as an engine uses it: padded on the left, no labels, no length limit (the caller has checked it)."""
+        template = self.template
+        before = template.padding_free, template.max_length, template.sequence_parallel_size
+        template.padding_free, template.max_length, template.sequence_parallel_size = False, None, 1
+        try:
+            with template.generate_context():
+                yield template
+        finally:
+            template.padding_free, template.max_length, template.sequence_parallel_size = before
+
+    def __call__(self, prompts: list[dict[str, Any]], seeds: list[int], options: SamplingOptions) -> list[Response]:
+        """Answer each prompt.
+
+        Args:
+            prompts: Inputs of ``template.encode`` without a response. With ``lockstep`` at least one on every rank.
+            seeds: One per prompt; what a prompt is answered depends on no other prompt.
+            options: Sampling options.
+
+        Returns:
+            One response per prompt.
+        """
+        if not prompts:
+            return []
+        with self.lend_model() as model, evaluation_mode(model), self._inference_template(model) as template, torch.no_grad():
+            encoded = [template.encode(prompt) for prompt in prompts]
+            inputs = template.data_collator(encoded)
+            inputs = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+            if template.model_meta.is_multimodal:
+                _, inputs = template.pre_forward_hook(model, None, inputs)
+            return self._generate(model, template, inputs, seeds, options)
+
+    def _generate(self, model, template, inputs: dict[str, Any], seeds: list[int], options: SamplingOptions) -> list[Response]:
+        inputs.pop('labels', None)
+        eos = model.generation_config.eos_token_id
+        eos = template.tokenizer.eos_token_id if eos is None else eos
+        config = GenerationConfig(
+            max_new_tokens=options.max_tokens, do_sample=False, use_cache=True, eos_token_id=eos,
+            pad_token_id=template.tokenizer.pad_token_id, repetition_penalty=options.repetition_penalty)
+        config.stop_words = [*options.stop_words, *template.template_meta.stop_words]
+        # Decoder-only models return the prompt too, unless it went in as embeddings.
+        prompt_length = inputs['input_ids'].shape[1] if inputs.get('inputs_embeds') is None else 0
+        stops = template.prepare_generate_kwargs({'generation_config': config}, model=model)['stopping_criteria']
+        finished = FinishedAt(StoppingCriteriaList([EosTokenCriteria(eos), *stops]), prompt_length)
+        processors = LogitsProcessorList()
+        if options.temperature > 0:
+            processors.append(RowSeededSampling(options, seeds, self.device))
+        sequences = template.generate(
+            model, **inputs, generation_config=config, logits_processor=processors, stopping_criteria=StoppingCriteriaList([finished]),
+            synced_gpus=self.lockstep or None)
+        new_ids = sequences[:, prompt_length:].tolist()
+        return [Response(ids, 'length') if length is None else Response(ids[:length], 'stop')
+                for ids, length in zip(new_ids, finished.lengths, strict=True)]

@@ -1,0 +1,24 @@
+"""Markers, an offline environment and the models that most tests share."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # so that every directory of tests finds helpers.py
+
+import helpers
+
+os.environ.update(helpers.OFFLINE)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line('markers', 'e2e: runs whole commands of ms-swift in processes of their own (10 seconds and more each)')
+
+
+@pytest.fixture(scope='session')
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> helpers.TinyModels:
+    return helpers.make_tiny_models(tmp_path_factory.mktemp('models'))

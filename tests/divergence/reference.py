@@ -1,0 +1,76 @@
+"""The divergences as their definitions, in float64 and with autograd: what the operators are held against."""
+import torch
+
+
+def logits(hidden, weight, bias=None, lora=None, transform=None):
+    z = hidden @ weight.t()
+    if lora is not None:
+        a, b, scaling = lora
+        z = z + scaling * (hidden @ a.t()) @ b.t()
+    if bias is not None:
+        z = z + bias
+    if transform is not None:
+        z = z * transform.scale
+        if transform.softcap is not None:
+            z = transform.softcap * torch.tanh(z / transform.softcap)
+    return z
+
+
+def _kl(log_p, log_q):
+    terms = log_p.exp() * (log_p - log_q)
+    return torch.where(log_p > -1e29, terms, torch.zeros_like(terms)).sum(-1)
+
+
+def _mixture(log_t, log_s, w):
+    log_w = torch.tensor([w, 1 - w], dtype=log_s.dtype).log()
+    return torch.logsumexp(torch.stack([log_t + log_w[0], log_s + log_w[1]]), 0)
+
+
+def from_log_probs(divergence, log_s, log_t):
+    kind, beta, skew = divergence.kind, divergence.beta, divergence.skew
+    if kind == 'jsd' and beta == 0 or kind == 'forward_kl' or kind == 'skew_forward_kl' and skew == 0:
+        return _kl(log_t, log_s)
+    if kind == 'jsd' and beta == 1 or kind == 'reverse_kl' or kind == 'skew_reverse_kl' and skew == 0:
+        return _kl(log_s, log_t)
+    if kind == 'jsd':
+        log_m = _mixture(log_t, log_s, beta)
+        return beta * _kl(log_t, log_m) + (1 - beta) * _kl(log_s, log_m)
+    if kind == 'skew_forward_kl':
+        return _kl(log_t, _mixture(log_t, log_s, skew))
+    if kind == 'skew_reverse_kl':
+        return _kl(log_s, _mixture(log_t, log_s, 1 - skew))
+    if kind == 'tvd':
+        return (log_t.exp() - log_s.exp()).abs().sum(-1) / 2
+    raise ValueError(kind)
+
+
+def divergence_of_logits(divergence, student, teacher, vocab_size=None):
+    vocab_size = vocab_size or min(student.shape[1], teacher.shape[1])
+    log_s, log_t = (torch.log_softmax(z[:, :vocab_size] / divergence.temperature, -1) for z in (student, teacher))
+    return from_log_probs(divergence, log_s, log_t)
+
+
+def cross_entropy(student, labels, vocab_size=None):
+    return torch.nn.functional.cross_entropy(student[:, :vocab_size], labels, ignore_index=-100, reduction='none')
+
+
+def divergence_of_buckets(divergence, student, logprobs, ids, tail, temperature, vocab_size=None):
+    """Row by row, with Python's lists of the ids that count."""
+    vocab_size = vocab_size or student.shape[1]
+    sharpening = temperature / divergence.temperature
+    values = []
+    for z, lp, row in zip(student, logprobs, ids, strict=True):
+        log_s = torch.log_softmax(z[:vocab_size] / temperature, -1)
+        keep = [j for j, (i, p) in enumerate(zip(row.tolist(), lp.tolist(), strict=True)) if 0 <= i < vocab_size and p > -float('inf')]
+        picked = row[keep]
+        s, t = log_s[picked], lp[keep]
+        if tail == 'bucket':
+            rest = torch.ones(vocab_size, dtype=torch.bool)
+            rest[picked] = False
+            s = torch.cat([s, torch.logsumexp(log_s[rest], 0)[None]])
+            t = torch.cat([t, torch.log1p(-t.exp().sum())[None]])
+        if len(s) == 0:
+            values.append(z.sum() * 0)
+            continue
+        values.append(from_log_probs(divergence, torch.log_softmax(s * sharpening, -1), torch.log_softmax(t * sharpening, -1)))
+    return torch.stack(values)
