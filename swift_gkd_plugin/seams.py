@@ -27,11 +27,14 @@ def fields_of(cls: type, names: Sequence[str]) -> list[Field]:
     """Some fields of a dataclass, to be given to another one."""
     types = typing.get_type_hints(cls)
     known = {f.name: f for f in dataclasses.fields(cls)}
-    return [(name, types[name], _same_field(known[name])) for name in names]
+    return [(name, types[name], _like(known[name])) for name in names]
 
 
-def _same_field(f: dataclasses.Field) -> Any:
-    return dataclasses.field(default=f.default, default_factory=f.default_factory, metadata=f.metadata)
+def _like(f: dataclasses.Field) -> Any:
+    metadata = dict(f.metadata)
+    if 'help' in metadata:
+        metadata['help'] = metadata['help'].replace('%', '%%')  # argparse formats it
+    return dataclasses.field(default=f.default, default_factory=f.default_factory, metadata=metadata)
 
 
 def extended(cls: type, fields: Sequence[Field]) -> type:

@@ -90,9 +90,16 @@ class Columns(NamedTuple):
     """A block's sums and slope. Sums are over the columns that are here: with a sharded vocabulary, over one shard."""
 
     value: Tensor                # [rows], D
-    gradient: Tensor             # [rows, columns], the slope a divided by `factor`, or S·a where `centre` is None
-    centre: Tensor | None     # [rows], Σ S·gradient, or None where the gradient is complete
-    factor: float                # the gradient is to be multiplied by it
+    slope: Tensor                # [rows, columns], a, or S·a where `weighted`; to be multiplied by `factor`
+    centre: Tensor               # [rows], Σ S·a
+    factor: float
+    weighted: bool = False
+
+    def gradient(self, student: Tensor, centre: Tensor) -> Tensor:
+        """S·(a - centre), but for the factor, in the slope's place."""
+        if self.weighted:
+            return self.slope.addcmul_(student, centre[:, None], value=-1)
+        return self.slope.sub_(centre[:, None]).mul_(student)
 
 
 class Scratch(NamedTuple):
@@ -150,12 +157,14 @@ def _both_kl(larger: Tensor, log_ratio: Tensor, scratch: Scratch) -> tuple[Tenso
 def _forward_kl(w: float, student: Tensor, larger: Tensor, log_ratio: Tensor, scratch: Scratch) -> Columns:
     """KL(T‖S): near where T > S, else far.
 
-    Slope: a_v = -T_v/S_v, unbounded; but S·a - S·ΣS·a = S - T, which is ±P·y and not a difference of two rounded numbers.
+    Slope: a_v = -T_v/S_v, unbounded; but S·a - S·ΣS·a = S - T, which is ±P·y and not a difference of two rounded numbers. Its
+    sum is 0, but for an error of the normalisers that d, and so all columns, share: S times that sum is taken off.
     """
     teacher_larger = _teacher_larger(log_ratio, scratch.b)
     near, far = _plain_near_and_far(scratch)
     value = torch.linalg.vecdot(larger, torch.lerp(far, near, teacher_larger, out=far))
-    return Columns(value, scratch.y.mul_(larger).mul_(teacher_larger.mul_(2).sub_(1)), None, 1.0)
+    gradient = scratch.y.mul_(larger).mul_(teacher_larger.mul_(2).sub_(1))
+    return Columns(value, gradient, gradient.sum(-1), 1.0, weighted=True)
 
 
 def _reverse_kl(w: float, student: Tensor, larger: Tensor, log_ratio: Tensor, scratch: Scratch) -> Columns:

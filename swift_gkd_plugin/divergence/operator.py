@@ -5,7 +5,6 @@
         gradient of the chunk     to the hidden states, and to the head where it is trained
 """
 from dataclasses import dataclass, replace
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -163,58 +162,56 @@ def _block(call: _Call, rows: slice, zs: Tensor, zt: Tensor | None, buffers: _Bu
             label_gradient = weights * slope
     if call.has_teacher:
         if zt is None:
-            value, gradient = _topk_value_and_gradient(call, rows, zs, student, norms[0], label, buffers, record, want_gradient)
+            value, gradient, factor = _topk_value_and_gradient(call, rows, zs, student, norms[0], label, buffers, record, want_gradient)
         else:
-            value, gradient = _value_and_gradient(call, rows, zs, zt, student, norms, buffers, record, want_gradient)
+            value, gradient, factor = _value_and_gradient(call, rows, zs, zt, student, norms, buffers, record, want_gradient)
         record(rows, divergence=value)
         weights = call.token_weights[rows].to(zs.dtype)
         loss += weights * value
     if not want_gradient:
         return loss
-    if gradient is not None:
-        gradient.mul_((weights * (slope / temperature))[:, None])
-    if label_gradient is not None:
-        label_probs.mul_((label_gradient * scale)[:, None])
-        gradient = label_probs if gradient is None else gradient.add_(label_probs)
-        gradient.scatter_add_(1, label.column, -(label_gradient * label.here)[:, None])
-    if gradient is None:
-        zs.zero_()
-    elif call.student.softcap:  # d tanh = 1 - tanh², and the logits are softcap·tanh / temperature
-        zs.mul_(temperature / call.student.softcap).square_().neg_().add_(1).mul_(gradient)
+    if call.student.softcap:  # d tanh = 1 - tanh², and the logits are softcap·tanh / temperature
+        damping = zs.mul_(temperature / call.student.softcap).square_().neg_().add_(1)
+        into = buffers['damped']
     else:
-        zs.copy_(gradient)
+        damping, into = None, zs
+    if gradient is None:
+        into.zero_()
+    else:
+        torch.mul(gradient, (weights * (factor * slope / temperature))[:, None], out=into)
+    if label_gradient is not None:
+        into.add_(label_probs.mul_((label_gradient * scale)[:, None]))
+        into.scatter_add_(1, label.column, -(label_gradient * label.here)[:, None])
+    if damping is not None:
+        damping.mul_(into)
     return loss
 
 
 def _value_and_gradient(call: _Call, rows: slice, zs: Tensor, zt: Tensor, student: Tensor, norms, buffers: _Buffers,
-                        record: _Record, want_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """D [rows] against a teacher with logits, and its gradient with respect to zs. zt and the buffers are overwritten."""
+                        record: _Record, want_gradient: bool) -> tuple[Tensor, Tensor | None, float]:
+    """D [rows] against a teacher with logits; its gradient with respect to zs, but for a factor; the factor."""
     log_ratio = zt.sub_(zs).sub_((norms[1][1] - norms[0][1]).to(zs.dtype))
     kl_sums = call.stats is not None and call.stats.detail
     found, kls = columns(call.divergence, student, buffers['teacher'], log_ratio, buffers.scratch(), kl_sums)
-    centre = [] if found.centre is None else [found.centre]
-    sums = call.reduce.sum(torch.stack([found.value, *centre, *(kls or ())]))
+    sums = call.reduce.sum(torch.stack([found.value, found.centre, *(kls or ())]))
     if kls:
         record(rows, forward_kl=sums[-2], reverse_kl=sums[-1])
     if not want_gradient:
-        return sums[0], None
-    gradient = found.gradient
-    if centre:
-        gradient.sub_(sums[1][:, None]).mul_(student)
-    return sums[0], gradient.mul_(found.factor)
+        return sums[0], None, 0.0
+    return sums[0], found.gradient(student, sums[1]), found.factor
 
 
-def _topk_value_and_gradient(call: _Call, rows: slice, zs: Tensor, student: Tensor, norm, label: Optional['_Label'],
-                             buffers: _Buffers, record: _Record, want_gradient: bool) -> tuple[Tensor, Tensor | None]:
+def _topk_value_and_gradient(call: _Call, rows: slice, zs: Tensor, student: Tensor, norm, label: '_Label | None',
+                             buffers: _Buffers, record: _Record, want_gradient: bool) -> tuple[Tensor, Tensor | None, float]:
     """The same against a top-k teacher; `topk.py` has the mathematics."""
-    teacher, ids, present = call.topk.buckets(rows, call.vocab_size, zs.dtype)
+    teacher, ids, present = call.topk.entries(rows, call.vocab_size)
     column = ids - call.first_id
     here = present & (column >= 0) & (column < call.student.columns)
     column = column.masked_fill(~here, 0)
-    logprobs = zs.gather(1, column) - norm[1].to(zs.dtype)
+    logprobs = zs.gather(1, column) - norm[1]  # the buckets are few, so their arithmetic is in fp64
     outside = buffers['e'].copy_(student)
     outside.scatter_reduce_(1, column, (~here).to(zs.dtype), 'prod')  # 0 at the ids, whole elsewhere: no difference of sums
-    sums = call.reduce.sum(torch.cat([logprobs.masked_fill(~here, 0), outside.sum(-1, keepdim=True)], 1))
+    sums = call.reduce.sum(torch.cat([logprobs.masked_fill(~here, 0), outside.sum(-1, keepdim=True, dtype=torch.float64)], 1))
     student_buckets, tail = sums[:, :-1].masked_fill(~present, LOWEST_LOGIT), sums[:, -1:]
     with_tail = call.topk.tail == 'bucket'
     if with_tail:
@@ -230,14 +227,14 @@ def _topk_value_and_gradient(call: _Call, rows: slice, zs: Tensor, student: Tens
             hit = present & (ids == call.labels[rows][:, None])
             record(rows, teacher_prob_of_label=(teacher[:, :ids.shape[1]].exp() * hit).sum(-1))
     if not want_gradient:
-        return found.value, None
+        return found.value.to(zs.dtype), None, 0.0
     per_id = found.gradient[:, :ids.shape[1]].masked_fill(~here, 0)
     if with_tail:
         per_mass = found.gradient[:, -1:] / tail.clamp_min(torch.finfo(tail.dtype).tiny)
-        gradient = outside.mul_(per_mass)
+        gradient = outside.mul_(per_mass.to(zs.dtype))
     else:
         gradient = outside.zero_()
-    return found.value, gradient.scatter_add_(1, column, per_id)
+    return found.value.to(zs.dtype), gradient.scatter_add_(1, column, per_id.to(zs.dtype)), 1.0
 
 
 @dataclass

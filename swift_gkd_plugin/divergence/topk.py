@@ -33,18 +33,17 @@ class TopKTeacher:
     tail: str
     temperature: float
 
-    def buckets(self, rows: slice, vocab_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """([rows, k] log-probabilities with LOWEST_LOGIT where nothing counts, ids, which count)."""
-        logprobs, ids = self.logprobs[rows].to(dtype), self.ids[rows]
+    def entries(self, rows: slice, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """([rows, k] log-probabilities in fp64, LOWEST_LOGIT where the entry does not count; ids; which count)."""
+        logprobs, ids = self.logprobs[rows].double(), self.ids[rows]
         present = (ids >= 0) & (ids < vocab_size) & (logprobs > -torch.inf)
         return logprobs.masked_fill(~present, LOWEST_LOGIT), ids, present
 
 
 def log_tail(logprobs: Tensor) -> Tensor:
     """log(1 - Σ exp(logprobs)) along the last dimension, with LOWEST_LOGIT where rounding left nothing."""
-    inside = torch.logsumexp(logprobs.double(), -1, keepdim=True)
-    tail = torch.log(-torch.expm1(inside.clamp_max(0)))
-    return tail.clamp_min(LOWEST_LOGIT).to(logprobs.dtype)
+    inside = torch.logsumexp(logprobs, -1, keepdim=True)
+    return torch.log(-torch.expm1(inside.clamp_max(0))).clamp_min(LOWEST_LOGIT)
 
 
 class Buckets(NamedTuple):
@@ -61,7 +60,4 @@ def bucket_divergence(divergence: Divergence, student: Tensor, teacher: Tensor, 
     entropy = -torch.linalg.vecdot(t, log_t)
     scratch = Scratch(*(torch.empty_like(s) for _ in range(4)))
     found, kls = columns(divergence, s, t, log_t - log_s, scratch, kl_sums)
-    gradient = found.gradient
-    if found.centre is not None:
-        gradient = (gradient - found.centre[:, None]) * s
-    return Buckets(found.value, gradient * (found.factor * sharpening), kls, entropy)
+    return Buckets(found.value, found.gradient(s, found.centre) * (found.factor * sharpening), kls, entropy)

@@ -194,7 +194,7 @@ class OutputHead:
         finally:
             owner.reshard()
 
-    def verify(self, forward: Callable[[], Any], index: torch.Tensor, adapter: bool = True) -> str | None:
+    def verify(self, forward: Callable[[], Any], index: torch.Tensor) -> str | None:
         """Compare a few tokens' logits from :meth:`tensors` with the model's own.
 
         Args:
@@ -206,16 +206,16 @@ class OutputHead:
         """
         if self.dense:
             return self.dense
-        executed = self._executed(adapter)
+        executed = self._executed(adapter=True)
         original = executed.forward
         ours: dict[str, torch.Tensor] = {}
 
         def few(hidden: torch.Tensor) -> torch.Tensor:
             chosen = hidden.reshape(-1, hidden.shape[-1])[index.to(hidden.device)]
-            ours['logits'] = self.tensors(adapter).logits(_autocast(chosen))
+            ours['logits'] = self.tensors().logits(_autocast(chosen))
             return original(chosen)[None]
 
-        with torch.no_grad(), self.replaced(few, adapter, raw=False):
+        with torch.no_grad(), self.replaced(few, raw=False):
             theirs = forward().logits
         mine = ours.get('logits')
         if mine is None:

@@ -30,7 +30,7 @@ from .. import activation, checks, sources
 from ..divergence import Divergence, TokenStats
 from ..metrics import Metrics
 from ..responses import Response, SamplingOptions
-from ..responses.local import LocalGenerator
+from ..responses.local import LocalGenerator, evaluation_mode
 from ..sources import DATASET, STUDENT, TEACHER, Source
 from . import cycle as cycles
 from .cycle import Cycle
@@ -74,7 +74,6 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
         args.logging_nan_inf_filter = False  # it would hide what StopOnNaN is there to find
         self.add_callback(StopOnNaN(self))
         self.metrics = Metrics(args.device)
-        self.log_completions = args.log_completions
         self.completions = JsonlWriter(os.path.join(args.output_dir, 'completions.jsonl'))
 
         self._setup_teacher()
@@ -273,7 +272,8 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
                 self._resumed = None
             else:
                 new = self.cycle.samples(rows, (self.state.global_step, number))
-                self._log_responses(new)
+                if self.args.log_completions:
+                    self._write_completions([sample for one in new for sample in one])
                 self._ready.extend(new)
         samples = [self._ready.popleft() for _ in range(min(num_batches, len(self._ready)))]
         batches = [self.encoder.micro_batch(one) for one in samples]
@@ -291,6 +291,7 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
         if batches and total == 0:
             logger.warning(f'Step {self.state.global_step + 1}: no token of the whole step is trained '
                            f'({", ".join(str(s) for batch in batches for s in batch.samples)}); its gradient is 0.')
+        self._add_sample_metrics([sample for batch in batches for sample in batch.samples])
         self.metrics.add('tokens/trained', total / self.accelerator.num_processes, 1 / self.accelerator.num_processes)
 
     def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
@@ -343,12 +344,12 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
             return
         self._heads_verified = True
         index = torch.linspace(0, batch.student_inputs['input_ids'].numel() - 1, 8, device=self.args.device).long()
-        heads = [('student', self.loss.head, lambda: self._call(model, batch.student_inputs), True)]
+        heads = [('student', self.loss.head, lambda: self._call(model, batch.student_inputs), self._bare())]
         if self.teacher is not None and self.teacher.model is not self.model:
-            heads.append(('teacher', self.teacher.head, lambda: self._call(self.teacher.model, batch.student_inputs), True))
-        for name, head, forward, adapter in heads:
-            with self.teacher.ready() if name == 'teacher' else torch.no_grad():
-                reason = head.verify(forward, index, adapter)
+            heads.append(('teacher', self.teacher.head, lambda: self._call(self.teacher.model, batch.student_inputs), self.teacher.bare))
+        for name, head, forward, bare in heads:
+            with evaluation_mode(bare):  # dropout would draw from the random numbers of the step
+                reason = head.verify(forward, index)
             if reason:
                 logger.warning(f'The {name} runs with whole logits, which take more memory, because {reason}.')
         if self.teacher is not None and self.teacher.model is self.model:
@@ -443,19 +444,22 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
                 if values is not None:
                     self.metrics.add(name, self._sum(values), count)
 
-    def _log_responses(self, micro_batches: list[list[Sample]]) -> None:
-        samples = [sample for one in micro_batches for sample in one if sample.row.counts]
+    def _add_sample_metrics(self, samples: list[Sample]) -> None:
+        samples = [sample for sample in samples if sample.row.counts]
         for source in sources.ALL_SOURCES:
             self.metrics.add(f'source/{source}', sum(sample.source == source for sample in samples), len(samples))
-        generated = [sample for sample in samples if sample.response is not None]
-        for sample in generated:
-            self.metrics.add('response/length', len(sample.response.token_ids))
-            self.metrics.add('response/cut_off', sample.response.cut_off)
-        if self.log_completions and self.cycle.answers:
-            lines = [{'step': self.state.global_step + 1, 'row': sample.row.number, 'epoch': sample.row.epoch, 'source': sample.source,
-                      'prompt': self.encoder.inner(sample).messages, 'completion': self.template.safe_decode(sample.response.token_ids),
-                      'length': len(sample.response.token_ids), 'finish_reason': sample.response.finish_reason} for sample in generated]
-            self.completions.append(gather_object(lines))
+        for sample in samples:
+            if sample.response is not None:
+                self.metrics.add('response/length', len(sample.response.token_ids))
+                self.metrics.add('response/cut_off', sample.response.cut_off)
+
+    def _write_completions(self, samples: list[Sample]) -> None:
+        """One line per generated response into completions.jsonl. A collective call."""
+        lines = [{'step': self.state.global_step + 1, 'row': sample.row.number, 'epoch': sample.row.epoch, 'source': sample.source,
+                  'prompt': self.encoder.inner(sample).messages, 'completion': self.template.safe_decode(sample.response.token_ids),
+                  'length': len(sample.response.token_ids), 'finish_reason': sample.response.finish_reason}
+                 for sample in samples if sample.row.counts and sample.response is not None]
+        self.completions.append(gather_object(lines))
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if 'loss' in logs:

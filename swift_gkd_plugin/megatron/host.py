@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Optional
+from typing import Any
 
 from .. import __version__
 from ..arguments import OPTION_NAMES, GKDOptions, OptionError, check_values
-from ..seams import Renamed, extended, for_gkd, forget_external_plugin, modern_command_line, option_fields, take_options
+from ..seams import Renamed, extended, for_gkd, forget_external_plugin, modern_command_line, option_fields, option_value, take_options
 
 # Options of Megatron-SWIFT 3.x that command lines for gkd still carry.
 RENAMED = {
@@ -32,7 +32,7 @@ RENAMED = {
 
 
 def take_over_arguments(module: ModuleType) -> dict[str, Any]:
-    """``swift.megatron.arguments.rlhf_args``: our options, checked first; vLLM only where it is asked for."""
+    """``swift.megatron.arguments.rlhf_args``: our options, checked first."""
     cls = module.MegatronRLHFArguments
 
     @for_gkd(cls, '__post_init__')
@@ -47,18 +47,7 @@ def take_over_arguments(module: ModuleType) -> dict[str, Any]:
         _check_options(self)
         forget_external_plugin(self)
 
-    # Stock turns vLLM on for every rlhf_type and then stops because --vllm_mode has no default. Without both, 3.x trained on the
-    # responses of the dataset, and so do command lines from there. None: not given.
-    new = extended(cls, [*option_fields(), ('use_vllm', Optional[bool], None)])
-    stock_use_vllm, inherited = cls.use_vllm, new.__post_init__
-
-    def __post_init__(self: Any) -> None:
-        if self.use_vllm is None:
-            self.use_vllm = self.vllm_mode is not None if self.rlhf_type == 'gkd' else stock_use_vllm
-        inherited(self)
-
-    new.__post_init__ = __post_init__
-    return {'MegatronRLHFArguments': new}
+    return {'MegatronRLHFArguments': extended(cls, option_fields())}
 
 
 def _check_options(args: Any) -> None:
@@ -93,15 +82,28 @@ def take_over_trainer(module: ModuleType) -> None:
 
 
 def take_over_pipeline(module: ModuleType) -> None:
-    """``swift.megatron.pipelines.train.rlhf``: old spellings are rewritten before parsing."""
+    """``swift.megatron.pipelines.train.rlhf``: old command lines are rewritten before parsing."""
     cls = module.MegatronRLHF
     cls.args_class = module.MegatronRLHFArguments
     parse = cls._parse_args
 
     def _parse_args(self: Any, args: Any = None) -> Any:
-        return parse(self, modern_command_line(args, RENAMED, self.args_class))
+        argv = modern_command_line(args, RENAMED, self.args_class)
+        if argv is not args:  # a command line for gkd
+            argv = _without_vllm_unless_asked_for(argv)
+        return parse(self, argv)
 
     cls._parse_args = _parse_args
+
+
+def _without_vllm_unless_asked_for(argv: list[str]) -> list[str]:
+    """Stock turns vLLM on for every rlhf_type and then stops, because --vllm_mode has no default. 3.x had it off."""
+    if option_value(argv, '--use_vllm') is not None or option_value(argv, '--vllm_mode') is not None:
+        return argv
+    from swift.utils import get_logger
+
+    get_logger().warning('Neither --use_vllm nor --vllm_mode is given: without vLLM all responses come from the dataset.')
+    return [*argv, '--use_vllm', 'false']
 
 
 SEAMS = {

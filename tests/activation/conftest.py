@@ -1,0 +1,136 @@
+"""Commands that are given by markers and run two at a time, each in a process and, where it matters, an environment of its own."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import helpers
+import pytest
+
+import swift_gkd_plugin
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+PACKAGE = Path(swift_gkd_plugin.__file__).parent
+
+
+@dataclass
+class Finished:
+    """How a command ended; ``probes`` are what probe.py has printed, one per rank."""
+
+    returncode: int
+    output: str
+
+    @property
+    def probes(self) -> list[dict[str, Any]]:
+        assert self.returncode == 0, self.output[-4000:]
+        return [json.loads(line.removeprefix('PROBE ')) for line in self.output.splitlines() if line.startswith('PROBE ')]
+
+    @property
+    def probe(self) -> dict[str, Any]:
+        (probe,) = self.probes
+        return probe
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        'markers',
+        'command(line, site, env, config): runs before the test, which finds it in the fixture `finished`. In the line and in config, '
+        'the text of {out}/config.yaml, names of models, data, and files beside the test are filled in. site: editable, wheel or bare.',
+    )
+
+
+def make_site(directory: Path, wheel: Path | None = None) -> Path:
+    """A virtual environment that sees ms-swift and all else of this one but no .pth of it, so not our plugin either."""
+    subprocess.run([sys.executable, '-m', 'venv', '--without-pip', directory], check=True)
+    python = directory / 'bin' / 'python'
+    purelib = subprocess.check_output([python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))'], text=True).strip()
+    Path(purelib, 'everything_else.pth').write_text(sysconfig.get_path('purelib') + '\n')
+    if wheel is not None:
+        pip = [
+            sys.executable,
+            '-m',
+            'pip',
+            '--python',
+            python,
+            'install',
+            '--quiet',
+            '--no-deps',
+            '--no-index',
+            '--no-warn-script-location',
+        ]
+        subprocess.run([*pip, wheel], check=True)
+    return python
+
+
+@pytest.fixture(scope='session')
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of the plugin, built from a copy: setuptools leaves its traces in the source directory."""
+    source = tmp_path_factory.mktemp('source')
+    for name in ('pyproject.toml', 'setup.py', 'swift_gkd_plugin.pth', 'README.md', 'LICENSE'):
+        (source / name).write_bytes((ROOT / name).read_bytes())
+    for file in PACKAGE.rglob('*.py'):
+        copy = source / file.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    target = tmp_path_factory.mktemp('wheel')
+    pip = [sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '--no-index', '--wheel-dir', target]
+    subprocess.run([*pip, source], check=True)
+    return next(target.glob('*.whl'))
+
+
+@pytest.fixture(scope='session')
+def sites(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> dict[str, Path]:
+    """The Python of each kind of environment: our own, one with the plugin from a wheel, one without it."""
+    return {
+        'editable': Path(sys.executable),
+        'wheel': make_site(tmp_path_factory.mktemp('site') / 'wheel', wheel),
+        'bare': make_site(tmp_path_factory.mktemp('site') / 'bare'),
+    }
+
+
+@pytest.fixture(scope='session')
+def running(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_models: helpers.TinyModels, sites: dict[str, Path]
+) -> Iterator[dict[str, list[Future[Finished]]]]:
+    """All commands of all tests of this session that use them, started in the order of the tests."""
+    files = {file.stem: file for file in HERE.glob('*.py')} | {'external': PACKAGE / 'external.py'}
+    models = {'student': tiny_models.student, 'teacher': tiny_models.teacher, 'train': tiny_models.train}
+
+    def run(line: str, *, site: str = 'editable', env: dict[str, str] | None = None, config: str = '') -> Finished:
+        out = tmp_path_factory.mktemp('out')
+        names = {**files, **models, 'out': out, 'port': helpers.free_port()}
+        (out / 'same_student').symlink_to(tiny_models.student)
+        (out / 'config.yaml').write_text(config.format(**names))
+        words = shlex.split(line.format(**names))
+        tool = {'swift': ['-m', 'swift.cli.main'], 'megatron': ['-m', 'swift.cli._megatron.main'], 'python': []}[words[0]]
+        # ms-swift starts its children with the Python that runs it, so that they live in the same environment.
+        return Finished(*helpers.run([sites[site], *tool, *words[1:]], env={'COLUMNS': '200', **(env or {})}, cwd=out))
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        started = {}
+        for item in request.session.items:
+            commands = reversed(list(item.iter_markers('command')))  # pytest lists the decorator nearest to the function first
+            started[item.nodeid] = [pool.submit(run, *command.args, **command.kwargs) for command in commands]
+        yield started
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture
+def all_finished(request: pytest.FixtureRequest, running: dict[str, list[Future[Finished]]]) -> list[Finished]:
+    return [future.result() for future in running[request.node.nodeid]]
+
+
+@pytest.fixture
+def finished(all_finished: list[Finished]) -> Finished:
+    (only,) = all_finished
+    return only
