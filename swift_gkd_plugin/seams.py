@@ -103,8 +103,11 @@ def forget_external_plugin(args: Any) -> None:
         setattr(args, name, [path for path in getattr(args, name) if os.path.realpath(os.path.expanduser(path)) != ours])
 
 
+JSON_NAMES = {bool: 'true or false', int: 'integer', float: 'number', str: 'string'}
+
+
 def _typed(name: str, kind: Any, value: Any) -> Any:
-    """A value from JSON as the type of its option. JSON knows them all; 1 serves as 1.0 and nothing else is converted."""
+    """A value from JSON as the type of its option: an integer serves as a number, nothing else is converted."""
     choices = typing.get_args(kind)
     if type(None) in choices:
         if value is None:
@@ -115,7 +118,7 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
-        raise OptionError(f'--model_kwargs {name} {value!r}: must be a JSON {kind.__name__}.')
+        raise OptionError(f'--model_kwargs {name} {value!r}: must be a JSON {JSON_NAMES[kind]}.')
     return value
 
 
@@ -125,10 +128,10 @@ def option_value(options: list[str], name: str, shortest: Optional[str] = None) 
     argparse takes a beginning of a name for the name where no other option begins so: ``shortest`` is the shortest one.
     """
     value = None
-    for token, following in zip(options, [*options[1:], ''], strict=True):
+    for index, token in enumerate(options):
         option, equals, attached = token.partition('=')
         if len(option) >= len(shortest or name) and name.startswith('--' + option[2:].replace('-', '_')):
-            value = attached if equals else following
+            value = attached if equals else ''.join(options[index + 1 : index + 2])
     return value
 
 

@@ -25,6 +25,7 @@ OFFLINE = {
     'WANDB_MODE': 'disabled',
     'CUDA_VISIBLE_DEVICES': '',
     'OMP_NUM_THREADS': '1',
+    'PYTHONHASHSEED': '0',  # ms-swift prints sets
 }
 
 # Saves time in every run, and nothing else: no retries of downloads, no cached preprocessing, no worker processes.
@@ -36,6 +37,7 @@ QUICK = {
     'use_cpu': 'true',
     'torch_dtype': 'float32',
     'bf16': 'false',
+    'fp16': 'false',
     'report_to': 'none',
     'add_version': 'false',
     'split_dataset_ratio': 0,

@@ -53,7 +53,7 @@ class Divergence:
 
     `beta` (β, of `jsd`) in [0, 1]. As in GKD, β = 0 *is* the forward KL and β = 1 the reverse KL, although the formula
     above tends to 0 there: its gradient shrinks with β(1-β), and jumps at the two ends.
-    `skew` (α, of the skewed kinds) in [0, 1); α = 0 is the plain KL.
+    `skew` (α, of the skewed kinds) 0 or in [1e-6, 1): the slope is bounded by 1/α, and α = 0 is the plain KL.
     `temperature` > 0 divides the logits of both sides. The value is not multiplied by temperature².
 
     Raises ValueError for a kind that is not in the table or a number outside its range.
@@ -71,8 +71,8 @@ class Divergence:
             raise ValueError(f'beta must lie in [0, 1], got {self.beta}')
         if not 0 < self.temperature < float('inf'):
             raise ValueError(f'temperature must be positive and finite, got {self.temperature}')
-        if not 0 <= self.skew < 1:
-            raise ValueError(f'skew must lie in [0, 1), got {self.skew}')
+        if self.skew != 0 and not 1e-6 <= self.skew < 1:
+            raise ValueError(f'skew must be 0 or lie in [1e-6, 1), got {self.skew}')
 
     @property
     def form(self) -> tuple[str, float]:

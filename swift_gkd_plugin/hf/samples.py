@@ -25,6 +25,16 @@ logger = get_logger()
 IGNORED = -100  # label of a token that isn't trained, as everywhere in transformers
 
 
+def predicting_positions(labels: torch.Tensor) -> torch.Tensor:
+    """[n] positions, in the flattened [batch * sequence], of the hidden states that predict the trained tokens of ``labels``.
+
+    A token is predicted by the position before it. The labels are not rolled: that would have a row's first token predicted by the
+    row's last position.
+    """
+    row, position = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    return row * labels.shape[1] + position
+
+
 @dataclass
 class Sample:
     """A row, the source that it drew, and the response once there is one.
@@ -273,9 +283,7 @@ class SampleEncoder:
         inputs = self.template.data_collator(encoded)
         labels = inputs.pop('labels')
         inputs.pop('channel', None)
-        # A token is predicted by the position before it: no roll, whose wrap-around would train a row's first token.
-        row, position = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-        index = row * labels.shape[1] + position
+        index = predicting_positions(labels)
         if len(index) != num_tokens:
             raise RuntimeError(f'{len(index)} trained tokens after collating, {num_tokens} before ({", ".join(map(str, samples))}); '
                                'please report the model type and this line.')

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,12 +13,9 @@ from typing import Any
 
 import helpers
 import pytest
-
-import swift_gkd_plugin
+from sites import ROOT, build_wheel, make_site
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-PACKAGE = Path(swift_gkd_plugin.__file__).parent
 
 
 @dataclass
@@ -49,52 +44,14 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
-def make_site(directory: Path, wheel: Path | None = None) -> Path:
-    """A virtual environment that sees ms-swift and all else of this one but no .pth of it, so not our plugin either."""
-    subprocess.run([sys.executable, '-m', 'venv', '--without-pip', directory], check=True)
-    python = directory / 'bin' / 'python'
-    purelib = subprocess.check_output([python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))'], text=True).strip()
-    Path(purelib, 'everything_else.pth').write_text(sysconfig.get_path('purelib') + '\n')
-    if wheel is not None:
-        pip = [
-            sys.executable,
-            '-m',
-            'pip',
-            '--python',
-            python,
-            'install',
-            '--quiet',
-            '--no-deps',
-            '--no-index',
-            '--no-warn-script-location',
-        ]
-        subprocess.run([*pip, wheel], check=True)
-    return python
-
-
 @pytest.fixture(scope='session')
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel of the plugin, built from a copy: setuptools leaves its traces in the source directory."""
-    source = tmp_path_factory.mktemp('source')
-    for name in ('pyproject.toml', 'setup.py', 'swift_gkd_plugin.pth', 'README.md', 'LICENSE'):
-        (source / name).write_bytes((ROOT / name).read_bytes())
-    for file in PACKAGE.rglob('*.py'):
-        copy = source / file.relative_to(ROOT)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(file.read_bytes())
-    target = tmp_path_factory.mktemp('wheel')
-    pip = [sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '--no-index', '--wheel-dir', target]
-    subprocess.run([*pip, source], check=True)
-    return next(target.glob('*.whl'))
-
-
-@pytest.fixture(scope='session')
-def sites(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> dict[str, Path]:
+def sites(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The Python of each kind of environment: our own, one with the plugin from a wheel, one without it."""
+    directory = tmp_path_factory.mktemp('sites')
     return {
         'editable': Path(sys.executable),
-        'wheel': make_site(tmp_path_factory.mktemp('site') / 'wheel', wheel),
-        'bare': make_site(tmp_path_factory.mktemp('site') / 'bare'),
+        'wheel': make_site(directory / 'wheel', wheel=build_wheel(directory)),
+        'bare': make_site(directory / 'bare'),
     }
 
 
@@ -103,7 +60,10 @@ def running(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_models: helpers.TinyModels, sites: dict[str, Path]
 ) -> Iterator[dict[str, list[Future[Finished]]]]:
     """All commands of all tests of this session that use them, started in the order of the tests."""
-    files = {file.stem: file for file in HERE.glob('*.py')} | {'external': PACKAGE / 'external.py'}
+    files = {file.stem: file for file in HERE.glob('*.py')} | {
+        'external': ROOT / 'swift_gkd_plugin' / 'external.py',
+        'stand_ins': HERE / 'stand_ins',
+    }
     models = {'student': tiny_models.student, 'teacher': tiny_models.teacher, 'train': tiny_models.train}
 
     def run(line: str, *, site: str = 'editable', env: dict[str, str] | None = None, config: str = '') -> Finished:
@@ -117,11 +77,16 @@ def running(
         return Finished(*helpers.run([sites[site], *tool, *words[1:]], env={'COLUMNS': '200', **(env or {})}, cwd=out))
 
     with ThreadPoolExecutor(max_workers=2) as pool:
-        started = {}
+        started: dict[str, Future[Finished]] = {}  # a command that several tests look at runs once
+        by_test: dict[str, list[Future[Finished]]] = {}
         for item in request.session.items:
-            commands = reversed(list(item.iter_markers('command')))  # pytest lists the decorator nearest to the function first
-            started[item.nodeid] = [pool.submit(run, *command.args, **command.kwargs) for command in commands]
-        yield started
+            by_test[item.nodeid] = []
+            for command in reversed(list(item.iter_markers('command'))):  # pytest lists the decorator nearest to the function first
+                key = repr((command.args, command.kwargs))
+                if key not in started:
+                    started[key] = pool.submit(run, *command.args, **command.kwargs)
+                by_test[item.nodeid].append(started[key])
+        yield by_test
         pool.shutdown(cancel_futures=True)
 
 

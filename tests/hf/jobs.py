@@ -17,11 +17,39 @@ from transformers import TrainerCallback
 
 
 class Recorder(TrainerCallback):
-    """Keeps each step's gradient, before clipping could touch it, as ``gradients-<step>.pt`` beside the logs."""
+    """Keeps what a run saw beside its logs.
+
+    ``gradients-<step>.pt``: each step's gradient, before clipping. ``seen.json``: the longest input of the student in tokens, on which
+    sides its batches were padded, the largest dropout, and how often the template's forward context was entered.
+    """
 
     def __init__(self, args, trainer):
         super().__init__()
         self.trainer = trainer
+        self.seen = {'longest': 0, 'padded_left': False, 'padded_right': False, 'dropout': 0.0, 'forward_contexts': 0}
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        seen, template = self.seen, self.trainer.template
+        seen['dropout'] = max((m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)), default=0.0)
+        forward_context = template.forward_context
+
+        def counted(*args):
+            seen['forward_contexts'] += 1
+            return forward_context(*args)
+
+        def look(module, inputs):
+            if model.training:
+                seen['longest'] = max(seen['longest'], inputs[0].shape[1])
+                pad = inputs[0] == model.config.pad_token_id
+                seen['padded_left'] |= bool(pad[:, 0].any())
+                seen['padded_right'] |= bool(pad[:, -1].any())
+
+        template.forward_context = counted
+        model.get_input_embeddings().register_forward_pre_hook(look)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if args.process_index == 0:
+            Path(args.output_dir, 'seen.json').write_text(json.dumps(self.seen))
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
