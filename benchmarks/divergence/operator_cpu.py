@@ -1,13 +1,16 @@
 """Time and memory of one distillation step's head and loss, forward and backward, on a CPU.
 
-    python benchmarks/divergence/operator_cpu.py --out results.csv              run (each measurement in its own process)
-    python benchmarks/divergence/operator_cpu.py --plot results.csv plot.png    draw
+    python benchmarks/divergence/operator_cpu.py --out results.csv              run (each measurement in its own
+    process) python benchmarks/divergence/operator_cpu.py --plot results.csv plot.png    draw
 
-Implementations: `matmuls`, the four matrix products alone (both sides' logits whole, gradient of hidden states and head), the
-floor that the others are divided by; `ours`, reduction='sum'; `ms-swift`, `trl`, `liger`, their JSD behind F.linear or fused.
-What is not installed is left out. Repetitions of the implementations alternate, and medians are reported, so that a slow
-minute of the machine falls on all of them. Memory is the peak of the process above what it held before the step, inputs included.
+Implementations: `matmuls`, the four matrix products alone (both sides' logits whole, gradient of hidden states and
+head), the floor that the others are divided by; `ours`, reduction='sum'; `ms-swift`, `trl`, `liger`, their JSD behind F.linear or fused.
+What is not installed is left out. Repetitions of the implementations alternate, and medians are reported, so that a
+slow minute of the machine falls on all of them. Seconds are wall time; on a machine that others use, too, run with
+`--threads 1` and read `cpu_seconds`, the processor time of the step, which the ratio is then made of (`--ratio
+cpu_seconds`). Memory is the peak of the process above what it held before the step, inputs included.
 """
+
 import argparse
 import csv
 import json
@@ -31,13 +34,16 @@ def status_kb(field: str) -> int:
 def make_step(name: str, hs, ws, ht, wt):
     """A function that leaves gradients in hs.grad and ws.grad and returns the mean loss."""
     import torch
+
     tokens = len(hs)
     if name == 'matmuls':
+
         def step():
             with torch.no_grad():
                 zs, _ = hs @ ws.t(), ht @ wt.t()
                 hs.grad, ws.grad = zs @ ws, zs.t() @ hs
             return float('nan')
+
         return step
     if name == 'ours':
         sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -60,9 +66,13 @@ def make_step(name: str, hs, ws, ht, wt):
         def loss_of():
             with torch.no_grad():
                 teacher = (ht @ wt.t())[None]
-            return GKDTrainer.generalized_jsd_loss((hs @ ws.t())[None], teacher, beta=BETA, temperature=TEMPERATURE) / tokens
+            return (
+                GKDTrainer.generalized_jsd_loss((hs @ ws.t())[None], teacher, beta=BETA, temperature=TEMPERATURE)
+                / tokens
+            )
     else:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
         liger = LigerFusedLinearJSDLoss(beta=BETA, temperature=TEMPERATURE, compiled=False, weight_hard_loss=0.0)
 
         def loss_of():
@@ -72,11 +82,13 @@ def make_step(name: str, hs, ws, ht, wt):
         loss = loss_of()
         loss.backward()
         return float(loss.detach())
+
     return step
 
 
 def worker(name: str, tokens: int, hidden: int, vocab: int, dtype: str, threads: int) -> dict:
     import torch
+
     torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
     kind = getattr(torch, dtype)
@@ -85,14 +97,21 @@ def worker(name: str, tokens: int, hidden: int, vocab: int, dtype: str, threads:
     ht = torch.randn(tokens, hidden, generator=generator).to(kind)
     wt = torch.randn(vocab, hidden, generator=generator).mul_(0.02).to(kind)
     step = make_step(name, hs, ws, ht, wt)
-    warm = make_step(name, hs.detach()[:4].clone().requires_grad_(), ws.detach()[:64].clone().requires_grad_(), ht[:4], wt[:64])
+    warm = make_step(
+        name, hs.detach()[:4].clone().requires_grad_(), ws.detach()[:64].clone().requires_grad_(), ht[:4], wt[:64]
+    )
     warm()
     Path('/proc/self/clear_refs').write_text('5')
     before = status_kb('VmRSS')
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     loss = step()
-    seconds = time.perf_counter() - start
-    return {'seconds': seconds, 'extra_gb': (status_kb('VmHWM') - before) * 1024 / 1e9, 'loss': loss}
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    return {
+        'seconds': seconds,
+        'cpu_seconds': cpu_seconds,
+        'extra_gb': (status_kb('VmHWM') - before) * 1024 / 1e9,
+        'loss': loss,
+    }
 
 
 def measure(args) -> None:
@@ -104,23 +123,49 @@ def measure(args) -> None:
                 for name in args.implementations:
                     if found.get(name) is not None and found[name] == []:
                         continue
-                    command = [sys.executable, __file__, '--worker', name, '--tokens', str(tokens), '--hidden', str(args.hidden),
-                               '--vocab', str(args.vocab), '--dtypes', dtype, '--threads', str(args.threads)]
+                    command = [
+                        sys.executable,
+                        __file__,
+                        '--worker',
+                        name,
+                        '--tokens',
+                        str(tokens),
+                        '--hidden',
+                        str(args.hidden),
+                        '--vocab',
+                        str(args.vocab),
+                        '--dtypes',
+                        dtype,
+                        '--threads',
+                        str(args.threads),
+                    ]
                     done = subprocess.run(command, capture_output=True, text=True)
                     found.setdefault(name, [])
                     if done.returncode == 0:
                         found[name].append(json.loads(done.stdout.splitlines()[-1]))
                     else:
                         print(f'{name}: left out, {(done.stderr.splitlines() or ["killed"])[-1]}', file=sys.stderr)
-            floor = statistics.median(r['seconds'] for r in found['matmuls'])
+            floor = statistics.median(r[args.ratio] for r in found['matmuls'])
             for name, runs in found.items():
                 if runs:
-                    seconds = statistics.median(r['seconds'] for r in runs)
-                    rows.append({'implementation': name, 'dtype': dtype, 'tokens': tokens, 'hidden': args.hidden, 'vocab': args.vocab,
-                                 'threads': args.threads, 'repeats': len(runs), 'seconds': round(seconds, 3),
-                                 'ratio_to_matmuls': round(seconds / floor, 3),
-                                 'extra_gb': round(statistics.median(r['extra_gb'] for r in runs), 3),
-                                 'mean_loss': runs[0]['loss']})
+                    median = {
+                        key: statistics.median(r[key] for r in runs) for key in ('seconds', 'cpu_seconds', 'extra_gb')
+                    }
+                    rows.append(
+                        {
+                            'implementation': name,
+                            'dtype': dtype,
+                            'tokens': tokens,
+                            'hidden': args.hidden,
+                            'vocab': args.vocab,
+                            'threads': args.threads,
+                            'repeats': len(runs),
+                            **{key: round(value, 3) for key, value in median.items()},
+                            'ratio_of': args.ratio,
+                            'ratio_to_matmuls': round(median[args.ratio] / floor, 3),
+                            'mean_loss': runs[0]['loss'],
+                        }
+                    )
                     print(rows[-1], flush=True)
     if args.out:
         with open(args.out, 'w', newline='') as file:
@@ -131,23 +176,34 @@ def measure(args) -> None:
 
 def plot(source: str, target: str) -> None:
     import matplotlib
+
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
+
     with open(source) as file:
         rows = list(csv.DictReader(file))
     dtypes = list(dict.fromkeys(r['dtype'] for r in rows))
     figure, axes = plt.subplots(len(dtypes), 2, figsize=(11, 4 * len(dtypes)), squeeze=False)
     for line, dtype in zip(axes, dtypes, strict=True):
-        for axis, field, label in ((line[0], 'seconds', 'seconds per step'), (line[1], 'extra_gb', 'extra peak memory, GB')):
+        for axis, field, label in (
+            (line[0], rows[0]['ratio_of'], f'{rows[0]["ratio_of"]} per step'),
+            (line[1], 'extra_gb', 'extra peak memory, GB'),
+        ):
             for name in IMPLEMENTATIONS:
-                points = sorted((int(r['tokens']), float(r[field])) for r in rows if r['implementation'] == name and r['dtype'] == dtype)
+                points = sorted(
+                    (int(r['tokens']), float(r[field]))
+                    for r in rows
+                    if r['implementation'] == name and r['dtype'] == dtype
+                )
                 if points:
                     axis.plot(*zip(*points, strict=True), marker='o', label=name)
             axis.set(xscale='log', yscale='log', xlabel='tokens', ylabel=label, title=dtype)
             axis.grid(alpha=0.3, which='both')
             axis.legend()
-    figure.suptitle(f'Output heads + JSD, forward and backward: hidden {rows[0]["hidden"]}, vocabulary {rows[0]["vocab"]}, '
-                    f'{rows[0]["threads"]} CPU threads')
+    figure.suptitle(
+        f'Output heads + JSD, forward and backward: hidden {rows[0]["hidden"]}, vocabulary {rows[0]["vocab"]}, '
+        f'{rows[0]["threads"]} CPU threads'
+    )
     figure.tight_layout()
     figure.savefig(target, dpi=120)
 
@@ -161,6 +217,7 @@ def main() -> None:
     parser.add_argument('--dtypes', nargs='+', default=['float32', 'bfloat16'])
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--repeats', type=int, default=3)
+    parser.add_argument('--ratio', choices=['seconds', 'cpu_seconds'], default='seconds')
     parser.add_argument('--out')
     parser.add_argument('--plot', nargs=2, metavar=('CSV', 'PNG'))
     parser.add_argument('--worker', help=argparse.SUPPRESS)

@@ -1,4 +1,5 @@
 """How far apart a student's and a teacher's next-token distributions are, from hidden states and output heads."""
+
 from .heads import LogitTransform
 from .kinds import Divergence
 from .operator import linear_divergence, logits_divergence, topk_divergence

@@ -1,8 +1,10 @@
 """Output heads: from hidden states to a chunk of fp32 logits, and from a chunk's gradient back to the head's tensors.
 
-A head is used a chunk of tokens at a time, so that its logits [tokens, vocab] never exist as a whole. Logits are fp32 from
-inputs of any precision (fp64 from fp64): rounding them to bf16 would cost more than the divergence of two close models.
+A head is used a chunk of tokens at a time, so that its logits [tokens, vocab] never exist as a whole. Logits are fp32
+from inputs of any precision (fp64 from fp64): rounding them to bf16 would cost more than the divergence of two close
+models.
 """
+
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -24,7 +26,8 @@ class LogitTransform:
 
         logits = softcap · tanh(scale · z / softcap)        or scale · z without a softcap
 
-    Gemma 2, 3n and 4: softcap = `final_logit_softcapping`. Cohere: scale = `logit_scale`. Granite: scale = 1 / `logits_scaling`.
+    Gemma 2, 3n and 4: softcap = `final_logit_softcapping`. Cohere: scale = `logit_scale`. Granite: scale = 1 /
+    `logits_scaling`.
     """
 
     scale: float = 1.0
@@ -39,8 +42,8 @@ class LogitTransform:
 def _bf16_products():
     """On a CPU: fp32 matrix products round their inputs to bf16 and keep an fp32 result.
 
-    For inputs that are bf16 already nothing is rounded, and the bf16 units are used; torch.mm(out_dtype=) is CUDA only. The
-    setting is one of the process, so it is put back at once; without bf16 units oneDNN ignores it.
+    For inputs that are bf16 already nothing is rounded, and the bf16 units are used; torch.mm(out_dtype=) is CUDA only.
+    The setting is one of the process, so it is put back at once; without bf16 units oneDNN ignores it.
     """
     matmul = torch.backends.mkldnn.matmul
     previous = matmul.fp32_precision
@@ -57,13 +60,23 @@ def _as_they_are():
 
 
 class LinearHead:
-    """logits = transform(hidden @ weightᵀ + bias + scaling·(hidden @ Aᵀ) @ Bᵀ) / temperature, over the first `columns` ids.
+    """logits = transform(hidden @ weightᵀ + bias + scaling·(hidden @ Aᵀ) @ Bᵀ) / temperature, over the first `columns`
+    ids.
 
-    hidden [tokens, dim], weight [vocab, dim], bias [vocab] or None, lora (A [rank, dim], B [vocab, rank], scaling) or None.
+    hidden [tokens, dim], weight [vocab, dim], bias [vocab] or None, lora (A [rank, dim], B [vocab, rank], scaling) or
+    None.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora, transform: LogitTransform | None,
-                 columns: int, temperature: float):
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora,
+        transform: LogitTransform | None,
+        columns: int,
+        temperature: float,
+    ):
         self.hidden, self.columns = hidden, columns
         self.weight = weight[:columns]
         self.bias = None if bias is None else bias[:columns]
@@ -76,8 +89,9 @@ class LinearHead:
         both_bf16 = hidden.dtype == weight.dtype == torch.bfloat16
         self.products = _bf16_products if both_bf16 and hidden.device.type == 'cpu' else _as_they_are
 
-    def with_tensors(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None,
-                     b: Tensor | None) -> 'LinearHead':
+    def with_tensors(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None
+    ) -> 'LinearHead':
         lora = None if a is None else (a, b, self.lora[2])
         return LinearHead(hidden, weight, bias, lora, self.transform, self.columns, self.temperature)
 
@@ -104,7 +118,9 @@ class LinearHead:
             self._converted_product(x.to(self.dtype), weight, alpha, out)
         if self.lora is not None:
             a, b, scaling = self.lora
-            out.addmm_(x.to(self.dtype) @ a.detach().to(self.dtype).t(), b.detach().to(self.dtype).t(), alpha=alpha * scaling)
+            out.addmm_(
+                x.to(self.dtype) @ a.detach().to(self.dtype).t(), b.detach().to(self.dtype).t(), alpha=alpha * scaling
+            )
         if self.bias is not None:
             out.add_(self.bias.detach().to(self.dtype).clamp_min(LOWEST_LOGIT) * alpha)
         if self.softcap:
@@ -116,14 +132,15 @@ class LinearHead:
         product = torch.empty(len(x) * block, dtype=self.dtype, device=x.device)
         with self.products():
             for start in range(0, len(weight), block):
-                part = weight[start:start + block]
-                w = converted[:len(part)].copy_(part)
-                p = product[:len(x) * len(part)].view(len(x), len(part))
-                torch.mul(torch.mm(x, w.t(), out=p), alpha, out=out[:, start:start + len(part)])
+                part = weight[start : start + block]
+                w = converted[: len(part)].copy_(part)
+                p = product[: len(x) * len(part)].view(len(x), len(part))
+                torch.mul(torch.mm(x, w.t(), out=p), alpha, out=out[:, start : start + len(part)])
 
 
 class HeadGradients:
-    """Sums up the gradient of a LinearHead's tensors over the chunks. `wanted`: which of (hidden, weight, bias, A, B)."""
+    """Sums up the gradient of a LinearHead's tensors over the chunks. `wanted`: which of (hidden, weight, bias, A,
+    B)."""
 
     def __init__(self, head: LinearHead, wanted: tuple[bool, ...], reduce: Reduce):
         self.head, self.reduce = head, reduce
@@ -131,10 +148,12 @@ class HeadGradients:
         hidden, vocab = head.hidden, len(head.tensors[1])
         self.hidden = self.weight = self.bias = self.a = self.b = None
         if self.want_hidden:
-            self.hidden = torch.empty(hidden.shape, dtype=head.dtype if reduce.group else hidden.dtype, device=hidden.device)
+            self.hidden = torch.empty(
+                hidden.shape, dtype=head.dtype if reduce.group else hidden.dtype, device=hidden.device
+            )
         if self.want_weight:
             self.weight = torch.empty(vocab, hidden.shape[1], dtype=head.dtype, device=hidden.device)
-            self.weight[head.columns if len(hidden) else 0:].zero_()
+            self.weight[head.columns if len(hidden) else 0 :].zero_()
         if self.want_bias:
             self.bias = torch.zeros(vocab, dtype=head.dtype, device=hidden.device)
         if self.want_a:
@@ -143,7 +162,8 @@ class HeadGradients:
             self.b = torch.zeros(vocab, head.lora[1].shape[1], dtype=head.dtype, device=hidden.device)
 
     def add(self, rows: slice, gradient: Tensor, spare: Tensor | None) -> None:
-        """gradient [rows, columns] of hidden @ weightᵀ + …, in `head.dtype`. spare: memory as large, free to be overwritten."""
+        """gradient [rows, columns] of hidden @ weightᵀ + …, in `head.dtype`. spare: memory as large, free to be
+        overwritten."""
         head = self.head
         x = head.hidden[rows].detach()
         weight = head.weight.detach()
@@ -153,7 +173,7 @@ class HeadGradients:
         if self.want_hidden:
             self._add_hidden(rows, narrow, gradient, weight)
         if self.want_weight:
-            into = self.weight[:head.columns]
+            into = self.weight[: head.columns]
             first = 0 if rows.start == 0 else 1
             if narrow.is_cuda and narrow.dtype != head.dtype:
                 torch.addmm(into, narrow.t(), x, beta=first, out_dtype=head.dtype, out=into)
@@ -161,12 +181,12 @@ class HeadGradients:
                 with head.products():
                     torch.addmm(into, gradient.t(), x.to(head.dtype), beta=first, out=into)
         if self.want_bias:
-            self.bias[:head.columns] += gradient.sum(0)
+            self.bias[: head.columns] += gradient.sum(0)
         if self.want_a or self.want_b:
             a, b, scaling = head.lora
             wide = x.to(head.dtype)
             if self.want_b:
-                self.b[:head.columns].addmm_(gradient.t(), wide @ a.detach().to(head.dtype).t(), alpha=scaling)
+                self.b[: head.columns].addmm_(gradient.t(), wide @ a.detach().to(head.dtype).t(), alpha=scaling)
             if self.want_a:
                 self.a.addmm_((gradient @ b.detach().to(head.dtype)).t(), wide, alpha=scaling)
 
@@ -179,8 +199,8 @@ class HeadGradients:
         else:
             total = torch.zeros(into.shape, dtype=head.dtype, device=into.device)
             for start in range(0, len(weight), _CONVERTED_ROWS):
-                part = weight[start:start + _CONVERTED_ROWS]
-                total.addmm_(gradient[:, start:start + len(part)], part.to(head.dtype))
+                part = weight[start : start + _CONVERTED_ROWS]
+                total.addmm_(gradient[:, start : start + len(part)], part.to(head.dtype))
             into.copy_(total)
         if head.lora is not None:
             a, b, scaling = head.lora
@@ -200,7 +220,7 @@ def _narrowed(gradient: Tensor, dtype: torch.dtype, spare: Tensor | None) -> Ten
     """`gradient` in a half-precision type, in `spare`'s memory where there is one."""
     if spare is None:
         return gradient.to(dtype)
-    return spare.flatten().view(dtype)[:gradient.numel()].view(gradient.shape).copy_(gradient)
+    return spare.flatten().view(dtype)[: gradient.numel()].view(gradient.shape).copy_(gradient)
 
 
 class ReadyLogits:
@@ -215,7 +235,7 @@ class ReadyLogits:
         self.dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
 
     def logits(self, rows: slice, out: Tensor) -> None:
-        out.copy_(self.hidden[rows, :self.columns].detach()).clamp_min_(LOWEST_LOGIT)
+        out.copy_(self.hidden[rows, : self.columns].detach()).clamp_min_(LOWEST_LOGIT)
         if self.temperature != 1:
             out.mul_(1 / self.temperature)
 
@@ -226,10 +246,10 @@ class ReadyGradients:
     def __init__(self, head: ReadyLogits):
         self.head = head
         self.gradient = torch.empty_like(head.hidden)
-        self.gradient[:, head.columns:].zero_()
+        self.gradient[:, head.columns :].zero_()
 
     def add(self, rows: slice, gradient: Tensor, spare: Tensor | None) -> None:
-        self.gradient[rows, :self.head.columns].copy_(gradient)
+        self.gradient[rows, : self.head.columns].copy_(gradient)
 
     def finish(self) -> tuple[Tensor]:
         return (self.gradient,)

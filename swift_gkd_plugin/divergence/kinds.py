@@ -1,28 +1,30 @@
 """The divergences: one closed form each, for the value and for its gradient.
 
-Notation, for one token. S and T are the student's and the teacher's distributions, at the same temperature, over the same
-columns v; d = log T - log S; M = w·T + (1-w)·S is a mixture. For logits z with S = softmax(z),
+Notation, for one token. S and T are the student's and the teacher's distributions, at the same temperature, over the
+same columns v; d = log T - log S; M = w·T + (1-w)·S is a mixture. For logits z with S = softmax(z),
 
     ∂D/∂z_v = S_v (a_v - Σ_u S_u a_u),        a_v = ∂D/∂S_v  up to a constant that is the same for all v.
 
 `a` is called the slope, Σ S a its centre.
 
-**Why not sum p·log(p/q).** Each column of such a sum is of first order in d, and their sum of second order: for two models that
-are close, fp32 loses it (and bf16 turns it negative). Adding q - p to a column of KL(p‖q) leaves the sum as it is, because
-both distributions sum to one, and makes the column p·log(p/q) - p + q >= 0, of second order in d. An error of the
-normalisers then enters at second order too.
+**Why not sum p·log(p/q).** Each column of such a sum is of first order in d, and their sum of second order: for two
+models that are close, fp32 loses it (and bf16 turns it negative). Adding q - p to a column of KL(p‖q) leaves the sum as
+it is, because both distributions sum to one, and makes the column p·log(p/q) - p + q >= 0, of second order in d. An
+error of the normalisers then enters at second order too.
 
-**Why the larger probability is factored out.** With P = max(S, T), E = -|d|, y = expm1(E) in [-1, 0], everything else about a
-column is a function of y and E, bounded for any distance between the two. Let b be the weight in M of the smaller of the two
-(b = w where S >= T, 1-w where T > S) and h = log1p(b·y), so that M = P(1 + b·y) and log(M/P) = h. Then
-the larger one's column of KL(·‖M) is P·near, the smaller one's P·far:
+**Why the larger probability is factored out.** With P = max(S, T), E = -|d|, y = expm1(E) in [-1, 0], everything else
+about a column is a function of y and E, bounded for any distance between the two. Let b be the weight in M of the
+smaller of the two (b = w where S >= T, 1-w where T > S) and h = log1p(b·y), so that M = P(1 + b·y) and log(M/P) = h.
+Then the larger one's column of KL(·‖M) is P·near, the smaller one's P·far:
 
     near = b·y - h                              far = (1+y)(E - h) - (1-b)·y
 
-Both are >= 0, and exactly 0 at d = 0. Where rounding of the last bit makes one negative (|d| below 1e-6) the column is read as 0.
+Both are >= 0, and exactly 0 at d = 0. Where rounding of the last bit makes one negative (|d| below 1e-6) the column is
+read as 0.
 
 All functions work in place on blocks [rows, columns] of fp32 or fp64 that the caller owns.
 """
+
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -89,9 +91,9 @@ class Divergence:
 class Columns(NamedTuple):
     """A block's sums and slope. Sums are over the columns that are here: with a sharded vocabulary, over one shard."""
 
-    value: Tensor                # [rows], D
-    slope: Tensor                # [rows, columns], a, or S·a where `weighted`; to be multiplied by `factor`
-    centre: Tensor               # [rows], Σ S·a
+    value: Tensor  # [rows], D
+    slope: Tensor  # [rows, columns], a, or S·a where `weighted`; to be multiplied by `factor`
+    centre: Tensor  # [rows], Σ S·a
     factor: float
     weighted: bool = False
 
@@ -111,11 +113,13 @@ class Scratch(NamedTuple):
     b: Tensor
 
 
-def columns(divergence: Divergence, student: Tensor, teacher: Tensor, log_ratio: Tensor, scratch: Scratch,
-            kl_sums: bool = False) -> tuple[Columns, tuple[Tensor, Tensor] | None]:
+def columns(
+    divergence: Divergence, student: Tensor, teacher: Tensor, log_ratio: Tensor, scratch: Scratch, kl_sums: bool = False
+) -> tuple[Columns, tuple[Tensor, Tensor] | None]:
     """Value and slope of `divergence` for a block.
 
-    student, teacher: [rows, columns] probabilities. log_ratio: log teacher - log student, finite, computed from the logits
+    student, teacher: [rows, columns] probabilities. log_ratio: log teacher - log student, finite, computed from the
+        logits
     and not from the probabilities. `teacher`, `log_ratio` and the scratch are overwritten, `student` is not.
     kl_sums: also return ([rows] forward KL, [rows] reverse KL) of the same distributions.
     """
@@ -135,7 +139,8 @@ def _teacher_larger(log_ratio: Tensor, out: Tensor) -> Tensor:
 
 
 def _plain_near_and_far(scratch: Scratch) -> tuple[Tensor, Tensor]:
-    """The KL between S and T themselves. With M = one of the two, b is 1 on its side (h = E) and 0 on the other (h = 0):
+    """The KL between S and T themselves. With M = one of the two, b is 1 on its side (h = E) and 0 on the other (h =
+    0):
 
         the first argument is the larger one:  y - E         it is the smaller one:  (1+y)·E - y
 
@@ -157,8 +162,9 @@ def _both_kl(larger: Tensor, log_ratio: Tensor, scratch: Scratch) -> tuple[Tenso
 def _forward_kl(w: float, student: Tensor, larger: Tensor, log_ratio: Tensor, scratch: Scratch) -> Columns:
     """KL(T‖S): near where T > S, else far.
 
-    Slope: a_v = -T_v/S_v, unbounded; but S·a - S·ΣS·a = S - T, which is ±P·y and not a difference of two rounded numbers. Its
-    sum is 0, but for an error of the normalisers that d, and so all columns, share: S times that sum is taken off.
+    Slope: a_v = -T_v/S_v, unbounded; but S·a - S·ΣS·a = S - T, which is ±P·y and not a difference of two rounded
+    numbers. Its sum is 0, but for an error of the normalisers that d, and so all columns, share: S times that sum is
+    taken off.
     """
     teacher_larger = _teacher_larger(log_ratio, scratch.b)
     near, far = _plain_near_and_far(scratch)
@@ -179,7 +185,8 @@ def _reverse_kl(w: float, student: Tensor, larger: Tensor, log_ratio: Tensor, sc
 
 
 def _jsd(w: float, student: Tensor, larger: Tensor, log_ratio: Tensor, scratch: Scratch) -> Columns:
-    """β·KL(T‖M) + (1-β)·KL(S‖M), w = β. The larger one's KL has the weight 1-b, the smaller one's b; the terms in y cancel:
+    """β·KL(T‖M) + (1-β)·KL(S‖M), w = β. The larger one's KL has the weight 1-b, the smaller one's b; the terms in y
+    cancel:
 
         (1-b)·near + b·far = b·(1+y)(E - h) - (1-b)·h = b·((1+y)(E - h) + h) - h
 
@@ -221,7 +228,7 @@ def _skew_forward_kl(w: float, student: Tensor, larger: Tensor, log_ratio: Tenso
     teacher_larger = _teacher_larger(log_ratio, scratch.b)
     value = torch.linalg.vecdot(larger, torch.lerp(far, near, teacher_larger, out=far))
     slope = scratch.h.add_(log_ratio.relu_()).neg_().expm1_()
-    return Columns(value, slope, torch.linalg.vecdot(student, slope), (1 - w)**2 / w)
+    return Columns(value, slope, torch.linalg.vecdot(student, slope), (1 - w) ** 2 / w)
 
 
 def _skew_reverse_kl(w: float, student: Tensor, larger: Tensor, log_ratio: Tensor, scratch: Scratch) -> Columns:

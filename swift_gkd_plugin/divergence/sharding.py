@@ -1,9 +1,11 @@
 """A vocabulary that is split over the ranks of a group, as in tensor parallelism.
 
-Every rank holds consecutive rows of both heads, in rank order. The shards may be uneven, and the two heads may be split at
-different ids (151936 and 152064 rows over 4 ranks, say): the student's split decides, and the few rows of the teacher's head
-that lie on another rank are sent there once per call. Weights move, not logits: they do not grow with the tokens.
+Every rank holds consecutive rows of both heads, in rank order. The shards may be uneven, and the two heads may be split
+at different ids (151936 and 152064 rows over 4 ranks, say): the student's split decides, and the few rows of the
+teacher's head that lie on another rank are sent there once per call. Weights move, not logits: they do not grow with
+the tokens.
 """
+
 from dataclasses import dataclass
 
 import torch
@@ -36,8 +38,8 @@ _widths: dict[tuple, list[tuple[int, int]]] = {}
 
 
 def shard_widths(group, student: int, teacher: int, device: torch.device) -> list[tuple[int, int]]:
-    """(student, teacher) rows on every rank of the group. Exchanged once per group and pair of local widths, then remembered:
-    reading them on the host is the only synchronisation of a sharded call, and only of the first."""
+    """(student, teacher) rows on every rank of the group. Exchanged once per group and pair of local widths, then
+    remembered: reading them on the host is the only synchronisation of a sharded call, and only of the first."""
     key = (group, student, teacher)
     if key not in _widths:
         mine = torch.tensor([student, teacher], device=device)
@@ -56,10 +58,25 @@ def spans(widths: list[int], vocab_size: int) -> list[tuple[int, int]]:
     return out
 
 
-def realigned(rows: Tensor, have: list[tuple[int, int]], want: list[tuple[int, int]], group) -> list[tuple[int, Tensor]]:
+def local_span(widths: list[int], vocab_size: int, group) -> tuple[int, int]:
+    """This rank's ids. The error for a rank without any is raised on all ranks, so that none waits for it."""
+    out = spans(widths, vocab_size)
+    for rank, (first, last) in enumerate(out):
+        if first == last:
+            raise ValueError(
+                f'rank {rank} of vocab_group holds the ids from {sum(widths[:rank])} on, none of the '
+                f'{vocab_size} that both sides have'
+            )
+    return out[dist.get_rank(group)]
+
+
+def realigned(
+    rows: Tensor, have: list[tuple[int, int]], want: list[tuple[int, int]], group
+) -> list[tuple[int, Tensor]]:
     """This rank's ids want[rank] of a tensor of which each rank holds have[rank]: pieces (first id, rows), in order.
 
-    One all-to-all of the rows that lie elsewhere; none where every rank has what it wants. Rows that are here are views.
+    One all-to-all of the rows that lie elsewhere; none where every rank has what it wants. Rows that are here are
+    views.
     """
     rank = dist.get_rank(group)
     first = have[rank][0]
@@ -69,14 +86,15 @@ def realigned(rows: Tensor, have: list[tuple[int, int]], want: list[tuple[int, i
 
     sends = [overlap(have[rank], span) if other != rank else (0, 0) for other, span in enumerate(want)]
     receives = [overlap(span, want[rank]) if other != rank else (0, 0) for other, span in enumerate(have)]
-    moves = any(lo < hi for h in range(len(have)) for w in range(len(want)) if h != w
-                for lo, hi in [overlap(have[h], want[w])])
+    moves = any(
+        lo < hi for h in range(len(have)) for w in range(len(want)) if h != w for lo, hi in [overlap(have[h], want[w])]
+    )
     pieces = []
     lo, hi = overlap(have[rank], want[rank])
     if lo < hi:
-        pieces.append((lo, rows[lo - first:hi - first]))
+        pieces.append((lo, rows[lo - first : hi - first]))
     if moves:
-        outgoing = [rows[lo - first:hi - first] if lo < hi else rows[:0] for lo, hi in sends]
+        outgoing = [rows[lo - first : hi - first] if lo < hi else rows[:0] for lo, hi in sends]
         sizes = [max(hi - lo, 0) for lo, hi in receives]
         received = rows.new_empty(sum(sizes), *rows.shape[1:])
         dist.all_to_all_single(received, torch.cat(outgoing), sizes, [len(part) for part in outgoing], group=group)

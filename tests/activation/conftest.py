@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import sysconfig
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -72,8 +73,9 @@ def running(
         (out / 'same_student').symlink_to(tiny_models.student)
         (out / 'config.yaml').write_text(config.format(**names))
         words = shlex.split(line.format(**names))
-        tool = {'swift': ['-m', 'swift.cli.main'], 'megatron': ['-m', 'swift.cli._megatron.main'], 'python': []}[words[0]]
-        # ms-swift starts its children with the Python that runs it, so that they live in the same environment.
+        # The launchers start their children with the Python that runs them, so that these live in the same environment.
+        launchers = {'swift': ['-m', 'swift.cli.main'], 'megatron': ['-m', 'swift.cli._megatron.main'], 'python': []}
+        tool = launchers[words[0]] if words[0] in launchers else [Path(sysconfig.get_path('purelib'), words[0])]
         return Finished(*helpers.run([sites[site], *tool, *words[1:]], env={'COLUMNS': '200', **(env or {})}, cwd=out))
 
     with ThreadPoolExecutor(max_workers=2) as pool:

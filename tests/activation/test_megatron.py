@@ -52,17 +52,15 @@ def test_stock_trainer_runs_and_says_so(finished):
 
 @pytest.mark.command(f'{OFF_POLICY} {TINY} --gkd_divergence tvd', env=STAND_INS)
 @pytest.mark.command(f'{OFF_POLICY} {TINY} --model_kwargs \'{{{{"gkd_divergence": "tvd"}}}}\'', env=STAND_INS)
-@pytest.mark.command(f'{OFF_POLICY} {TINY} --beta 1.5', env=STAND_INS)
-def test_options_without_effect_and_wrong_values_are_refused(all_finished):
-    *without_effect, wrong = [finished.output.splitlines()[-1] for finished in all_finished]
-    for line in without_effect:
-        assert line.startswith('swift-gkd-plugin: --gkd_divergence tvd: the plugin has no Megatron trainer yet')
-    assert wrong.startswith('swift-gkd-plugin: --beta 1.5: must be in [0, 1]')
+def test_option_without_effect_is_refused(all_finished):
+    for finished in all_finished:
+        last = finished.output.splitlines()[-1]
+        assert last.startswith('swift-gkd-plugin: --gkd_divergence tvd: the plugin has no Megatron trainer yet'), finished.output[-3000:]
 
 
-@pytest.mark.command('megatron rlhf --rlhf_type dpo --help', env={'SWIFT_GKD_PLUGIN': '0', **STAND_INS})
-@pytest.mark.command('megatron rlhf --rlhf_type dpo --help', env=STAND_INS)
-@pytest.mark.command('megatron rlhf --help', env=STAND_INS)
+@pytest.mark.command('swift/cli/_megatron/rlhf.py --rlhf_type dpo --help', env={'SWIFT_GKD_PLUGIN': '0', **STAND_INS})
+@pytest.mark.command('swift/cli/_megatron/rlhf.py --rlhf_type dpo --help', env=STAND_INS)
+@pytest.mark.command('swift/cli/_megatron/rlhf.py --help', env=STAND_INS)
 def test_help(all_finished):
     dpo_off, dpo_on, gkd = all_finished
     assert dpo_off.returncode == gkd.returncode == 0 and len(dpo_off.output) > 10000

@@ -1,4 +1,6 @@
-"""One rank of a sharded vocabulary: compares its share with the unsharded operator. Started by test_divergence_sharded.py."""
+"""One rank of a sharded vocabulary: compares its share with the unsharded operator. Started by
+test_divergence_sharded.py."""
+
 import sys
 from datetime import timedelta
 
@@ -21,7 +23,7 @@ def cut(total, uneven):
 
 def shard(x, widths):
     first = sum(widths[:RANK])
-    return x[first:first + widths[RANK]]
+    return x[first : first + widths[RANK]]
 
 
 def close(found, expected, what):
@@ -31,33 +33,75 @@ def close(found, expected, what):
 
 def compare(divergence, student_vocab, teacher_vocab, uneven, detail, dtype=torch.float32):
     torch.manual_seed(0)
-    x = {'hidden': torch.randn(TOKENS, DIM), 'weight': torch.randn(student_vocab, DIM) * 0.5, 'bias': torch.randn(student_vocab),
-         'a': torch.randn(3, DIM), 'b': torch.randn(student_vocab, 3) * 0.1}
-    other, head, head_bias = torch.randn(TOKENS, OTHER), torch.randn(teacher_vocab, OTHER) * 0.5, torch.randn(teacher_vocab)
+    x = {
+        'hidden': torch.randn(TOKENS, DIM),
+        'weight': torch.randn(student_vocab, DIM) * 0.5,
+        'bias': torch.randn(student_vocab),
+        'a': torch.randn(3, DIM),
+        'b': torch.randn(student_vocab, 3) * 0.1,
+    }
+    other, head, head_bias = (
+        torch.randn(TOKENS, OTHER),
+        torch.randn(teacher_vocab, OTHER) * 0.5,
+        torch.randn(teacher_vocab),
+    )
     labels = torch.randint(-1, min(student_vocab, teacher_vocab), (TOKENS,))
-    common = dict(token_weights=torch.rand(TOKENS), labels=labels, label_weights=torch.rand(TOKENS), chunk_tokens=8,
-                  student_transform=LogitTransform(softcap=20.0))
+    common = dict(
+        token_weights=torch.rand(TOKENS),
+        labels=labels,
+        label_weights=torch.rand(TOKENS),
+        chunk_tokens=8,
+        student_transform=LogitTransform(softcap=20.0),
+    )
     student_cut, teacher_cut = cut(student_vocab, uneven), cut(teacher_vocab, False)
     local = {n: shard(t, student_cut) if n in ('weight', 'bias', 'b') else t for n, t in x.items()}
     found, expected = [], []
-    for out, tensors, teacher, group in ((expected, x, (head, head_bias), None),
-                                         (found, local, [shard(t, teacher_cut) for t in (head, head_bias)], dist.group.WORLD)):
+    for out, tensors, teacher, group in (
+        (expected, x, (head, head_bias), None),
+        (found, local, [shard(t, teacher_cut) for t in (head, head_bias)], dist.group.WORLD),
+    ):
         tensors = {n: t.clone().requires_grad_() for n, t in tensors.items()}
         for reduction in ('sum', 'none'):
             stats = TokenStats(detail=detail)
-            loss = linear_divergence(tensors['hidden'], tensors['weight'], other, teacher[0], divergence, reduction=reduction,
-                                     student_bias=tensors['bias'], teacher_bias=teacher[1], vocab_group=group, stats=stats,
-                                     student_lora=(tensors['a'], tensors['b'], 0.5), **common)
+            loss = linear_divergence(
+                tensors['hidden'],
+                tensors['weight'],
+                other,
+                teacher[0],
+                divergence,
+                reduction=reduction,
+                student_bias=tensors['bias'],
+                teacher_bias=teacher[1],
+                vocab_group=group,
+                stats=stats,
+                student_lora=(tensors['a'], tensors['b'], 0.5),
+                **common,
+            )
             out.append((loss, torch.autograd.grad(loss.sum(), list(tensors.values())), stats))
         values, ids = torch.log_softmax(other @ head.t(), -1).topk(9)
-        loss = topk_divergence(tensors['hidden'], tensors['weight'], values, ids, divergence, reduction='sum', vocab_group=group,
-                               topk_temperature=1.0, student_bias=tensors['bias'], student_lora=(tensors['a'], tensors['b'], 0.5),
-                               stats=(stats := TokenStats(detail=detail)), **common)
+        loss = topk_divergence(
+            tensors['hidden'],
+            tensors['weight'],
+            values,
+            ids,
+            divergence,
+            reduction='sum',
+            vocab_group=group,
+            topk_temperature=1.0,
+            student_bias=tensors['bias'],
+            student_lora=(tensors['a'], tensors['b'], 0.5),
+            stats=(stats := TokenStats(detail=detail)),
+            **common,
+        )
         out.append((loss, torch.autograd.grad(loss, list(tensors.values())), stats))
     for (loss, gradients, stats), (right, right_gradients, right_stats) in zip(found, expected, strict=True):
         close(loss, right, 'loss')
         for name, one, whole in zip(x, gradients, right_gradients, strict=True):
-            close(one, shard(whole, student_cut) if name in ('weight', 'bias', 'b') else whole, f'{divergence.kind} gradient of {name}')
+            close(
+                one,
+                shard(whole, student_cut) if name in ('weight', 'bias', 'b') else whole,
+                f'{divergence.kind} gradient of {name}',
+            )
         for name, value in vars(right_stats).items():
             if isinstance(value, torch.Tensor):
                 assert torch.allclose(getattr(stats, name), value, atol=2e-6), name
@@ -69,18 +113,25 @@ def main():
     for divergence in (Divergence(temperature=0.9), Divergence('forward_kl'), Divergence(beta=0.2)):
         compare(divergence, 152, 160, uneven=False, detail=divergence.kind == 'jsd')
     for kind in ('reverse_kl', 'skew_forward_kl', 'skew_reverse_kl', 'tvd'):
-        compare(Divergence(kind), 170, 131, uneven=True, detail=False)
+        compare(Divergence(kind), 170, 150, uneven=True, detail=False)
     identical_models()
     dist.destroy_process_group()
 
 
 def identical_models():
-    """host_facts D11: the teacher's head is the student's with padding rows. Aligning local shards pairs other tokens."""
+    """host_facts D11: the teacher's head is the student's with padding rows. Aligning local shards pairs other
+    tokens."""
     torch.manual_seed(1)
     hidden, weight = torch.randn(TOKENS, DIM), torch.randn(152, DIM)
     padded = torch.cat([weight, torch.randn(8, DIM)])
-    found = linear_divergence(hidden, shard(weight, cut(152, False)), hidden, shard(padded, cut(160, False)), Divergence('forward_kl'),
-                              vocab_group=dist.group.WORLD)
+    found = linear_divergence(
+        hidden,
+        shard(weight, cut(152, False)),
+        hidden,
+        shard(padded, cut(160, False)),
+        Divergence('forward_kl'),
+        vocab_group=dist.group.WORLD,
+    )
     assert found.max() < 1e-10, f'identical models are {float(found.max())} apart'
 
 

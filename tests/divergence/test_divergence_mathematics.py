@@ -1,4 +1,5 @@
 """The divergences against their definitions in float64, and what must hold of them whatever the numbers."""
+
 import math
 
 import divergence_reference as reference
@@ -42,11 +43,12 @@ def test_value_and_gradient_are_the_definitions(divergence, spread):
     teacher = torch.randn(9, 200, dtype=torch.float64) * spread
     weights = torch.rand(9, dtype=torch.float64)
     expected = reference.divergence_of_logits(divergence, student, teacher)
-    gradient, = torch.autograd.grad((weights * expected).sum(), student)
+    (gradient,) = torch.autograd.grad((weights * expected).sum(), student)
     found = logits_divergence(student, teacher, divergence)
-    found_gradient, = torch.autograd.grad((weights * found).sum(), student)
+    (found_gradient,) = torch.autograd.grad((weights * found).sum(), student)
     assert torch.allclose(found, expected, rtol=1e-8, atol=1e-14)
-    # Where the two have nothing in common a gradient all but vanishes, as a difference of equal numbers in both computations.
+    # Where the two have nothing in common a gradient all but vanishes, as a difference of equal numbers in both
+    # computations.
     assert (found_gradient - gradient).norm() < 1e-9 * gradient.norm() + 1e-14
 
 
@@ -70,10 +72,18 @@ def test_equal_distributions_are_exactly_zero(divergence, dtype):
     assert not found.any() and not hidden.grad.any() and not weight.grad.any()
 
 
-@given(kind=st.sampled_from(['jsd', 'forward_kl', 'reverse_kl', 'skew_forward_kl', 'skew_reverse_kl', 'tvd']),
-       beta=st.floats(0, 1), skew=st.just(0.0) | st.floats(1e-6, 0.99), temperature=st.floats(0.2, 5), seed=st.integers(0, 2**20),
-       log_spread=st.floats(-3, 2), log_distance=st.floats(-9, 1), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-       vocab=st.integers(1, 300), chunk=st.integers(1, 9))
+@given(
+    kind=st.sampled_from(['jsd', 'forward_kl', 'reverse_kl', 'skew_forward_kl', 'skew_reverse_kl', 'tvd']),
+    beta=st.floats(0, 1),
+    skew=st.just(0.0) | st.floats(1e-6, 0.99),
+    temperature=st.floats(0.2, 5),
+    seed=st.integers(0, 2**20),
+    log_spread=st.floats(-3, 2),
+    log_distance=st.floats(-9, 1),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    vocab=st.integers(1, 300),
+    chunk=st.integers(1, 9),
+)
 @settings(max_examples=150, deadline=None)
 def test_never_negative_and_finite(kind, beta, skew, temperature, seed, log_spread, log_distance, dtype, vocab, chunk):
     generator = torch.Generator().manual_seed(seed)
@@ -85,9 +95,16 @@ def test_never_negative_and_finite(kind, beta, skew, temperature, seed, log_spre
     assert (found >= 0).all() and found.isfinite().all() and student.grad.isfinite().all()
 
 
-@given(seed=st.integers(0, 2**20), vocab=st.integers(2, 500), tokens=st.integers(1, 12), dim=st.integers(1, 24),
-       chunk=st.integers(1, 13), beta=st.floats(0.01, 0.99), temperature=st.floats(0.3, 3),
-       dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+@given(
+    seed=st.integers(0, 2**20),
+    vocab=st.integers(2, 500),
+    tokens=st.integers(1, 12),
+    dim=st.integers(1, 24),
+    chunk=st.integers(1, 13),
+    beta=st.floats(0.01, 0.99),
+    temperature=st.floats(0.3, 3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
 @settings(max_examples=60, deadline=None)
 def test_any_shape_and_partition_against_the_definition(seed, vocab, tokens, dim, chunk, beta, temperature, dtype):
     generator = torch.Generator().manual_seed(seed)
@@ -103,8 +120,12 @@ def test_symmetry_and_exchange():
     torch.manual_seed(3)
     a, b = torch.randn(2, 8, 500, dtype=torch.float64) * 3
     assert torch.allclose(logits_divergence(a, b, Divergence()), logits_divergence(b, a, Divergence()), rtol=1e-12)
-    assert torch.allclose(logits_divergence(a, b, Divergence(beta=0.2)), logits_divergence(b, a, Divergence(beta=0.8)), rtol=1e-12)
-    assert torch.allclose(logits_divergence(a, b, Divergence('forward_kl')), logits_divergence(b, a, Divergence('reverse_kl')))
+    assert torch.allclose(
+        logits_divergence(a, b, Divergence(beta=0.2)), logits_divergence(b, a, Divergence(beta=0.8)), rtol=1e-12
+    )
+    assert torch.allclose(
+        logits_divergence(a, b, Divergence('forward_kl')), logits_divergence(b, a, Divergence('reverse_kl'))
+    )
     assert (logits_divergence(a, b, Divergence()) <= math.log(2)).all()
     assert (logits_divergence(a, b, Divergence('tvd')) <= 1).all()
 
@@ -118,6 +139,7 @@ def test_beta_zero_and_one_are_the_plain_kls():
 
 # ---- two models that are close: the case of self-distillation ----
 
+
 def models_at(divergence, distance, tokens, dim, vocab, spread):
     """Hidden states of two models that share a head, `distance` nats apart in the mean."""
     torch.manual_seed(5)
@@ -125,13 +147,21 @@ def models_at(divergence, distance, tokens, dim, vocab, spread):
     low, high = 1e-6, 30.0
     for _ in range(25):
         step = math.sqrt(low * high)
-        value = reference.divergence_of_logits(divergence, hidden @ weight.t(), (hidden + step * direction) @ weight.t())
+        value = reference.divergence_of_logits(
+            divergence, hidden @ weight.t(), (hidden + step * direction) @ weight.t()
+        )
         low, high = (step, high) if value.mean() < distance else (low, step)
     return hidden, hidden + step * direction, weight
 
 
-CLOSE = [Divergence('jsd', 0.5), Divergence('jsd', 0.1), Divergence('forward_kl'), Divergence('reverse_kl'),
-         Divergence('skew_forward_kl'), Divergence('skew_reverse_kl')]
+CLOSE = [
+    Divergence('jsd', 0.5),
+    Divergence('jsd', 0.1),
+    Divergence('forward_kl'),
+    Divergence('reverse_kl'),
+    Divergence('skew_forward_kl'),
+    Divergence('skew_reverse_kl'),
+]
 DISTANCES = [1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5]
 
 
@@ -144,10 +174,10 @@ def test_accuracy_from_fp32_logits(divergence, distance):
     student, teacher = hs @ weight.t(), ht @ weight.t()
     exact = student.double().requires_grad_()
     expected = reference.divergence_of_logits(divergence, exact, teacher.double())
-    gradient, = torch.autograd.grad(expected.sum(), exact)
+    (gradient,) = torch.autograd.grad(expected.sum(), exact)
     student.requires_grad_()
     found = logits_divergence(student, teacher, divergence)
-    found_gradient, = torch.autograd.grad(found.sum(), student)
+    (found_gradient,) = torch.autograd.grad(found.sum(), student)
     error = (found.double() - expected).detach()
     assert error.mean().abs() <= max(1e-5 * expected.mean(), 1e-9)
     assert (error.abs() <= torch.clamp(2e-5 * expected.mean(), min=1e-9)).all()
@@ -160,18 +190,22 @@ def test_accuracy_from_fp32_logits(divergence, distance):
 def test_accuracy_from_hidden_states(divergence, distance, dtype):
     """fp32: mean within max(1e-5·D, 1e-8). bf16: mean within max(5e-4·D, 1e-7), a token within max(5e-3·D, 1e-6).
 
-    Gradients: bf16 within 0.5 %. In fp32 the product that makes the logits is rounded at 1e-7 of the logit, and that, not the
-    divergence, limits the gradient to about 1e-6 of a logit over the typical log-ratio sqrt(8·D).
+    Gradients: bf16 within 0.5 %. In fp32 the product that makes the logits is rounded at 1e-7 of the logit, and that,
+    not the divergence, limits the gradient to about 1e-6 of a logit over the typical log-ratio sqrt(8·D).
     """
     distance = min(distance, 0.2) if divergence.kind in ('jsd', 'skew_forward_kl', 'skew_reverse_kl') else distance
     hs, ht, weight = models_at(divergence, distance, 32, 64, 4096, 0.4)
     hs, ht, weight = (x.to(dtype).requires_grad_() for x in (hs, ht, weight))
-    if dtype == torch.bfloat16 and distance < 1e-2:  # hidden states this close are equal in bf16: the heads differ instead
+    if (
+        dtype == torch.bfloat16 and distance < 1e-2
+    ):  # hidden states this close are equal in bf16: the heads differ instead
         ht, other = hs.detach(), (weight + (distance**0.5) * 0.5 * 0.4 * torch.randn(weight.shape)).to(dtype).detach()
     else:
         other = weight.detach()
     exact = [x.detach().double().requires_grad_() for x in (hs, weight)]
-    expected = reference.divergence_of_logits(divergence, exact[0] @ exact[1].t(), ht.detach().double() @ other.double().t())
+    expected = reference.divergence_of_logits(
+        divergence, exact[0] @ exact[1].t(), ht.detach().double() @ other.double().t()
+    )
     gradients = torch.autograd.grad(expected.sum(), exact)
     found = linear_divergence(hs, weight, ht, other, divergence)
     error, mean = (found.double() - expected).detach(), float(expected.detach().mean())
@@ -182,12 +216,14 @@ def test_accuracy_from_hidden_states(divergence, distance, dtype):
         assert (error.abs() <= torch.clamp(5e-3 * expected, min=1e-6)).all()
     bound = 5e-3 if dtype == torch.bfloat16 else max(1e-5, 3e-6 / math.sqrt(mean))
     total = linear_divergence(hs, weight, ht, other, divergence, reduction='sum')
-    for one, two, right in zip(torch.autograd.grad(total, (hs, weight)), torch.autograd.grad(found.sum(), (hs, weight)), gradients,
-                               strict=True):
+    for one, two, right in zip(
+        torch.autograd.grad(total, (hs, weight)), torch.autograd.grad(found.sum(), (hs, weight)), gradients, strict=True
+    ):
         assert relative(one, right) < bound and relative(two, right) < bound
 
 
 # ---- columns of -inf ----
+
 
 @pytest.mark.parametrize('divergence', DIVERGENCES, ids=by_name)
 def test_columns_masked_on_both_sides_do_not_count(divergence):
@@ -214,8 +250,19 @@ def test_columns_masked_on_one_side_are_finite(divergence, side):
     assert found.isfinite().all() and (found > 0).all() and student.grad.isfinite().all()
 
 
-@pytest.mark.parametrize('bad', [dict(kind='kl'), dict(beta=1.1), dict(beta=-0.1), dict(temperature=0), dict(temperature=-1),
-                                 dict(temperature=math.inf), dict(skew=1), dict(beta=math.nan)])
+@pytest.mark.parametrize(
+    'bad',
+    [
+        dict(kind='kl'),
+        dict(beta=1.1),
+        dict(beta=-0.1),
+        dict(temperature=0),
+        dict(temperature=-1),
+        dict(temperature=math.inf),
+        dict(skew=1),
+        dict(beta=math.nan),
+    ],
+)
 def test_bad_settings_are_refused(bad):
     with pytest.raises(ValueError, match=str(next(iter(bad.values())))):
         Divergence(**bad)

@@ -1,4 +1,5 @@
 """The operators around the mathematics: heads, weights, labels, vocabularies, partitions, memory, errors."""
+
 import math
 
 import divergence_reference as reference
@@ -26,28 +27,49 @@ def relative(found, expected):
 def case():
     torch.manual_seed(0)
     double = dict(dtype=torch.float64)
-    return {'hidden': torch.randn(TOKENS, DIM, **double), 'weight': torch.randn(VOCAB, DIM, **double) * 0.5,
-            'bias': torch.randn(VOCAB, **double), 'a': torch.randn(RANK, DIM, **double),
-            'b': torch.randn(VOCAB, RANK, **double) * 0.1, 'other': torch.randn(TOKENS, 12, **double),
-            'head': torch.randn(VOCAB + 10, 12, **double) * 0.5, 'head_bias': torch.randn(VOCAB + 10, **double),
-            'token_weights': torch.rand(TOKENS), 'label_weights': torch.rand(TOKENS),
-            'labels': torch.where(torch.rand(TOKENS) < 0.2, -100, torch.randint(VOCAB, (TOKENS,)))}
+    return {
+        'hidden': torch.randn(TOKENS, DIM, **double),
+        'weight': torch.randn(VOCAB, DIM, **double) * 0.5,
+        'bias': torch.randn(VOCAB, **double),
+        'a': torch.randn(RANK, DIM, **double),
+        'b': torch.randn(VOCAB, RANK, **double) * 0.1,
+        'other': torch.randn(TOKENS, 12, **double),
+        'head': torch.randn(VOCAB + 10, 12, **double) * 0.5,
+        'head_bias': torch.randn(VOCAB + 10, **double),
+        'token_weights': torch.rand(TOKENS),
+        'label_weights': torch.rand(TOKENS),
+        'labels': torch.where(torch.rand(TOKENS) < 0.2, -100, torch.randint(VOCAB, (TOKENS,))),
+    }
 
 
 def run(case, dtype, divergence, reduction, **extra):
     """(loss, gradients of hidden, weight, bias, A, B) of the operator."""
     x = {n: case[n].to(dtype).requires_grad_() for n in NAMES}
-    loss = linear_divergence(x['hidden'], x['weight'], case['other'].to(dtype), case['head'].to(dtype), divergence,
-                             token_weights=case['token_weights'], reduction=reduction, student_bias=x['bias'],
-                             teacher_bias=case['head_bias'].to(dtype), student_lora=(x['a'], x['b'], 0.5), **extra)
+    loss = linear_divergence(
+        x['hidden'],
+        x['weight'],
+        case['other'].to(dtype),
+        case['head'].to(dtype),
+        divergence,
+        token_weights=case['token_weights'],
+        reduction=reduction,
+        student_bias=x['bias'],
+        teacher_bias=case['head_bias'].to(dtype),
+        student_lora=(x['a'], x['b'], 0.5),
+        **extra,
+    )
     return loss, torch.autograd.grad(loss.sum(), list(x.values()))
 
 
 def expect(case, dtype, divergence, transform=None, teacher_transform=None, labels=False):
     x = {n: case[n].to(dtype).double().requires_grad_() for n in NAMES}
     student = reference.logits(x['hidden'], x['weight'], x['bias'], (x['a'], x['b'], 0.5), transform)
-    teacher = reference.logits(case['other'].to(dtype).double(), case['head'].to(dtype).double(), case['head_bias'].to(dtype).double(),
-                               transform=teacher_transform)
+    teacher = reference.logits(
+        case['other'].to(dtype).double(),
+        case['head'].to(dtype).double(),
+        case['head_bias'].to(dtype).double(),
+        transform=teacher_transform,
+    )
     loss = case['token_weights'] * reference.divergence_of_logits(divergence, student, teacher)
     if labels:
         loss = loss + case['label_weights'] * reference.cross_entropy(student, case['labels'])
@@ -57,15 +79,29 @@ def expect(case, dtype, divergence, transform=None, teacher_transform=None, labe
 TRANSFORMS = [None, LogitTransform(scale=0.0625), LogitTransform(softcap=5.0), LogitTransform(scale=1.5, softcap=3.0)]
 
 
-@pytest.mark.parametrize('dtype, bound', [(torch.float64, 1e-7), (torch.float32, 2e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-2)])
+@pytest.mark.parametrize(
+    'dtype, bound', [(torch.float64, 1e-7), (torch.float32, 2e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-2)]
+)
 @pytest.mark.parametrize('transform', TRANSFORMS, ids=str)
-@pytest.mark.parametrize('divergence', [Divergence(temperature=0.7), Divergence('forward_kl'), Divergence('tvd', temperature=2.0)],
-                         ids=lambda d: d.kind)
+@pytest.mark.parametrize(
+    'divergence',
+    [Divergence(temperature=0.7), Divergence('forward_kl'), Divergence('tvd', temperature=2.0)],
+    ids=lambda d: d.kind,
+)
 @pytest.mark.parametrize('reduction', ['sum', 'none'])
 def test_head_labels_and_transforms(case, dtype, bound, transform, divergence, reduction):
     expected, gradients = expect(case, dtype, divergence, transform, TRANSFORMS[2], labels=True)
-    loss, found = run(case, dtype, divergence, reduction, student_transform=transform, teacher_transform=TRANSFORMS[2],
-                      labels=case['labels'], label_weights=case['label_weights'], chunk_tokens=7)
+    loss, found = run(
+        case,
+        dtype,
+        divergence,
+        reduction,
+        student_transform=transform,
+        teacher_transform=TRANSFORMS[2],
+        labels=case['labels'],
+        label_weights=case['label_weights'],
+        chunk_tokens=7,
+    )
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert relative(loss, expected.sum() if reduction == 'sum' else expected) < min(bound, 1e-4)
     for name, one, right in zip(NAMES, found, gradients, strict=True):
@@ -100,32 +136,39 @@ def test_per_token_loss_is_differentiable_under_any_weighting(case):
     x = {n: case[n].float().requires_grad_() for n in NAMES[:2]}
     linear_divergence(*x.values(), case['other'].float(), case['head'].float(), Divergence()).backward(upstream)
     y = {n: case[n].float().requires_grad_() for n in NAMES[:2]}
-    linear_divergence(*y.values(), case['other'].float(), case['head'].float(), Divergence(), token_weights=upstream,
-                      reduction='sum').backward()
+    linear_divergence(
+        *y.values(), case['other'].float(), case['head'].float(), Divergence(), token_weights=upstream, reduction='sum'
+    ).backward()
     for name in x:
         assert relative(x[name].grad, y[name].grad.double()) < 1e-6
 
 
 def test_only_what_needs_a_gradient_gets_one(case):
     hidden, weight = case['hidden'].float().requires_grad_(), case['weight'].float()
-    linear_divergence(hidden, weight, case['other'].float(), case['head'].float(), Divergence(), reduction='sum').backward()
+    linear_divergence(
+        hidden, weight, case['other'].float(), case['head'].float(), Divergence(), reduction='sum'
+    ).backward()
     assert hidden.grad is not None and weight.grad is None
     with torch.no_grad():
-        loss = linear_divergence(hidden, weight, case['other'].float(), case['head'].float(), Divergence(), reduction='sum')
+        loss = linear_divergence(
+            hidden, weight, case['other'].float(), case['head'].float(), Divergence(), reduction='sum'
+        )
     assert not loss.requires_grad
 
 
 def test_no_hidden_gradient_product_for_a_frozen_student_body(case):
     hidden, weight = case['hidden'].float(), case['weight'].float().requires_grad_()
-    linear_divergence(hidden, weight, case['other'].float(), case['head'].float(), Divergence(), reduction='sum').backward()
+    linear_divergence(
+        hidden, weight, case['other'].float(), case['head'].float(), Divergence(), reduction='sum'
+    ).backward()
     assert hidden.grad is None and weight.grad is not None
 
 
 def test_a_sum_scales_its_gradient_and_is_used_once(case):
     hidden = case['hidden'].float().requires_grad_()
     args = (case['weight'].float(), case['other'].float(), case['head'].float(), Divergence())
-    one, = torch.autograd.grad(linear_divergence(hidden, *args, reduction='sum'), hidden)
-    tenth, = torch.autograd.grad(linear_divergence(hidden, *args, reduction='sum') / 10, hidden)
+    (one,) = torch.autograd.grad(linear_divergence(hidden, *args, reduction='sum'), hidden)
+    (tenth,) = torch.autograd.grad(linear_divergence(hidden, *args, reduction='sum') / 10, hidden)
     assert torch.allclose(tenth * 10, one)
     loss = linear_divergence(hidden, *args, reduction='sum')
     loss.backward(retain_graph=True)
@@ -148,7 +191,9 @@ def test_saved_for_backward_is_the_gradients_or_the_inputs(reduction, heads):
     hidden, weight = torch.randn(tokens, dim, requires_grad=True), torch.randn(vocab, dim, requires_grad=True)
     other, head = torch.randn(tokens, dim), torch.randn(vocab, dim)
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel() * t.element_size()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(t.numel() * t.element_size()) or t, lambda t: t
+    ):
         linear_divergence(hidden, weight, other, head, Divergence(), reduction=reduction)
     assert sum(saved) <= 4 * (heads * vocab * dim + tokens * dim)
 
@@ -156,16 +201,21 @@ def test_saved_for_backward_is_the_gradients_or_the_inputs(reduction, heads):
 def test_empty_token_set_is_connected_to_the_graph(case):
     for reduction, shape in (('sum', ()), ('none', (0,))):
         hidden, weight = case['hidden'][:0].float().requires_grad_(), case['weight'].float().requires_grad_()
-        loss = linear_divergence(hidden, weight, case['other'][:0].float(), case['head'].float(), Divergence(), reduction=reduction)
+        loss = linear_divergence(
+            hidden, weight, case['other'][:0].float(), case['head'].float(), Divergence(), reduction=reduction
+        )
         assert loss.shape == shape and not loss.any()
         loss.sum().backward()
         assert hidden.grad.shape == (0, DIM) and not weight.grad.any()
     logits = torch.zeros(0, 5, requires_grad=True)
     logits_divergence(logits, torch.zeros(0, 5), Divergence(), reduction='sum').backward()
-    topk_divergence(hidden, weight, torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.long), Divergence()).sum().backward()
+    topk_divergence(
+        hidden, weight, torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.long), Divergence()
+    ).sum().backward()
 
 
 # ---- labels only, and the statistics ----
+
 
 def test_cross_entropy_alone(case):
     hidden, weight = case['hidden'].float().requires_grad_(), case['weight'].float().requires_grad_()
@@ -174,7 +224,7 @@ def test_cross_entropy_alone(case):
     assert relative(loss, expected) < 1e-5
     loss.sum().backward()
     exact = case['weight'].clone().requires_grad_()
-    gradient, = torch.autograd.grad(reference.cross_entropy(case['hidden'] @ exact.t(), case['labels']).sum(), exact)
+    (gradient,) = torch.autograd.grad(reference.cross_entropy(case['hidden'] @ exact.t(), case['labels']).sum(), exact)
     assert relative(weight.grad, gradient) < 1e-5
 
 
@@ -186,8 +236,16 @@ def test_statistics(case, dense):
     if dense:
         logits_divergence(student.float(), teacher.float(), divergence, labels=labels, stats=stats, chunk_tokens=4)
     else:
-        linear_divergence(case['hidden'].float(), case['weight'].float(), case['other'].float(), case['head'].float(), divergence,
-                          labels=labels, stats=stats, chunk_tokens=4)
+        linear_divergence(
+            case['hidden'].float(),
+            case['weight'].float(),
+            case['other'].float(),
+            case['head'].float(),
+            divergence,
+            labels=labels,
+            stats=stats,
+            chunk_tokens=4,
+        )
     log_s, log_t = (torch.log_softmax(z[:, :VOCAB] / 0.8, -1) for z in (student, teacher))
     of_label = log_t.exp().gather(1, labels.clamp_min(0)[:, None])[:, 0] * (labels >= 0)
     expected = {
@@ -195,8 +253,10 @@ def test_statistics(case, dense):
         'cross_entropy': reference.cross_entropy(student, labels),
         'forward_kl': reference.divergence_of_logits(Divergence('forward_kl', temperature=0.8), student, teacher),
         'reverse_kl': reference.divergence_of_logits(Divergence('reverse_kl', temperature=0.8), student, teacher),
-        'student_entropy': -(log_s.exp() * log_s).sum(-1), 'teacher_entropy': -(log_t.exp() * log_t).sum(-1),
-        'top1_agreement': (log_s.argmax(-1) == log_t.argmax(-1)).double(), 'teacher_prob_of_label': of_label,
+        'student_entropy': -(log_s.exp() * log_s).sum(-1),
+        'teacher_entropy': -(log_t.exp() * log_t).sum(-1),
+        'top1_agreement': (log_s.argmax(-1) == log_t.argmax(-1)).double(),
+        'teacher_prob_of_label': of_label,
     }
     for name, right in expected.items():
         found = getattr(stats, name)
@@ -213,24 +273,32 @@ def test_labels_for_the_statistics_only_do_not_train(case):
 
 # ---- vocabularies ----
 
-@pytest.mark.parametrize('student_vocab, teacher_vocab, vocab_size', [(300, 310, None), (310, 300, None), (300, 300, 250), (300, 310, 299)])
+
+@pytest.mark.parametrize(
+    'student_vocab, teacher_vocab, vocab_size', [(300, 310, None), (310, 300, None), (300, 300, 250), (300, 310, 299)]
+)
 def test_both_sides_are_normalised_over_the_common_ids(case, student_vocab, teacher_vocab, vocab_size):
     torch.manual_seed(1)
     ws, wt = torch.randn(student_vocab, DIM), torch.randn(teacher_vocab, 12)
     common = vocab_size or min(student_vocab, teacher_vocab)
     hidden, weight = case['hidden'].float().requires_grad_(), ws.clone().requires_grad_()
     found = linear_divergence(hidden, weight, case['other'].float(), wt, Divergence(), vocab_size=vocab_size)
-    expected = reference.divergence_of_logits(Divergence(), case['hidden'] @ ws.double().t(), case['other'] @ wt.double().t(), common)
+    expected = reference.divergence_of_logits(
+        Divergence(), case['hidden'] @ ws.double().t(), case['other'] @ wt.double().t(), common
+    )
     assert relative(found, expected) < 1e-5
     found.sum().backward()
     assert not weight.grad[common:].any() and weight.grad[:common].any()
     student = (case['hidden'].float() @ ws.t()).requires_grad_()
-    dense = logits_divergence(student, case['other'].float() @ wt.t(), Divergence(), vocab_size=vocab_size, reduction='sum')
+    dense = logits_divergence(
+        student, case['other'].float() @ wt.t(), Divergence(), vocab_size=vocab_size, reduction='sum'
+    )
     dense.backward()
     assert relative(dense, expected.sum()) < 1e-5 and not student.grad[:, common:].any()
 
 
 # ---- top-k ----
+
 
 def entries(case, temperature, k=8):
     logprobs = torch.log_softmax(case['other'] @ case['head'].t() / temperature, -1)
@@ -242,29 +310,52 @@ def entries(case, temperature, k=8):
     return values, ids
 
 
-@pytest.mark.parametrize('divergence', [Divergence(temperature=0.7), Divergence(beta=0.2), Divergence('forward_kl'),
-                                        Divergence('reverse_kl', temperature=2.0), Divergence('skew_reverse_kl'), Divergence('tvd')],
-                         ids=lambda d: d.kind)
+@pytest.mark.parametrize(
+    'divergence',
+    [
+        Divergence(temperature=0.7),
+        Divergence(beta=0.2),
+        Divergence('forward_kl'),
+        Divergence('reverse_kl', temperature=2.0),
+        Divergence('skew_reverse_kl'),
+        Divergence('tvd'),
+    ],
+    ids=lambda d: d.kind,
+)
 @pytest.mark.parametrize('tail', ['bucket', 'renormalize'])
 @pytest.mark.parametrize('taken_at', [None, 1.0])
 @pytest.mark.parametrize('dtype, bound', [(torch.float64, 1e-7), (torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
 def test_topk(case, divergence, tail, taken_at, dtype, bound):
     temperature = taken_at or divergence.temperature
     values, ids = entries(case, temperature)
-    exact = [case[n].to(dtype).double().requires_grad_() for n in ('hidden', 'weight')]
+    exact = [case[n].to(dtype).double().clone().requires_grad_() for n in ('hidden', 'weight')]
     expected = reference.divergence_of_buckets(divergence, exact[0] @ exact[1].t(), values, ids, tail, temperature)
     gradients = torch.autograd.grad((case['token_weights'] * expected).sum(), exact)
     for reduction in ('sum', 'none'):
         hidden, weight = (case[n].to(dtype).clone().requires_grad_() for n in ('hidden', 'weight'))
-        found = topk_divergence(hidden, weight, values, ids, divergence, tail=tail, topk_temperature=taken_at, reduction=reduction,
-                                token_weights=case['token_weights'], chunk_tokens=6)
+        found = topk_divergence(
+            hidden,
+            weight,
+            values,
+            ids,
+            divergence,
+            tail=tail,
+            topk_temperature=taken_at,
+            reduction=reduction,
+            token_weights=case['token_weights'],
+            chunk_tokens=6,
+        )
         found.sum().backward()
         assert relative(found.sum(), (case['token_weights'] * expected).sum()) < min(bound, 1e-4)
         assert relative(hidden.grad, gradients[0]) < bound and relative(weight.grad, gradients[1]) < bound
 
 
 def test_topk_over_the_whole_vocabulary_is_the_full_divergence(case):
-    divergence, student, teacher = Divergence(temperature=0.9), case['hidden'] @ case['weight'].t(), case['other'] @ case['head'][:VOCAB].t()
+    divergence, student, teacher = (
+        Divergence(temperature=0.9),
+        case['hidden'] @ case['weight'].t(),
+        case['other'] @ case['head'][:VOCAB].t(),
+    )
     values, ids = torch.log_softmax(teacher / 0.9, -1).topk(VOCAB)
     found = topk_divergence(case['hidden'], case['weight'], values, ids, divergence)
     full = reference.divergence_of_logits(divergence, student, teacher)
@@ -288,7 +379,9 @@ def test_topk_of_an_equal_teacher_is_zero_also_when_taken_at_another_temperature
 def test_topk_statistics(case):
     values, ids = entries(case, 1.0)
     stats = TokenStats(detail=True)
-    topk_divergence(case['hidden'].float(), case['weight'].float(), values.float(), ids, Divergence(), labels=ids[:, 2], stats=stats)
+    topk_divergence(
+        case['hidden'].float(), case['weight'].float(), values.float(), ids, Divergence(), labels=ids[:, 2], stats=stats
+    )
     log_s = torch.log_softmax(case['hidden'] @ case['weight'].t(), -1)
     present = values.isfinite() & (ids >= 0) & (ids < VOCAB)
     mass = (log_s.gather(1, ids.clamp(0, VOCAB - 1)).exp() * present).sum(-1)
@@ -302,30 +395,38 @@ def test_topk_statistics(case):
 
 # ---- bad input ----
 
+
 def test_errors_name_both_numbers(case):
     hs, ws, ht, wt = torch.zeros(4, 8), torch.zeros(50, 8), torch.zeros(4, 6), torch.zeros(60, 6)
     d = Divergence()
     for match, call in {
-            r'dim 7 against 8': lambda: linear_divergence(hs, torch.zeros(50, 7), ht, wt, d),
-            r'dim 8 against 6': lambda: linear_divergence(hs, ws, ht, ws, d),
-            r'4 tokens, teacher_hidden 5': lambda: linear_divergence(hs, ws, torch.zeros(5, 6), wt, d),
-            r'vocab_size 51 .* at most 50': lambda: linear_divergence(hs, ws, ht, wt, d, vocab_size=51),
-            r'vocab_size 0 ': lambda: linear_divergence(hs, ws, ht, wt, d, vocab_size=0),
-            r'shape \[4\].*\[3\]': lambda: linear_divergence(hs, ws, ht, wt, d, token_weights=torch.ones(3)),
-            r'labels must have shape \[4\]': lambda: linear_divergence(hs, ws, ht, wt, d, labels=torch.ones(4, 1).long()),
-            r'without labels': lambda: linear_divergence(hs, ws, ht, wt, d, label_weights=torch.ones(4)),
-            r"got 'mean'": lambda: linear_divergence(hs, ws, ht, wt, d, reduction='mean'),
-            r'\[49\] entries for a vocabulary of 50': lambda: linear_divergence(hs, ws, ht, wt, d, student_bias=torch.zeros(49)),
-            r'student_lora': lambda: linear_divergence(hs, ws, ht, wt, d, student_lora=(torch.zeros(2, 8), torch.zeros(50, 3), 1.0)),
-            r'together, or neither': lambda: linear_divergence(hs, ws, ht, None, d),
-            r'must be labels': lambda: linear_divergence(hs, ws, None, None, d),
-            r'k = 51 is larger than the vocabulary of 50': lambda: topk_divergence(
-                hs, ws, torch.zeros(4, 51), torch.zeros(4, 51).long(), d),
-            r'4 tokens, topk_ids 3': lambda: topk_divergence(hs, ws, torch.zeros(3, 5), torch.zeros(3, 5).long(), d),
-            r'\[4, 5\] and topk_ids \[4, 6\]': lambda: topk_divergence(hs, ws, torch.zeros(4, 5), torch.zeros(4, 6).long(), d),
-            r"got 'drop'": lambda: topk_divergence(hs, ws, torch.zeros(4, 5), torch.zeros(4, 5).long(), d, tail='drop'),
-            r'4 tokens, teacher_logits 5': lambda: logits_divergence(torch.zeros(4, 9), torch.zeros(5, 9), d),
-            r'chunk_tokens must be at least 1, got 0': lambda: linear_divergence(hs, ws, ht, wt, d, chunk_tokens=0),
+        r'dim 7 against 8': lambda: linear_divergence(hs, torch.zeros(50, 7), ht, wt, d),
+        r'dim 8 against 6': lambda: linear_divergence(hs, ws, ht, ws, d),
+        r'4 tokens, teacher_hidden 5': lambda: linear_divergence(hs, ws, torch.zeros(5, 6), wt, d),
+        r'vocab_size 51 .* at most 50': lambda: linear_divergence(hs, ws, ht, wt, d, vocab_size=51),
+        r'vocab_size 0 ': lambda: linear_divergence(hs, ws, ht, wt, d, vocab_size=0),
+        r'shape \[4\].*\[3\]': lambda: linear_divergence(hs, ws, ht, wt, d, token_weights=torch.ones(3)),
+        r'labels must have shape \[4\]': lambda: linear_divergence(hs, ws, ht, wt, d, labels=torch.ones(4, 1).long()),
+        r'without labels': lambda: linear_divergence(hs, ws, ht, wt, d, label_weights=torch.ones(4)),
+        r"got 'mean'": lambda: linear_divergence(hs, ws, ht, wt, d, reduction='mean'),
+        r'\[49\] entries for a vocabulary of 50': lambda: linear_divergence(
+            hs, ws, ht, wt, d, student_bias=torch.zeros(49)
+        ),
+        r'student_lora': lambda: linear_divergence(
+            hs, ws, ht, wt, d, student_lora=(torch.zeros(2, 8), torch.zeros(50, 3), 1.0)
+        ),
+        r'together, or neither': lambda: linear_divergence(hs, ws, ht, None, d),
+        r'must be labels': lambda: linear_divergence(hs, ws, None, None, d),
+        r'k = 51 is larger than the vocabulary of 50': lambda: topk_divergence(
+            hs, ws, torch.zeros(4, 51), torch.zeros(4, 51).long(), d
+        ),
+        r'4 tokens, topk_ids 3': lambda: topk_divergence(hs, ws, torch.zeros(3, 5), torch.zeros(3, 5).long(), d),
+        r'\[4, 5\] and topk_ids \[4, 6\]': lambda: topk_divergence(
+            hs, ws, torch.zeros(4, 5), torch.zeros(4, 6).long(), d
+        ),
+        r"got 'drop'": lambda: topk_divergence(hs, ws, torch.zeros(4, 5), torch.zeros(4, 5).long(), d, tail='drop'),
+        r'4 tokens, teacher_logits 5': lambda: logits_divergence(torch.zeros(4, 9), torch.zeros(5, 9), d),
+        r'chunk_tokens must be at least 1, got 0': lambda: linear_divergence(hs, ws, ht, wt, d, chunk_tokens=0),
     }.items():
         with pytest.raises(ValueError, match=match):
             call()

@@ -2,6 +2,7 @@
 
 Each `stock` part records what ms-swift does with the same tensors; it fails if a later version no longer does.
 """
+
 import pytest
 import torch
 
@@ -10,8 +11,12 @@ from swift_gkd_plugin.divergence import Divergence, linear_divergence, logits_di
 
 def models(tokens=40, dim=32, vocab=1500, spread=0.3):
     torch.manual_seed(0)
-    return (torch.randn(tokens, dim).requires_grad_(), (torch.randn(vocab, dim) * spread).requires_grad_(),
-            torch.randn(tokens, dim), torch.randn(vocab, dim) * spread)
+    return (
+        torch.randn(tokens, dim).requires_grad_(),
+        (torch.randn(vocab, dim) * spread).requires_grad_(),
+        torch.randn(tokens, dim),
+        torch.randn(vocab, dim) * spread,
+    )
 
 
 def relative(found, expected):
@@ -24,8 +29,9 @@ def test_trl(beta, temperature):
     gkd = pytest.importorskip('trl.experimental.gkd')
     hs, ws, ht, wt = models()
     student = hs @ ws.t()
-    expected = gkd.GKDTrainer.generalized_jsd_loss(student[None], (ht @ wt.t())[None], beta=beta, temperature=temperature,
-                                                   reduction='sum')
+    expected = gkd.GKDTrainer.generalized_jsd_loss(
+        student[None], (ht @ wt.t())[None], beta=beta, temperature=temperature, reduction='sum'
+    )
     gradients = torch.autograd.grad(expected, (hs, ws))
     found = linear_divergence(hs, ws, ht, wt, Divergence('jsd', beta, temperature), reduction='sum', chunk_tokens=16)
     assert relative(found, expected) < 1e-5
@@ -38,7 +44,9 @@ def test_liger(beta):
     pytest.importorskip('triton', reason='Liger imports Triton')
     chunked = pytest.importorskip('liger_kernel.chunked_loss')
     hs, ws, ht, wt = models()
-    fused = chunked.LigerFusedLinearJSDLoss(beta=beta, temperature=0.9, compiled=False, weight_hard_loss=0.0, weight_soft_loss=1.0)
+    fused = chunked.LigerFusedLinearJSDLoss(
+        beta=beta, temperature=0.9, compiled=False, weight_hard_loss=0.0, weight_soft_loss=1.0
+    )
     expected = fused(hs, ws, ht, wt, torch.zeros(len(hs), dtype=torch.long))
     gradients = torch.autograd.grad(expected, (hs, ws))
     found = linear_divergence(hs, ws, ht, wt, Divergence('jsd', beta, 0.9), reduction='sum') / len(hs)
@@ -73,8 +81,16 @@ def test_stock_agrees_where_it_is_right(stock, beta):
     assert relative(found, expected) < 1e-5
     values, ids = (ht @ wt.t()).topk(20)
     expected = stock_loss(stock, hs @ ws.t(), top(stock, torch.log_softmax(values, -1), ids), beta, 0.9)
-    found = topk_divergence(hs, ws, torch.log_softmax(values, -1), ids, Divergence('jsd', beta, 0.9), tail='renormalize',
-                            topk_temperature=1.0, reduction='sum')
+    found = topk_divergence(
+        hs,
+        ws,
+        torch.log_softmax(values, -1),
+        ids,
+        Divergence('jsd', beta, 0.9),
+        tail='renormalize',
+        topk_temperature=1.0,
+        reduction='sum',
+    )
     assert relative(found, expected) < 1e-5
 
 
@@ -91,12 +107,15 @@ def test_d1_jsd_in_bf16_is_negative_in_stock(stock):
 
 
 def test_d2_memory_grows_with_tokens_times_vocabulary_in_stock(stock):
-    """Saved for backward, in units of [tokens, vocab]: about 7 in stock at β = 0.5 whatever its chunk size, none in ours."""
+    """Saved for backward, in units of [tokens, vocab]: about 7 in stock at β = 0.5 whatever its chunk size, none in
+    ours."""
     hs, ws, ht, wt = models(tokens=1024, dim=8, vocab=2000)
 
     def saved(loss):
         kept = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t.nbytes}) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.update({t.data_ptr(): t.nbytes}) or t, lambda t: t
+        ):
             loss()
         return sum(kept.values()) / (1024 * 2000 * 4)
 
@@ -156,7 +175,8 @@ def test_d12_minus_infinity_is_nan_in_stock(stock):
 
 
 def test_d13_liger_as_stock_calls_it_makes_whole_logits():
-    """Given [batch, sequence, dim] Liger splits the batch into chunks of 1024 rows, so it never splits. Ours is called flat."""
+    """Given [batch, sequence, dim] Liger splits the batch into chunks of 1024 rows, so it never splits. Ours is called
+    flat."""
     pytest.importorskip('triton', reason='Liger imports Triton')
     chunked = pytest.importorskip('liger_kernel.chunked_loss')
     hs, ws, ht, wt = models(tokens=2048, dim=8, vocab=500)

@@ -19,10 +19,11 @@ JOBS = Path(__file__).with_name('jobs.py')
 
 @dataclass(frozen=True)
 class Run:
-    """One training run. ``error`` is None if it ended well."""
+    """One training run. ``error`` is None if it ended well, ``loaded`` the number of models whose weights were loaded."""
 
     output_dir: Path
     error: str | None
+    loaded: int
     output: str
 
     def ok(self) -> Run:
@@ -86,7 +87,7 @@ def run_jobs(tmp_path_factory, tiny_models) -> Callable[..., dict[str, Run]]:
         for job in listed:
             outcome = Path(job['output_dir'], 'outcome.json')
             assert outcome.exists(), f'{job["name"]} did not run:\n{output[-8000:]}'
-            runs[job['name']] = Run(Path(job['output_dir']), json.loads(outcome.read_text())['error'], output)
+            runs[job['name']] = Run(Path(job['output_dir']), **json.loads(outcome.read_text()), output=output)
         return runs
 
     return run

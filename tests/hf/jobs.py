@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 
 class Recorder(TrainerCallback):
@@ -77,6 +77,14 @@ def main(path: str) -> None:
     from swift.callbacks import callbacks_map
     from swift.pipelines import rlhf_main
 
+    loaded = []
+    from_pretrained = PreTrainedModel.from_pretrained.__func__
+
+    def counted(cls, *args, **kwargs):
+        loaded.append(cls.__name__)
+        return from_pretrained(cls, *args, **kwargs)
+
+    PreTrainedModel.from_pretrained = classmethod(counted)
     callbacks_map['recorder'] = Recorder
     callbacks_map['stop_at'] = StopAt
     jobs = json.loads(Path(path).read_text())
@@ -84,13 +92,14 @@ def main(path: str) -> None:
     for job in jobs:
         os.environ['STOP_AT'] = str(job.get('stop_at', -1))
         error = None
+        loaded.clear()
         try:
             rlhf_main(job['argv'])
         except BaseException as e:
             error = f'{type(e).__name__}: {e}'
             traceback.print_exc()
         if rank == 0:
-            Path(job['output_dir'], 'outcome.json').write_text(json.dumps({'error': error}))
+            Path(job['output_dir'], 'outcome.json').write_text(json.dumps({'error': error, 'loaded': len(loaded)}))
 
 
 if __name__ == '__main__':

@@ -1,0 +1,264 @@
+"""The elementwise part of a chunk on a GPU: three kernels over the two blocks of logits, nothing else of their size.
+
+    normalisers   one sweep: largest logit and sum of exponentials of both sides, and what else needs only the logits
+    value         one sweep: D, the slope's centre Σ S·a, the detailed statistics
+    gradient      one sweep: S·(a - Σ S·a), in place of the student's logits
+
+The centre needs a whole row before the first column of its gradient can be written, hence a sweep of its own; a group's
+reductions sit between the sweeps. One program per row (per row and block of columns in the last one), fp32 throughout.
+The mathematics is that of `kinds.py`, whose notation is used here, column by column instead of pass by pass.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .kinds import MAX_LOG_RATIO
+
+_KINDS = {'forward_kl': 0, 'reverse_kl': 1, 'jsd': 2, 'skew_forward_kl': 3, 'skew_reverse_kl': 4, 'tvd': 5}
+_BLOCK = 4096
+
+
+@triton.jit
+def _expm1(x):
+    """exp(x) - 1 to fp32's precision also near 0, where exp(x) rounds to 1."""
+    p = 1 + x * 0.125
+    p = 1 + x * 0.14285714285714285 * p
+    p = 1 + x * 0.16666666666666666 * p
+    p = 1 + x * 0.2 * p
+    p = 1 + x * 0.25 * p
+    p = 1 + x * 0.3333333333333333 * p
+    p = 1 + x * 0.5 * p
+    return tl.where(tl.abs(x) < 0.35, x * p, tl.exp(x) - 1)
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) for -1 < x <= 0, as 2·atanh(x / (2 + x)) near 0."""
+    s = x / (2 + x)
+    q = s * s
+    p = 0.1111111111111111 + q * (0.09090909090909091 + q * 0.07692307692307693)
+    p = 1 + q * (0.3333333333333333 + q * (0.2 + q * (0.14285714285714285 + q * p)))
+    return tl.where(x > -0.5, 2 * s * p, tl.log(tl.maximum(1 + x, 1e-38)))
+
+
+@triton.jit
+def _plain(e, y):
+    """near and far of the KL between S and T themselves."""
+    near = tl.maximum(y - e, 0.0)
+    return near, tl.maximum(e * y - (y - e), 0.0)
+
+
+@triton.jit
+def _column(log_s, log_t, d, w, KIND: tl.constexpr):
+    """(S, column of D, slope or S·slope): see the docstrings of kinds.py. S·slope for the forward KL only."""
+    student = tl.exp(log_s)
+    if KIND < 2:
+        d = tl.minimum(tl.maximum(d, -10000.0), 10000.0)
+    larger = tl.exp(tl.maximum(log_s, log_t))
+    teacher_larger = d > 0
+    e = -tl.abs(d)
+    y = _expm1(e)
+    if KIND == 5:
+        return student, -0.5 * larger * y, tl.where(d > 0, -0.5, tl.where(d < 0, 0.5, 0.0))
+    if KIND == 0:
+        near, far = _plain(e, y)
+        value = larger * tl.where(teacher_larger, near, far)
+        return student, value, larger * y * tl.where(teacher_larger, 1.0, -1.0)
+    if KIND == 1:
+        near, far = _plain(e, y)
+        return student, larger * tl.where(teacher_larger, far, near), -d
+    b = tl.where(teacher_larger, 1 - w, w)
+    h = _log1p(b * y)
+    log_mixture_over_s = h + tl.maximum(d, 0.0)
+    if KIND == 2:
+        value = larger * tl.maximum(b * ((1 + y) * (e - h) + h) - h, 0.0)
+        return student, value, (w - 1) * log_mixture_over_s
+    near = tl.maximum(b * y - h, 0.0)
+    far = tl.maximum((1 + y) * (e - h) - (1 - b) * y, 0.0)
+    step = _expm1(-log_mixture_over_s)
+    if KIND == 3:
+        return student, larger * tl.where(teacher_larger, near, far), (1 - w) * (1 - w) / w * step
+    return student, larger * tl.where(teacher_larger, far, near), -(log_mixture_over_s + (1 - w) * step)
+
+
+@triton.jit
+def _normalise_kernel(
+    z,
+    top,
+    total,
+    label_total,
+    best,
+    columns,
+    temperature,
+    LABELS: tl.constexpr,
+    BEST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    start = z + row.to(tl.int64) * columns
+    offsets = tl.arange(0, BLOCK)
+    m = tl.full((), -3e38, tl.float32)
+    s = tl.full((), 0.0, tl.float32)
+    at_one = tl.full((), 0.0, tl.float32)
+    index = tl.full((), 0, tl.int32)
+    for first in range(0, columns, BLOCK):
+        x = tl.load(start + first + offsets, mask=first + offsets < columns, other=-3e38)
+        block_m = tl.max(x, 0)
+        if BEST:
+            index = tl.where(block_m > m, first + tl.argmax(x, 0), index)
+        new = tl.maximum(m, block_m)
+        s = s * tl.exp(m - new) + tl.sum(tl.exp(x - new), 0)
+        if LABELS:
+            at_one = at_one * tl.exp((m - new) * temperature) + tl.sum(tl.exp((x - new) * temperature), 0)
+        m = new
+    tl.store(top + row, m)
+    tl.store(total + row, s)
+    if LABELS:
+        tl.store(label_total + row, at_one)
+    if BEST:
+        tl.store(best + row, index)
+
+
+@triton.jit
+def _value_kernel(
+    zs, zt, norm_s, norm_t, shift, out, rows, columns, w, KIND: tl.constexpr, DETAIL: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0)
+    start = row.to(tl.int64) * columns
+    offsets = tl.arange(0, BLOCK)
+    lse_s, lse_t, c = tl.load(norm_s + row), tl.load(norm_t + row), tl.load(shift + row)
+    value = tl.zeros((BLOCK,), tl.float32)
+    centre = tl.zeros((BLOCK,), tl.float32)
+    forward = tl.zeros((BLOCK,), tl.float32)
+    reverse = tl.zeros((BLOCK,), tl.float32)
+    entropy_s = tl.zeros((BLOCK,), tl.float32)
+    entropy_t = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, columns, BLOCK):
+        mask = first + offsets < columns
+        s = tl.load(zs + start + first + offsets, mask=mask, other=-1e30)
+        t = tl.load(zt + start + first + offsets, mask=mask, other=-1e30)
+        d = (t - s) - c
+        student, column, slope = _column(s - lse_s, t - lse_t, d, w, KIND)
+        value += tl.where(mask, column, 0.0)
+        centre += tl.where(mask, slope if KIND == 0 else student * slope, 0.0)
+        if DETAIL:
+            _, f, _ = _column(s - lse_s, t - lse_t, d, w, 0)
+            _, r, _ = _column(s - lse_s, t - lse_t, d, w, 1)
+            forward += tl.where(mask, f, 0.0)
+            reverse += tl.where(mask, r, 0.0)
+            entropy_s -= tl.where(mask, student * (s - lse_s), 0.0)
+            entropy_t -= tl.where(mask, tl.exp(t - lse_t) * (t - lse_t), 0.0)
+    tl.store(out + row, tl.sum(value, 0))
+    tl.store(out + rows + row, tl.sum(centre, 0))
+    if DETAIL:
+        tl.store(out + 2 * rows + row, tl.sum(forward, 0))
+        tl.store(out + 3 * rows + row, tl.sum(reverse, 0))
+        tl.store(out + 4 * rows + row, tl.sum(entropy_s, 0))
+        tl.store(out + 5 * rows + row, tl.sum(entropy_t, 0))
+
+
+@triton.jit
+def _gradient_kernel(
+    zs,
+    zt,
+    norm_s,
+    norm_t,
+    shift,
+    centre,
+    weight,
+    label_norm,
+    label_weight,
+    columns,
+    w,
+    temperature,
+    softcap,
+    KIND: tl.constexpr,
+    LABELS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = place < columns
+    start = row.to(tl.int64) * columns
+    s = tl.load(zs + start + place, mask=mask, other=-1e30)
+    t = tl.load(zt + start + place, mask=mask, other=-1e30)
+    student, _, slope = _column(
+        s - tl.load(norm_s + row), t - tl.load(norm_t + row), (t - s) - tl.load(shift + row), w, KIND
+    )
+    c = tl.load(centre + row)
+    gradient = (slope - student * c if KIND == 0 else student * (slope - c)) * tl.load(weight + row)
+    if LABELS:
+        gradient += tl.exp(s * temperature - tl.load(label_norm + row)) * tl.load(label_weight + row)
+    if SOFTCAP:
+        tanh = s * (temperature / softcap)
+        gradient *= 1 - tanh * tanh
+    tl.store(zs + start + place, gradient, mask=mask)
+
+
+def normalise(sides: list[Tensor], temperature: float, labels: bool, best: bool) -> list[tuple[Tensor, ...]]:
+    """For each block of logits: largest logit, Σ exp(z - largest), the same sum at temperature 1 (of the first side,
+    where `labels`), the column of the largest logit (where `best`); each [rows]."""
+    out = []
+    for z in sides:
+        top, total, at_one = torch.empty(3, len(z), dtype=torch.float32, device=z.device)
+        index = torch.empty(len(z), dtype=torch.int32, device=z.device)
+        _normalise_kernel[(len(z),)](
+            z, top, total, at_one, index, z.shape[1], temperature, labels and not out, best, _BLOCK
+        )
+        out.append((top, total, at_one, index.long()))
+    return out
+
+
+def sums(
+    form: tuple[str, float], zs: Tensor, zt: Tensor, norm_s: Tensor, norm_t: Tensor, shift: Tensor, detail: bool
+) -> Tensor:
+    """[2 or 6, rows]: value, centre; with detail forward KL, reverse KL, the student's and the teacher's entropy."""
+    kind, w = form
+    out = torch.empty(6 if detail else 2, len(zs), dtype=torch.float32, device=zs.device)
+    _value_kernel[(len(zs),)](zs, zt, norm_s, norm_t, shift, out, len(zs), zs.shape[1], w, _KINDS[kind], detail, _BLOCK)
+    return out
+
+
+def gradient_(
+    form: tuple[str, float],
+    zs: Tensor,
+    zt: Tensor,
+    norm_s: Tensor,
+    norm_t: Tensor,
+    shift: Tensor,
+    centre: Tensor,
+    weight: Tensor,
+    label_norm: Tensor | None,
+    label_weight: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+) -> None:
+    """Replace zs by weight·∂D/∂zs (+ label_weight·S at temperature 1), times the softcap's derivative."""
+    kind, w = form
+    labels = label_norm is not None
+    grid = (len(zs), triton.cdiv(zs.shape[1], _BLOCK))
+    _gradient_kernel[grid](
+        zs,
+        zt,
+        norm_s,
+        norm_t,
+        shift,
+        centre,
+        weight,
+        label_norm if labels else weight,
+        label_weight if labels else weight,
+        zs.shape[1],
+        w,
+        temperature,
+        softcap or 1.0,
+        _KINDS[kind],
+        labels,
+        bool(softcap),
+        _BLOCK,
+    )
+
+
+assert MAX_LOG_RATIO == 10000.0, 'the kernels spell this number out'

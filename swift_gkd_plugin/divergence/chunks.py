@@ -1,0 +1,446 @@
+"""One pass over chunks of tokens: the engine under all operators.
+
+for each chunk of tokens      logits of both sides (matrix products, fp32)
+    for each block of rows    normalise, divergence, statistics, gradient in place of the student's logits
+    gradient of the chunk     to the hidden states, and to the head where it is trained
+"""
+
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .heads import LOWEST_LOGIT, HeadGradients, LinearHead, ReadyGradients, ReadyLogits
+from .kinds import Divergence, Scratch, columns
+from .sharding import Reduce
+from .stats import TokenStats
+from .topk import TopKTeacher, bucket_divergence, log_tail
+
+_HAS_TRITON = importlib.util.find_spec('triton') is not None
+# Two buffers of a chunk's logits take about this much. Larger chunks do not make the matrix products faster.
+_CHUNK_BYTES = {'cpu': 320 << 20, 'cuda': 640 << 20}
+# Rows are worked on a few at a time, so that on a CPU the elementwise buffers stay in the last-level cache.
+_BLOCK_ELEMENTS = {'cpu': 1 << 19, 'cuda': 1 << 25}
+
+
+@dataclass
+class Call:
+    """One call of an operator, checked. Columns are those of this rank, `columns` of them from the id `first_id` on."""
+
+    divergence: Divergence
+    student: LinearHead | ReadyLogits
+    teacher: list  # [(first column, head)] of a teacher with logits, else empty
+    topk: TopKTeacher | None
+    token_weights: Tensor  # [tokens]
+    labels: Tensor | None  # [tokens], -100 for none
+    label_weights: Tensor | None  # [tokens], None where the cross-entropy is not part of the loss
+    vocab_size: int
+    chunk: int | None  # tokens, or None to choose
+    reduce: Reduce
+    first_id: int
+    stats: TokenStats | None
+
+    @property
+    def tokens(self) -> int:
+        return len(self.student.hidden)
+
+    @property
+    def has_teacher(self) -> bool:
+        return bool(self.teacher) or self.topk is not None
+
+
+def chunk_tokens(call: Call) -> int:
+    """How many tokens' logits exist at a time, from the shape and the device: a multiple of 64, and at least 64."""
+    device = call.student.hidden.device.type
+    budget = _CHUNK_BYTES['cpu' if device == 'cpu' else 'cuda']
+    if call.reduce.group is not None and not uses_kernels(call):
+        budget //= 4  # the elementwise buffers are as large as the chunk there
+    tokens = budget // (2 * call.student.dtype.itemsize * call.student.columns)
+    return max(64, tokens // 64 * 64)
+
+
+def run(call: Call, gradients: HeadGradients | ReadyGradients | None) -> Tensor:
+    """The loss of each token [tokens]; the gradient of their sum goes to `gradients`."""
+    student = call.student
+    device, dtype, width = student.hidden.device, student.dtype, student.columns
+    kind = 'cpu' if device.type == 'cpu' else 'cuda'
+    loss = torch.zeros(call.tokens, dtype=dtype, device=device)
+    chunk = min(call.chunk or chunk_tokens(call), max(call.tokens, 1))
+    elementwise = _triton_block if uses_kernels(call) else _block
+    # The kernels need no buffers, and the reductions over a group are per chunk: in both cases a block is a whole
+    # chunk.
+    block = (
+        chunk
+        if elementwise is _triton_block or call.reduce.group is not None
+        else max(1, min(chunk, _BLOCK_ELEMENTS[kind] // max(width, 1)))
+    )
+    scratch = _Buffers(block, width, dtype, device)
+    student_logits = torch.empty(chunk * width, dtype=dtype, device=device)
+    teacher_logits = torch.empty(chunk * width, dtype=dtype, device=device) if call.teacher else None
+    record = _Record(call, loss)
+    for start in range(0, call.tokens, chunk):
+        rows = slice(start, min(start + chunk, call.tokens))
+        n = rows.stop - rows.start
+        zs = student_logits[: n * width].view(n, width)
+        student.logits(rows, zs)
+        zt = None
+        if call.teacher:
+            zt = teacher_logits[: n * width].view(n, width)
+            for first, head in call.teacher:
+                head.logits(rows, zt if head.columns == width else zt[:, first : first + head.columns])
+        for top in range(0, n, block):
+            inner = slice(top, min(top + block, n))
+            outer = slice(start + inner.start, start + inner.stop)
+            part = scratch.rows(inner.stop - inner.start)
+            loss[outer] = elementwise(
+                call, outer, zs[inner], None if zt is None else zt[inner], part, record, gradients is not None
+            )
+        if gradients is not None:
+            gradients.add(rows, zs, teacher_logits)
+    return loss
+
+
+class _Buffers:
+    """Elementwise buffers [block, width]: probabilities of both sides, and the four of `kinds.Scratch`; more when asked
+    for."""
+
+    def __init__(self, block: int, width: int, dtype: torch.dtype, device: torch.device):
+        self.shape, self.dtype, self.device, self.memory = (block, width), dtype, device, {}
+        self.n = block
+
+    def rows(self, n: int) -> '_Buffers':
+        self.n = n
+        return self
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.memory:
+            self.memory[name] = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        return self.memory[name][: self.n]
+
+    def scratch(self) -> Scratch:
+        return Scratch(self['e'], self['y'], self['h'], self['b'])
+
+
+class _Record:
+    """Per-token statistics of a call on their way into its TokenStats."""
+
+    def __init__(self, call: Call, like: Tensor):
+        self.stats, self.like = call.stats, like
+        if self.stats is not None:
+            self.stats.clear()
+
+    def __call__(self, rows: slice, **values: Tensor) -> None:
+        if self.stats is None:
+            return
+        for name, value in values.items():
+            if getattr(self.stats, name) is None:
+                setattr(self.stats, name, torch.zeros(self.like.shape, dtype=torch.float32, device=self.like.device))
+            getattr(self.stats, name)[rows] = value.to(torch.float32)
+
+
+def _normalise(sides: list[tuple[Tensor, Tensor]], reduce: Reduce) -> list[tuple[Tensor, Tensor]]:
+    """For each (logits, out): fill out with softmax(logits), return (largest logit, log-sum-exp), each [rows, 1] in
+    fp64.
+
+    The log-sum-exp is read off the largest probability, so that one fused softmax is all the work. Sharded: one MAX and
+    one SUM for all sides together.
+    """
+    largest = [z.amax(-1, keepdim=True) for z, _ in sides]
+    if reduce.group is None:
+        for z, out in sides:
+            torch.softmax(z, -1, out=out)
+        return [
+            (m.double(), m.double() - out.amax(-1, keepdim=True).double().log())
+            for m, (_, out) in zip(largest, sides, strict=False)
+        ]
+    largest = reduce.max(torch.stack(largest))
+    sums = reduce.sum(
+        torch.stack(
+            [
+                torch.sub(z, m, out=out).exp_().sum(-1, keepdim=True, dtype=torch.float64)
+                for m, (z, out) in zip(largest, sides, strict=False)
+            ]
+        )
+    )
+    for total, (_, out) in zip(sums, sides, strict=False):
+        out.mul_(1 / total)
+    return [(m.double(), m.double() + total.log()) for m, total in zip(largest, sums, strict=False)]
+
+
+def _block(
+    call: Call, rows: slice, zs: Tensor, zt: Tensor | None, buffers: _Buffers, record: _Record, want_gradient: bool
+) -> Tensor:
+    """The loss of a block of rows. With want_gradient the gradient of their sum with respect to the head's products
+    replaces zs.
+
+    zs, zt: [rows, columns] logits divided by the temperature; both are overwritten.
+    """
+    temperature, slope = call.student.temperature, call.student.slope
+    student = buffers['student']
+    sides = [(zs, student)] + ([] if zt is None else [(zt, buffers['teacher'])])
+    norms = _normalise(sides, call.reduce)
+    label = None if call.labels is None else _Label.of(call, rows)
+    if call.stats is not None and call.stats.detail:
+        _detail(call, rows, sides, norms, label, buffers, record)
+
+    loss = torch.zeros(len(zs), dtype=zs.dtype, device=zs.device)
+    gradient = label_gradient = None
+    if label is not None:
+        cross_entropy, label_probs, scale = _cross_entropy(call, label, zs, student, norms[0], buffers)
+        record(rows, cross_entropy=cross_entropy)
+        if call.label_weights is not None:
+            weights = call.label_weights[rows].to(zs.dtype) * label.counts
+            loss += weights * cross_entropy
+            label_gradient = weights * slope
+    if call.has_teacher:
+        if zt is None:
+            value, gradient, factor = _topk_value_and_gradient(
+                call, rows, zs, student, norms[0], label, buffers, record, want_gradient
+            )
+        else:
+            value, gradient, factor = _value_and_gradient(
+                call, rows, zs, zt, student, norms, buffers, record, want_gradient
+            )
+        record(rows, divergence=value)
+        weights = call.token_weights[rows].to(zs.dtype)
+        loss += weights * value
+    if not want_gradient:
+        return loss
+    if call.student.softcap:  # d tanh = 1 - tanh², and the logits are softcap·tanh / temperature
+        damping = zs.mul_(temperature / call.student.softcap).square_().neg_().add_(1)
+        into = buffers['damped']
+    else:
+        damping, into = None, zs
+    if gradient is None:
+        into.zero_()
+    else:
+        torch.mul(gradient, (weights * (factor * slope / temperature))[:, None], out=into)
+    if label_gradient is not None:
+        into.add_(label_probs.mul_((label_gradient * scale)[:, None]))
+        into.scatter_add_(1, label.column, -(label_gradient * label.here)[:, None])
+    if damping is not None:
+        damping.mul_(into)
+    return loss
+
+
+def _value_and_gradient(
+    call: Call,
+    rows: slice,
+    zs: Tensor,
+    zt: Tensor,
+    student: Tensor,
+    norms,
+    buffers: _Buffers,
+    record: _Record,
+    want_gradient: bool,
+) -> tuple[Tensor, Tensor | None, float]:
+    """D [rows] against a teacher with logits; its gradient with respect to zs, but for a factor; the factor."""
+    log_ratio = zt.sub_(zs).sub_((norms[1][1] - norms[0][1]).to(zs.dtype))
+    kl_sums = call.stats is not None and call.stats.detail
+    found, kls = columns(call.divergence, student, buffers['teacher'], log_ratio, buffers.scratch(), kl_sums)
+    sums = call.reduce.sum(torch.stack([found.value, found.centre, *(kls or ())]))
+    if kls:
+        record(rows, forward_kl=sums[-2], reverse_kl=sums[-1])
+    if not want_gradient:
+        return sums[0], None, 0.0
+    return sums[0], found.gradient(student, sums[1]), found.factor
+
+
+def _topk_value_and_gradient(
+    call: Call,
+    rows: slice,
+    zs: Tensor,
+    student: Tensor,
+    norm,
+    label: '_Label | None',
+    buffers: _Buffers,
+    record: _Record,
+    want_gradient: bool,
+) -> tuple[Tensor, Tensor | None, float]:
+    """The same against a top-k teacher; `topk.py` has the mathematics."""
+    teacher, ids, present = call.topk.entries(rows, call.vocab_size)
+    column = ids - call.first_id
+    here = present & (column >= 0) & (column < call.student.columns)
+    column = column.masked_fill(~here, 0)
+    logprobs = zs.gather(1, column) - norm[1]  # the buckets are few, so their arithmetic is in fp64
+    outside = buffers['e'].copy_(student)
+    outside.scatter_reduce_(
+        1, column, (~here).to(zs.dtype), 'prod'
+    )  # 0 at the ids, whole elsewhere: no difference of sums
+    sums = call.reduce.sum(
+        torch.cat([logprobs.masked_fill(~here, 0), outside.sum(-1, keepdim=True, dtype=torch.float64)], 1)
+    )
+    student_buckets, tail = sums[:, :-1].masked_fill(~present, LOWEST_LOGIT), sums[:, -1:]
+    with_tail = call.topk.tail == 'bucket'
+    if with_tail:
+        student_buckets = torch.cat([student_buckets, tail.log().clamp_min(LOWEST_LOGIT)], 1)
+        teacher = torch.cat([teacher, log_tail(teacher)], 1)
+    detail = call.stats is not None and call.stats.detail
+    found = bucket_divergence(
+        call.divergence, student_buckets, teacher, call.topk.temperature / call.divergence.temperature, detail
+    )
+    if detail:
+        record(
+            rows,
+            forward_kl=found.kls[0],
+            reverse_kl=found.kls[1],
+            teacher_entropy=found.teacher_entropy,
+            student_mass_on_topk=sums[:, :-1].exp().mul_(present).sum(-1),
+            top1_agreement=_top1(call, zs, norm[0])
+            == ids.gather(1, teacher[:, : ids.shape[1]].argmax(-1, keepdim=True))[:, 0],
+        )
+        if label is not None:
+            hit = present & (ids == call.labels[rows][:, None])
+            record(rows, teacher_prob_of_label=(teacher[:, : ids.shape[1]].exp() * hit).sum(-1))
+    if not want_gradient:
+        return found.value.to(zs.dtype), None, 0.0
+    per_id = found.gradient[:, : ids.shape[1]].masked_fill(~here, 0)
+    if with_tail:
+        per_mass = found.gradient[:, -1:] / tail.clamp_min(torch.finfo(tail.dtype).tiny)
+        gradient = outside.mul_(per_mass.to(zs.dtype))
+    else:
+        gradient = outside.zero_()
+    return found.value.to(zs.dtype), gradient.scatter_add_(1, column, per_id.to(zs.dtype)), 1.0
+
+
+@dataclass
+class _Label:
+    """A block's labels. column: [rows, 1], local, 0 where the label is not here; here, counts: [rows] 0 or 1 as
+    numbers."""
+
+    column: Tensor
+    here: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(cls, call: Call, rows: slice) -> '_Label':
+        label = call.labels[rows]
+        column = label - call.first_id
+        here = (column >= 0) & (column < call.student.columns)
+        counts = (label >= 0) & (label < call.vocab_size)
+        dtype = call.student.dtype
+        return cls(column.masked_fill(~here, 0)[:, None], here.to(dtype), counts.to(dtype))
+
+    def pick(self, x: Tensor, reduce: Reduce) -> Tensor:
+        return reduce.sum(x.gather(1, self.column)[:, 0] * self.here)
+
+
+def _triton_block(
+    call: Call, rows: slice, zs: Tensor, zt: Tensor, buffers: '_Buffers', record: _Record, want_gradient: bool
+) -> Tensor:
+    """`_block` by the kernels of `_triton.py`, for a teacher with logits; the same reductions over the group."""
+    from . import _triton
+
+    student, reduce, form = call.student, call.reduce, call.divergence.form
+    temperature, detail = student.temperature, call.stats is not None and call.stats.detail
+    label = None if call.labels is None else _Label.of(call, rows)
+    found = _triton.normalise([zs, zt], temperature, label is not None, detail)
+    tops = torch.stack([side[0] for side in found])
+    largest = reduce.max(tops.clone())
+    below = tops - largest
+    totals = torch.stack(
+        [found[0][1] * below[0].exp(), found[1][1] * below[1].exp(), found[0][2] * (below[0] * temperature).exp()]
+    )
+    totals = reduce.sum(totals.double()).log()
+    norm_s, norm_t = largest.double() + totals[:2]
+    shift = (norm_t - norm_s).float()
+    loss = torch.zeros(len(zs), dtype=zs.dtype, device=zs.device)
+    label_norm = label_gradient = None
+    if label is not None:
+        label_norm = largest[0].double() * temperature + totals[2]
+        cross_entropy = (label_norm.float() - label.pick(zs, reduce) * temperature) * label.counts
+        record(rows, cross_entropy=cross_entropy)
+        if call.label_weights is not None:
+            weights = call.label_weights[rows].to(zs.dtype) * label.counts
+            loss += weights * cross_entropy
+            label_gradient = weights * student.slope
+    norms = norm_s.float(), norm_t.float()
+    sums = reduce.sum(_triton.sums(form, zs, zt, *norms, shift, detail))
+    record(rows, divergence=sums[0])
+    if detail:
+        best = [
+            reduce.min((side[3] + call.first_id).masked_fill(side[0] < top, torch.iinfo(torch.long).max))
+            for side, top in zip(found, largest, strict=True)
+        ]
+        record(
+            rows,
+            forward_kl=sums[2],
+            reverse_kl=sums[3],
+            student_entropy=sums[4],
+            teacher_entropy=sums[5],
+            top1_agreement=best[0] == best[1],
+        )
+        if label is not None:
+            record(rows, teacher_prob_of_label=(label.pick(zt, reduce) - norms[1]).exp() * label.counts)
+    weights = call.token_weights[rows].to(zs.dtype)
+    loss += weights * sums[0]
+    if want_gradient:
+        trained = label_gradient is not None
+        if trained:  # the one-hot part, before the logits are gone: the softcap's derivative there
+            at_label = -label_gradient * label.here
+            if student.softcap:
+                at_label = at_label * (
+                    1 - (zs.gather(1, label.column)[:, 0] * (temperature / student.softcap)).square()
+                )
+        _triton.gradient_(
+            form,
+            zs,
+            zt,
+            *norms,
+            shift,
+            sums[1],
+            weights * (student.slope / temperature),
+            label_norm.float() if trained else None,
+            label_gradient,
+            temperature,
+            student.softcap,
+        )
+        if trained:
+            zs.scatter_add_(1, label.column, at_label[:, None])
+    return loss
+
+
+def uses_kernels(call: Call) -> bool:
+    """Whether the Triton kernels do this call's elementwise work."""
+    student = call.student.hidden
+    return student.is_cuda and bool(call.teacher) and call.student.dtype == torch.float32 and _HAS_TRITON
+
+
+def _cross_entropy(call: Call, label: _Label, zs: Tensor, student: Tensor, norm, buffers: _Buffers):
+    """-log S(label) at temperature 1 [rows], that distribution up to a factor per row in a buffer of its own, and the
+    factor."""
+    largest, log_norm = norm
+    temperature = call.student.temperature
+    picked = label.pick(zs, call.reduce)
+    if temperature == 1:
+        return (log_norm[:, 0].to(zs.dtype) - picked) * label.counts, student, 1.0
+    probs = torch.sub(zs, largest.to(zs.dtype), out=buffers['label']).mul_(temperature).exp_()
+    total = call.reduce.sum(probs.sum(-1, dtype=torch.float64))
+    value = (largest[:, 0] * temperature + total.log()).to(zs.dtype) - picked * temperature
+    return value * label.counts, probs, (1 / total).to(zs.dtype)
+
+
+def _top1(call: Call, z: Tensor, largest: Tensor) -> Tensor:
+    """The id [rows] of the largest logit, the first of equal ones."""
+    value, column = z.max(-1)
+    found = (column + call.first_id).masked_fill(value < largest[:, 0], torch.iinfo(torch.long).max)
+    return call.reduce.min(found)
+
+
+def _detail(call: Call, rows: slice, sides, norms, label: _Label | None, buffers: _Buffers, record: _Record) -> None:
+    """Entropies, top-1 agreement and the teacher's probability of the label, from logits and probabilities."""
+    entropies = call.reduce.sum(
+        torch.stack(
+            [
+                -torch.linalg.vecdot(p, torch.sub(z, norm.to(z.dtype), out=buffers['e']))
+                for (z, p), (_, norm) in zip(sides, norms, strict=True)
+            ]
+        )
+    )
+    record(rows, student_entropy=entropies[0])
+    if call.teacher:
+        best = [_top1(call, z, largest) for (z, _), (largest, _) in zip(sides, norms, strict=False)]
+        record(rows, teacher_entropy=entropies[1], top1_agreement=best[0] == best[1])
+        if label is not None:
+            record(rows, teacher_prob_of_label=label.pick(sides[1][1], call.reduce))

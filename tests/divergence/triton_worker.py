@@ -1,0 +1,67 @@
+"""The kernels in Triton's interpreter against the torch path. Started by test_divergence_triton.py with
+TRITON_INTERPRET=1."""
+
+import torch
+
+from swift_gkd_plugin.divergence import Divergence, LogitTransform, TokenStats, chunks, linear_divergence
+
+KINDS = [
+    Divergence(temperature=0.9),
+    Divergence(beta=0.2),
+    Divergence('forward_kl', temperature=0.7),
+    Divergence('reverse_kl'),
+    Divergence('skew_forward_kl'),
+    Divergence('skew_reverse_kl', skew=0.3),
+    Divergence('tvd'),
+]
+
+
+def close(found, expected, bound, what):
+    error = float((found - expected).detach().double().norm() / expected.double().norm().clamp_min(1e-30))
+    assert error < bound, f'{what} is off by {error}'
+
+
+def run(kernels, divergence, x, other, head, transform, labels, weights, detail):
+    chunks.uses_kernels = lambda call: kernels
+    x = {n: t.clone().requires_grad_() for n, t in x.items()}
+    stats = TokenStats(detail=detail)
+    loss = linear_divergence(
+        x['hidden'],
+        x['weight'],
+        other,
+        head,
+        divergence,
+        reduction='sum',
+        token_weights=weights,
+        student_transform=transform,
+        labels=labels,
+        label_weights=None if labels is None else weights,
+        stats=stats,
+        chunk_tokens=3,
+    )
+    return loss, torch.autograd.grad(loss, list(x.values())), stats
+
+
+torch.manual_seed(0)
+for divergence in KINDS:
+    for distance in (1e-3, 1.0, 4.0):
+        x = {'hidden': torch.randn(5, 8), 'weight': torch.randn(5003, 8)}
+        other, head = x['hidden'] + distance * torch.randn(5, 8), x['weight']
+        labels = torch.tensor([3, -100, 5002, 0, 4096])
+        weights = torch.rand(5)
+        variants = [(None, None, False), (LogitTransform(0.7, 9.0), labels, True)]
+        for transform, wanted, detail in variants:
+            args = (divergence, x, other, head, transform, wanted, weights, detail)
+            (loss, gradients, stats), (right, right_gradients, right_stats) = run(True, *args), run(False, *args)
+            close(loss, right, 1e-4 if distance == 1e-3 else 1e-5, f'{divergence.kind} at {distance}')
+            for one, other_one in zip(gradients, right_gradients, strict=True):
+                close(one, other_one, 1e-4, f'{divergence.kind} gradient at {distance}')
+            for name, value in vars(right_stats).items():
+                if isinstance(value, torch.Tensor):
+                    assert torch.allclose(getattr(stats, name), value, rtol=1e-4, atol=1e-5), (
+                        name,
+                        divergence.kind,
+                        distance,
+                    )
+    equal = run(True, divergence, x, x['hidden'], x['weight'], None, None, weights, False)
+    assert equal[0] == 0 and not any(g.any() for g in equal[1]), divergence.kind

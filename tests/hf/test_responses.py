@@ -1,0 +1,139 @@
+"""Generation by transformers: right tokens from a model in training, and randomness that belongs to the row."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from swift_gkd_plugin.responses import SamplingOptions
+from swift_gkd_plugin.responses.local import LocalGenerator, evaluation_mode
+
+GREEDY = SamplingOptions(max_tokens=12, temperature=0)
+PROMPTS = [{'messages': [{'role': 'user', 'content': text}]} for text in ('what is 1 plus 2 ?', '5', 'what is 31 plus 27 and one more ?')]
+
+
+@pytest.fixture(scope='module')
+def tiny(tiny_models):
+    from swift.model import get_model_processor
+    from swift.template import get_template, update_generation_config_eos_token
+
+    model, processor = get_model_processor(str(tiny_models.student), model_type='qwen3', torch_dtype=torch.float32)
+    template = get_template(processor, template_type='qwen3', max_length=128)
+    template.set_mode('train')
+    update_generation_config_eos_token(model.generation_config, template)
+    return model, template
+
+
+@pytest.fixture
+def generate(tiny):
+    model, template = tiny
+    return LocalGenerator(template, lambda: nullcontext(model), torch.device('cpu'))
+
+
+def decode_without_cache(model, template, prompt, limit):
+    with template.generate_context():
+        ids = template.encode(prompt)['input_ids']
+    new = []
+    for _ in range(limit):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids + new]), use_cache=False).logits[0, -1]
+        new.append(int(logits.argmax()))
+        if new[-1] in model.generation_config.eos_token_id if isinstance(model.generation_config.eos_token_id, list) else [
+                model.generation_config.eos_token_id]:
+            break
+    return new
+
+
+@pytest.mark.parametrize('checkpointing', [False, True])
+def test_greedy_equals_decoding_without_cache(tiny, generate, checkpointing):
+    model, template = tiny
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    model.train()
+    model.config.use_cache = False  # as ms-swift sets it for training
+    try:
+        responses = generate(PROMPTS, [0] * 3, GREEDY)
+    finally:
+        model.gradient_checkpointing_disable()
+    assert model.training
+    model.eval()
+    assert [r.token_ids for r in responses] == [decode_without_cache(model, template, p, 12) for p in PROMPTS]
+
+
+def test_a_response_does_not_depend_on_the_batch(generate):
+    options = SamplingOptions(max_tokens=12, temperature=0.9)
+    together = generate(PROMPTS, [11, 22, 33], options)
+    alone = [generate([p], [s], options)[0] for p, s in zip(PROMPTS, (11, 22, 33), strict=True)]
+    turned = generate(PROMPTS[::-1], [33, 22, 11], options)[::-1]
+    assert together == alone == turned
+    assert generate(PROMPTS, [11, 22, 34], options)[2] != together[2]
+
+
+def test_sampling_leaves_the_global_generator_alone(generate):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    generate(PROMPTS, [1, 2, 3], SamplingOptions(max_tokens=4))
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize('options', [
+    SamplingOptions(1, temperature=1.0), SamplingOptions(1, temperature=0.5), SamplingOptions(1, top_k=3), SamplingOptions(1, top_p=0.5),
+    SamplingOptions(1, min_p=0.2),
+])
+def test_sampled_tokens_have_the_distribution_of_transformers(tiny, generate, options):
+    from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    model, template = tiny
+    prompt, count = PROMPTS[0], 2000
+    model.eval()
+    tokens = Counter(r.token_ids[0] for r in generate([prompt] * count, list(range(count)), options))
+    with template.generate_context(), torch.no_grad():
+        scores = model(input_ids=torch.tensor([template.encode(prompt)['input_ids']])).logits[:, -1].float() / options.temperature
+    if options.top_k > 0:
+        scores = TopKLogitsWarper(options.top_k)(None, scores)
+    if options.top_p < 1:
+        scores = TopPLogitsWarper(options.top_p)(None, scores)
+    if options.min_p > 0:
+        scores = MinPLogitsWarper(options.min_p)(None, scores)
+    probability = torch.softmax(scores[0], -1)
+    assert all(probability[token] > 0 for token in tokens)
+    # The sum of squared deviations over the expected one is about 1; 5 standard deviations of a binomial for each of the largest.
+    for token in probability.topk(5).indices.tolist():
+        p = probability[token].item()
+        assert abs(tokens[token] / count - p) < 5 * (p * (1 - p) / count) ** 0.5 + 1e-9
+
+
+def test_the_end_is_cut_at_the_first_stop(tiny, generate, monkeypatch):
+    model, _template = tiny
+    first = generate(PROMPTS, [0] * 3, GREEDY)
+    stop = first[0].token_ids[3]
+    monkeypatch.setattr(model.generation_config, 'eos_token_id', [stop, model.config.eos_token_id])
+    again = generate(PROMPTS, [0] * 3, GREEDY)
+    assert again[0].token_ids == first[0].token_ids[:first[0].token_ids.index(stop) + 1] and again[0].finish_reason == 'stop'
+    for before, after in zip(first[1:], again[1:], strict=True):
+        cut = before.token_ids.index(stop) + 1 if stop in before.token_ids else len(before.token_ids)
+        assert after.token_ids == before.token_ids[:cut]
+    assert first[0].finish_reason == 'length' and len(first[0].token_ids) == 12
+
+
+def test_modes_are_restored_after_an_exception(tiny):
+    model, _ = tiny
+    model.train()
+    model.model.layers[0].eval()
+    before = [m.training for m in model.modules()]
+    with pytest.raises(RuntimeError), evaluation_mode(model):
+        assert not any(m.training for m in model.modules())
+        raise RuntimeError
+    assert [m.training for m in model.modules()] == before
+    model.eval()
+
+
+def test_the_template_is_restored(tiny, generate):
+    _, template = tiny
+    before = template.mode, template.max_length, template.padding_free
+    generate(PROMPTS, [0] * 3, GREEDY)
+    assert (template.mode, template.max_length, template.padding_free) == before
