@@ -16,11 +16,17 @@ class GKDPipeline(SwiftRLHF):
     """ms-swift's pipeline, with start-up checks in front of the models."""
 
     def _prepare_model_tokenizer(self) -> None:
-        self._datasets = super()._get_dataset()
+        self._datasets = self._loaded_datasets()
         self._check_datasets(*self._datasets)
         self._check_options()
         self._tokens = self._check_tokenizers()
         super()._prepare_model_tokenizer()
+
+    def _loaded_datasets(self):
+        try:
+            return super()._get_dataset()
+        except StopIteration:  # what ms-swift makes of a file without a row
+            return None, None
 
     def _get_dataset(self):
         return self._datasets

@@ -365,11 +365,12 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
         bad = cycles.total_over_ranks(int((~finite).sum()), self.args.device)
         if not bad:
             return
+        checkpoint = getattr(self.state, 'last_model_checkpoint', None) or 'not written yet'  # ms-swift sets it with the first one
         mine = [str(sample) for (_, batch), ok in zip(self._step_losses, finite.tolist(), strict=False) if not ok for sample in batch.samples]
         raise FloatingPointError(
             f'The loss of step {self.state.global_step + 1} is not finite in {bad} micro-batches'
             + (f', here with {", ".join(mine)}' if mine else ' of other ranks')
-            + f'. The weights are those of step {self.state.global_step}; the last checkpoint is {self.state.last_model_checkpoint}. '
+            + f'. The weights are those of step {self.state.global_step}; the last checkpoint is {checkpoint}. '
             'Look at these rows, or lower --learning_rate.')
 
     # -- evaluation ------------------------------------------------------------------------------------------------------------------

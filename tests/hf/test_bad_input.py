@@ -37,11 +37,12 @@ def data(tiny_models, tmp_path_factory):
     rows = [json.loads(line) for line in tiny_models.train.read_text().splitlines()]
     questions = [{'messages': row['messages'][:1]} for row in rows]
     long = [{'messages': [row['messages'][0], {'role': 'assistant', 'content': 'very ' * 200}]} if i % 4 else row for i, row in enumerate(rows)]
-    masked = [{'messages': [row['messages'][0], {**row['messages'][1], 'loss': False}]} for row in rows]
-    half = [{'messages': [row['messages'][0], {**row['messages'][1], 'loss': bool(i % 2)}]} for i, row in enumerate(rows)]
+    # Cut on the right, a long question leaves nothing of its answer.
+    masked = [{'messages': [{'role': 'user', 'content': 'please ' * 60 * (i % 2 or all_of_them) + 'add'}, row['messages'][1]]}
+              for all_of_them in (True, False) for i, row in enumerate(rows)]
     return {'EMPTY': write_rows(root / 'empty.jsonl', []), 'QUESTIONS': write_rows(root / 'questions.jsonl', questions),
-            'LONG': write_rows(root / 'long.jsonl', long), 'MASKED': write_rows(root / 'masked.jsonl', masked),
-            'HALF': write_rows(root / 'half.jsonl', half), 'SEVEN': write_rows(root / 'seven.jsonl', rows[:7])}
+            'LONG': write_rows(root / 'long.jsonl', long), 'MASKED': write_rows(root / 'masked.jsonl', masked[:len(rows)]),
+            'HALF': write_rows(root / 'half.jsonl', masked[len(rows):]), 'SEVEN': write_rows(root / 'seven.jsonl', rows[:7])}
 
 
 @pytest.fixture(scope='module')
@@ -65,8 +66,8 @@ def runs(run_jobs, data, broken):
         'questions are enough': {**SHORT, 'dataset': data['QUESTIONS'], 'lmbda': 1},
         'long rows': {**SHORT, 'dataset': data['LONG'], 'max_steps': 4, 'max_length': 96},
         'all too long': {**SHORT, 'dataset': data['LONG'], 'max_length': 8},
-        'masked': {**SHORT, 'dataset': data['MASKED'], 'loss_scale': 'default'},
-        'half masked': {**SHORT, 'dataset': data['HALF'], 'loss_scale': 'default', 'max_steps': 4},
+        'masked': {**SHORT, 'dataset': data['MASKED'], 'truncation_strategy': 'right', 'max_length': 48},
+        'half masked': {**SHORT, 'dataset': data['HALF'], 'truncation_strategy': 'right', 'max_length': 48, 'gradient_accumulation_steps': 8},
         'nan': {**SHORT, 'model': broken},
         'remainder': {**SHORT, 'dataset': data['SEVEN'], 'max_steps': None, 'num_train_epochs': 1, 'per_device_train_batch_size': 2,
                       'gradient_accumulation_steps': 2},
