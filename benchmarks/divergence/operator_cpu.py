@@ -1,14 +1,15 @@
 """Time and memory of one distillation step's head and loss, forward and backward, on a CPU.
 
-    python benchmarks/divergence/operator_cpu.py --out results.csv              run (each measurement in its own
-    process) python benchmarks/divergence/operator_cpu.py --plot results.csv plot.png    draw
+    python benchmarks/divergence/operator_cpu.py --out results.csv            # run
+    python benchmarks/divergence/operator_cpu.py --plot results.csv plot.png  # draw
 
 Implementations: `matmuls`, the four matrix products alone (both sides' logits whole, gradient of hidden states and
-head), the floor that the others are divided by; `ours`, reduction='sum'; `ms-swift`, `trl`, `liger`, their JSD behind F.linear or fused.
-What is not installed is left out. Repetitions of the implementations alternate, and medians are reported, so that a
-slow minute of the machine falls on all of them. Seconds are wall time; on a machine that others use, too, run with
-`--threads 1` and read `cpu_seconds`, the processor time of the step, which the ratio is then made of (`--ratio
-cpu_seconds`). Memory is the peak of the process above what it held before the step, inputs included.
+head), the floor that the others are divided by; `ours`, reduction='sum'; `ms-swift`, `trl`, `liger`, their JSD behind
+a linear layer or fused with it. What is not installed is left out. Each measurement has a process of its own; the
+implementations take turns, and medians are reported, so that a slow minute of the machine falls on all of them.
+
+Seconds are wall time. On a machine that others use, too, run with `--threads 1 --ratio cpu_seconds`, the processor time
+of the step. Memory is the peak of the process above what it held before the step, inputs included.
 """
 
 import argparse
@@ -73,7 +74,9 @@ def make_step(name: str, hs, ws, ht, wt):
     else:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-        liger = LigerFusedLinearJSDLoss(beta=BETA, temperature=TEMPERATURE, compiled=False, weight_hard_loss=0.0)
+        liger = LigerFusedLinearJSDLoss(
+            beta=BETA, temperature=TEMPERATURE, compiled=False, weight_hard_loss=0.0, weight_soft_loss=1.0
+        )
 
         def loss_of():
             return liger(hs, ws, ht, wt, torch.zeros(tokens, dtype=torch.long))
@@ -144,7 +147,8 @@ def measure(args) -> None:
                     if done.returncode == 0:
                         found[name].append(json.loads(done.stdout.splitlines()[-1]))
                     else:
-                        print(f'{name}: left out, {(done.stderr.splitlines() or ["killed"])[-1]}', file=sys.stderr)
+                        reason = (done.stderr.splitlines() or ['killed'])[-1]
+                        print(f'{name}: left out, {reason}', file=sys.stderr)
             floor = statistics.median(r[args.ratio] for r in found['matmuls'])
             for name, runs in found.items():
                 if runs:

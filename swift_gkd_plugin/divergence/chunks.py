@@ -265,9 +265,8 @@ def _topk_value_and_gradient(
     column = column.masked_fill(~here, 0)
     logprobs = zs.gather(1, column) - norm[1]  # the buckets are few, so their arithmetic is in fp64
     outside = buffers['e'].copy_(student)
-    outside.scatter_reduce_(
-        1, column, (~here).to(zs.dtype), 'prod'
-    )  # 0 at the ids, whole elsewhere: no difference of sums
+    # The tail's mass is a sum without the ids, not a difference of two sums.
+    outside.scatter_reduce_(1, column, (~here).to(zs.dtype), 'prod')
     sums = call.reduce.sum(
         torch.cat([logprobs.masked_fill(~here, 0), outside.sum(-1, keepdim=True, dtype=torch.float64)], 1)
     )
@@ -306,8 +305,10 @@ def _topk_value_and_gradient(
 
 @dataclass
 class _Label:
-    """A block's labels. column: [rows, 1], local, 0 where the label is not here; here, counts: [rows] 0 or 1 as
-    numbers."""
+    """A block's labels.
+
+    column: [rows, 1], of this rank, 0 where the label is elsewhere. here, counts: [rows], 0 or 1 as numbers.
+    """
 
     column: Tensor
     here: Tensor
@@ -408,8 +409,7 @@ def uses_kernels(call: Call) -> bool:
 
 
 def _cross_entropy(call: Call, label: _Label, zs: Tensor, student: Tensor, norm, buffers: _Buffers):
-    """-log S(label) at temperature 1 [rows], that distribution up to a factor per row in a buffer of its own, and the
-    factor."""
+    """At temperature 1: -log S(label) [rows], the distribution [rows, columns] but for a factor, and the factor."""
     largest, log_norm = norm
     temperature = call.student.temperature
     picked = label.pick(zs, call.reduce)

@@ -26,8 +26,8 @@ class LogitTransform:
 
         logits = softcap · tanh(scale · z / softcap)        or scale · z without a softcap
 
-    Gemma 2, 3n and 4: softcap = `final_logit_softcapping`. Cohere: scale = `logit_scale`. Granite: scale = 1 /
-    `logits_scaling`.
+    Gemma 2, 3n and 4: softcap = `final_logit_softcapping`. Cohere: scale = `logit_scale`. Granite:
+    scale = 1 / `logits_scaling`.
     """
 
     scale: float = 1.0
@@ -60,11 +60,10 @@ def _as_they_are():
 
 
 class LinearHead:
-    """logits = transform(hidden @ weightᵀ + bias + scaling·(hidden @ Aᵀ) @ Bᵀ) / temperature, over the first `columns`
-    ids.
+    """A head that is used: logits = transform(hidden @ weightᵀ + bias + scaling·(hidden @ Aᵀ) @ Bᵀ) / temperature.
 
-    hidden [tokens, dim], weight [vocab, dim], bias [vocab] or None, lora (A [rank, dim], B [vocab, rank], scaling) or
-    None.
+    Of the first `columns` ids only. hidden [tokens, dim], weight [vocab, dim], bias [vocab] or None, lora None or (A [rank, dim], B [vocab, rank],
+    scaling).
     """
 
     def __init__(
@@ -78,13 +77,17 @@ class LinearHead:
         temperature: float,
     ):
         self.hidden, self.columns = hidden, columns
+        self.tensors = (hidden, weight, bias, *(lora[:2] if lora is not None else (None, None)))
+        if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
+            weight = weight.to(
+                hidden.dtype
+            )  # fp32 master weights under autocast: the model's own product does the same
         self.weight = weight[:columns]
         self.bias = None if bias is None else bias[:columns]
         self.lora = None if lora is None else (lora[0], lora[1][:columns], lora[2])
         self.transform = transform or LogitTransform()
         self.temperature = temperature
         self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        self.tensors = (hidden, weight, bias, *(lora[:2] if lora is not None else (None, None)))
         self.plain = hidden.dtype == weight.dtype == self.dtype
         both_bf16 = hidden.dtype == weight.dtype == torch.bfloat16
         self.products = _bf16_products if both_bf16 and hidden.device.type == 'cpu' else _as_they_are
@@ -139,8 +142,7 @@ class LinearHead:
 
 
 class HeadGradients:
-    """Sums up the gradient of a LinearHead's tensors over the chunks. `wanted`: which of (hidden, weight, bias, A,
-    B)."""
+    """Sums up the gradients of a LinearHead's tensors over the chunks, those `wanted` of (hidden, weight, bias, A, B)."""
 
     def __init__(self, head: LinearHead, wanted: tuple[bool, ...], reduce: Reduce):
         self.head, self.reduce = head, reduce
@@ -162,8 +164,7 @@ class HeadGradients:
             self.b = torch.zeros(vocab, head.lora[1].shape[1], dtype=head.dtype, device=hidden.device)
 
     def add(self, rows: slice, gradient: Tensor, spare: Tensor | None) -> None:
-        """gradient [rows, columns] of hidden @ weightᵀ + …, in `head.dtype`. spare: memory as large, free to be
-        overwritten."""
+        """gradient: [rows, columns], of hidden @ weightᵀ + …, in `head.dtype`. spare: memory as large that is free."""
         head = self.head
         x = head.hidden[rows].detach()
         weight = head.weight.detach()

@@ -42,16 +42,16 @@ MAX_LOG_RATIO = 1e4
 class Divergence:
     """What is measured between teacher T and student S, both softened by `temperature`.
 
-    ==================  =====================================================  ==========================================
-    kind                D                                                      from
-    ==================  =====================================================  ==========================================
-    `jsd`               β·KL(T‖M) + (1-β)·KL(S‖M),  M = β·T + (1-β)·S          GKD, Agarwal et al. 2024 (arXiv 2306.13649)
-    `forward_kl`        KL(T‖S), mode covering                                 Hinton et al. 2015 (arXiv 1503.02531)
-    `reverse_kl`        KL(S‖T), mode seeking                                  MiniLLM, Gu et al. 2024 (arXiv 2306.08543)
-    `skew_forward_kl`   KL(T‖α·T + (1-α)·S)                                    DistiLLM, Ko et al. 2024 (arXiv 2402.03898)
-    `skew_reverse_kl`   KL(S‖α·S + (1-α)·T)                                    DistiLLM
-    `tvd`               ½ Σ |T - S|                                            f-DISTILL, Wen et al. 2023 (arXiv 2307.15190)
-    ==================  =====================================================  ==========================================
+    ==================  ==========================================  ===============================================
+    kind                D                                           from
+    ==================  ==========================================  ===============================================
+    `jsd`               β·KL(T‖M) + (1-β)·KL(S‖M), M = β·T+(1-β)·S  GKD, Agarwal et al. 2024 (arXiv 2306.13649)
+    `forward_kl`        KL(T‖S), mode covering                      Hinton et al. 2015 (arXiv 1503.02531)
+    `reverse_kl`        KL(S‖T), mode seeking                       MiniLLM, Gu et al. 2024 (arXiv 2306.08543)
+    `skew_forward_kl`   KL(T‖α·T + (1-α)·S)                         DistiLLM, Ko et al. 2024 (arXiv 2402.03898)
+    `skew_reverse_kl`   KL(S‖α·S + (1-α)·T)                         DistiLLM
+    `tvd`               ½ Σ |T - S|                                 f-DISTILL, Wen et al. 2023 (arXiv 2307.15190)
+    ==================  ==========================================  ===============================================
 
     `beta` (β, of `jsd`) in [0, 1]. As in GKD, β = 0 *is* the forward KL and β = 1 the reverse KL, although the formula
     above tends to 0 there: its gradient shrinks with β(1-β), and jumps at the two ends.

@@ -115,10 +115,11 @@ def linear_divergence(
         vocab_group: torch.distributed group whose ranks hold consecutive vocabulary rows of both heads (weight, bias
             and LoRA B), in rank order, possibly uneven. Every rank passes the same hidden states, weights and labels
             and gets the whole loss; head gradients are those of its rows, hidden-state (and LoRA A) gradients are
-            all-reduced. Collectives: per chunk three all-reduces of a few numbers per token (1 MAX, 2 SUM; with labels
-            1 SUM more, 2 at a temperature other than 1; with `stats.detail` 3 SUM and 2 MIN more at most); per call one
-            all-reduce of the hidden-state gradient, and one all-to-all of teacher rows where the two heads are split at
-            different ids. The backward pass has none, but for reduction='none' with a trained head.
+            all-reduced. Collectives per chunk: three all-reduces of a few numbers per token (1 MAX, 2 SUM); with labels
+            1 SUM more, 2 at a temperature other than 1; with `stats.detail` 2 MIN and at most 2 SUM more. Per call: one
+            all-reduce of the hidden-state gradient (one more for LoRA A), and where the two heads are split at
+            different ids one all-to-all of teacher rows (one more for a bias). The backward pass has none, but for
+            reduction='none' with a trained head, where it is a second pass.
         stats: filled with per-token statistics.
 
     Returns:

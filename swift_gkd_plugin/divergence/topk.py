@@ -2,8 +2,8 @@
 
 **Buckets.** The k ids are k buckets and everything else is one more, for both sides: the tail. Merging columns never
 makes a divergence larger, so the value is a lower bound of the full one, and student mass outside the teacher's ids has
-a gradient. With `tail='renormalize'` there is no tail bucket: both sides are renormalised over the k ids, and the value and the gradient
-say nothing of the mass outside.
+a gradient. With `tail='renormalize'` there is no tail bucket: both sides are renormalised over the k ids, and the value
+and the gradient say nothing of the mass outside.
 
 **Temperature.** The log-probabilities were taken at a temperature τ, and the divergence is wanted at another one, T.
 The tail's mass at T cannot be known. So both sides are bucketed at τ, and the k+1 buckets are then tempered: p_i^(τ/T),

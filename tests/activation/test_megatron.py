@@ -51,11 +51,9 @@ def test_stock_trainer_runs_and_says_so(finished):
 
 
 @pytest.mark.command(f'{OFF_POLICY} {TINY} --gkd_divergence tvd', env=STAND_INS)
-@pytest.mark.command(f'{OFF_POLICY} {TINY} --model_kwargs \'{{{{"gkd_divergence": "tvd"}}}}\'', env=STAND_INS)
-def test_option_without_effect_is_refused(all_finished):
-    for finished in all_finished:
-        last = finished.output.splitlines()[-1]
-        assert last.startswith('swift-gkd-plugin: --gkd_divergence tvd: the plugin has no Megatron trainer yet'), finished.output[-3000:]
+def test_option_without_effect_is_refused(finished):
+    last = finished.output.splitlines()[-1]
+    assert last.startswith('swift-gkd-plugin: --gkd_divergence tvd: the plugin has no Megatron trainer yet'), finished.output[-3000:]
 
 
 @pytest.mark.command('swift/cli/_megatron/rlhf.py --rlhf_type dpo --help', env={'SWIFT_GKD_PLUGIN': '0', **STAND_INS})

@@ -29,9 +29,9 @@ def _mixture(log_t, log_s, w):
 
 def from_log_probs(divergence, log_s, log_t):
     kind, beta, skew = divergence.kind, divergence.beta, divergence.skew
-    if kind == 'jsd' and beta == 0 or kind == 'forward_kl' or kind == 'skew_forward_kl' and skew == 0:
+    if (kind == 'jsd' and beta == 0) or kind == 'forward_kl' or (kind == 'skew_forward_kl' and skew == 0):
         return _kl(log_t, log_s)
-    if kind == 'jsd' and beta == 1 or kind == 'reverse_kl' or kind == 'skew_reverse_kl' and skew == 0:
+    if (kind == 'jsd' and beta == 1) or kind == 'reverse_kl' or (kind == 'skew_reverse_kl' and skew == 0):
         return _kl(log_s, log_t)
     if kind == 'jsd':
         log_m = _mixture(log_t, log_s, beta)

@@ -74,9 +74,16 @@ def main(path: str) -> None:
         from swift_gkd_plugin import register
 
         register()
+    from swift.arguments import SftArguments
     from swift.callbacks import callbacks_map
     from swift.pipelines import rlhf_main
 
+    def allow_sdpa(self):
+        # ms-swift wants flash attention for packed rows, which has no CPU kernel. transformers' sdpa builds the same block-diagonal mask
+        # from the position ids, slowly.
+        self.padding_free = self.padding_free or self.packing
+
+    SftArguments._check_padding_free = allow_sdpa
     loaded = []
     from_pretrained = PreTrainedModel.from_pretrained.__func__
 
