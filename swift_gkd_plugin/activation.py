@@ -188,16 +188,16 @@ class _AfterImport:
 
     def __init__(self, seams: dict[str, Seam]) -> None:
         self.seams = seams
-        self.looking_for: Optional[str] = None
+        self.looking_for: set[str] = set()
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name not in self.seams or name == self.looking_for:
+        if name not in self.seams or name in self.looking_for:
             return None
-        self.looking_for = name
+        self.looking_for.add(name)
         try:
             spec = importlib.util.find_spec(name)
         finally:
-            self.looking_for = None
+            self.looking_for.remove(name)
         if spec is not None:
             execute = spec.loader.exec_module
 

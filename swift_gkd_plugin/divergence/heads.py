@@ -60,10 +60,10 @@ def _as_they_are():
 
 
 class LinearHead:
-    """A head that is used: logits = transform(hidden @ weightᵀ + bias + scaling·(hidden @ Aᵀ) @ Bᵀ) / temperature.
+    """Hidden states and their head: transform(hidden @ weightᵀ + bias + scaling·(hidden @ Aᵀ) @ Bᵀ) / temperature.
 
-    Of the first `columns` ids only. hidden [tokens, dim], weight [vocab, dim], bias [vocab] or None, lora None or (A [rank, dim], B [vocab, rank],
-    scaling).
+    hidden [tokens, dim], weight [vocab, dim], bias [vocab] or None, lora None or (A [rank, dim], B [vocab, rank],
+    scaling); of the vocabulary only the first `columns` ids are used.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class LinearHead:
 
 
 class HeadGradients:
-    """Sums up the gradients of a LinearHead's tensors over the chunks, those `wanted` of (hidden, weight, bias, A, B)."""
+    """Gradients of a LinearHead, summed over the chunks: those `wanted` of (hidden, weight, bias, A, B)."""
 
     def __init__(self, head: LinearHead, wanted: tuple[bool, ...], reduce: Reduce):
         self.head, self.reduce = head, reduce

@@ -95,7 +95,7 @@ class OutputHead:
         """Rows of the head's weight, i.e. columns of the logits, also while the weight is sharded."""
         if self.dense:
             return self.model.config.get_text_config().vocab_size
-        return getattr(self._executed(adapter=False), 'base_layer', self._executed(adapter=False)).out_features
+        return getattr(self.executed(adapter=False), 'base_layer', self.executed(adapter=False)).out_features
 
     def _why_dense(self) -> str | None:
         if self.module is None:
@@ -121,7 +121,7 @@ class OutputHead:
             return 'the output head has LoRA under ZeRO-3'
         return None
 
-    def _executed(self, adapter: bool) -> nn.Module:
+    def executed(self, adapter: bool) -> nn.Module:
         """The module whose forward runs: PEFT's ``modules_to_save`` keeps the trained copy and the original side by side."""
         if not hasattr(self.module, 'modules_to_save'):
             return self.module
@@ -139,7 +139,7 @@ class OutputHead:
 
     def tensors(self, adapter: bool = True) -> HeadTensors:
         """The head's tensors, to be read while they are whole: inside the head's own forward or inside :meth:`gathered`."""
-        executed = self._executed(adapter)
+        executed = self.executed(adapter)
         base = getattr(executed, 'base_layer', executed)
         lora = None
         if hasattr(executed, 'lora_A') and adapter and not executed.disable_adapters:
@@ -157,7 +157,7 @@ class OutputHead:
             adapter: Whether the adapter is on in this forward.
             raw: Switch the model's own post-processing of logits off, since the result is something else.
         """
-        executed = self._executed(adapter)
+        executed = self.executed(adapter)
         changed = self._post_processing() if raw else []
         before = executed.__dict__.get('forward')
         executed.forward = forward
@@ -175,7 +175,7 @@ class OutputHead:
 
     def gathered(self, adapter: bool = True):
         """A context in which :meth:`tensors` are whole outside the head's forward, for a model whose weights are sharded."""
-        executed = self._executed(adapter)
+        executed = self.executed(adapter)
         weight = getattr(executed, 'base_layer', executed).weight
         if hasattr(weight, 'ds_id'):
             import deepspeed
@@ -206,7 +206,7 @@ class OutputHead:
         """
         if self.dense:
             return self.dense
-        executed = self._executed(adapter=True)
+        executed = self.executed(adapter=True)
         original = executed.forward
         ours: dict[str, torch.Tensor] = {}
 

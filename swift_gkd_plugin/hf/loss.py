@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,16 +92,23 @@ class DistillationLoss:
         if head is None or isinstance(signal, Logits):
             logits = chosen if head is None else head.logits(chosen)
             return logits_divergence(logits, self._teacher_logits(signal, device), options.divergence, **common)
-        with signal.head.gathered(self.teacher_adapter):
+        with self._whole(signal.head):
             teacher = signal.head.tensors(self.teacher_adapter)
             # Its hidden states were upcast on the way out of a forward in mixed precision; its weights were not.
             hidden = signal.hidden.to(device, teacher.weight.dtype)
             return linear_divergence(chosen, head.weight, hidden, teacher.weight.detach().to(device), options.divergence,
                                      teacher_bias=teacher.bias, teacher_transform=teacher.transform, **student, **common)
 
+    def _whole(self, teacher: OutputHead) -> AbstractContextManager:
+        """The teacher's head with whole weights. If it is the module whose forward this is, they are whole already, and ZeRO-3 would
+        refuse to partition them again before that forward ends."""
+        if not self.head.dense and teacher.executed(self.teacher_adapter) is self.head.executed(adapter=True):
+            return nullcontext()
+        return teacher.gathered(self.teacher_adapter)
+
     def _teacher_logits(self, signal: HiddenStates | Logits, device: torch.device) -> torch.Tensor:
         if isinstance(signal, Logits):
             return signal.logits.to(device)
-        with torch.no_grad(), signal.head.gathered(self.teacher_adapter):
+        with torch.no_grad(), self._whole(signal.head):
             head = signal.head.tensors(self.teacher_adapter)
             return head.logits(signal.hidden.to(head.weight.device, head.weight.dtype)).to(device)

@@ -61,6 +61,15 @@ def test_known_host_is_accepted(tmp_path, version):
     assert start(sys.executable, script, '--rlhf_type', 'gkd', host=tmp_path) == (0, f'stock ms-swift {version}\n')
 
 
+def test_register_refuses_unknown_host_and_obeys_the_switch(tmp_path):
+    host_script(tmp_path, version='4.7.0')
+    code = 'from swift_gkd_plugin import register; register(); print("went on")'
+    returncode, output = start(sys.executable, '-c', code, host=tmp_path)
+    assert returncode == 1 and 'HostError: ms-swift 4.7.0: swift-gkd-plugin' in output.splitlines()[-1]
+    returncode, output = start(sys.executable, '-c', code, host=tmp_path, SWIFT_GKD_PLUGIN='0')
+    assert returncode == 0 and 'SWIFT_GKD_PLUGIN=0: --rlhf_type gkd stays the one of ms-swift.' in output and 'went on' in output
+
+
 def test_launchers_and_debuggers_before_the_script(tmp_path):
     script = host_script(tmp_path, version='3.9.0')
     for before in (['-u'], ['-X', 'utf8', '-W', 'ignore'], ['-m', 'cProfile', '-o', tmp_path / 'profile']):

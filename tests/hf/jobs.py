@@ -70,6 +70,10 @@ class StopAt(TrainerCallback):
 
 
 def main(path: str) -> None:
+    if os.environ.get('DS_ACCELERATOR') == 'cpu' and 'RANK' in os.environ:
+        import deepspeed
+
+        deepspeed.init_distributed('gloo')  # before any model asks for ZeRO-3; it would pick a back end of its own
     if os.environ.get('SWIFT_GKD_PLUGIN') != '0':
         from swift_gkd_plugin import register
 
