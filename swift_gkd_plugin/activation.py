@@ -23,7 +23,7 @@ from .arguments import OptionError
 from .seams import option_value
 
 SWITCH = 'SWIFT_GKD_PLUGIN'
-HOSTS = '>=4.6.0,<4.7'  # versions of ms-swift whose seams were tested; setup.py names the same range
+HOSTS = '>=4.6.0,<4.7'  # versions of ms-swift whose seams were tested; the same as in pyproject.toml
 
 Seam = Callable[[ModuleType], Optional[dict[str, Any]]]
 

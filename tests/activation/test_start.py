@@ -7,7 +7,9 @@ from pathlib import Path
 
 import helpers
 import pytest
-from sites import make_site
+from sites import ROOT, make_site
+
+from swift_gkd_plugin import activation
 
 HOST = """
 import sys
@@ -123,3 +125,7 @@ def test_editable_install_is_a_plain_path_line():
     """setuptools' import finder for editable installs would cost every Python of the environment about 9 ms."""
     code = 'import sys; print([f for f in sys.meta_path if "editable" in repr(f)])'
     assert helpers.run([sys.executable, '-c', code]) == (0, '[]\n')
+
+
+def test_supported_hosts_are_those_that_pip_installs():
+    assert f'"ms-swift{activation.HOSTS}"' in (ROOT / 'pyproject.toml').read_text()

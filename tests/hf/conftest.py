@@ -24,11 +24,12 @@ class Run:
     output_dir: Path
     error: str | None
     loaded: int
+    traceback: str
     output: str
 
     def ok(self) -> Run:
         if self.error is not None:  # no assertion: tests expect those of stock ms-swift
-            pytest.fail(f'{self.error}\n{self.output[-8000:]}')
+            pytest.fail(f'{self.error}\n{self.traceback[-4000:]}')
         return self
 
     @property

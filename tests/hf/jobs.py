@@ -102,15 +102,16 @@ def main(path: str) -> None:
     rank = int(os.environ.get('RANK', 0))
     for job in jobs:
         os.environ['STOP_AT'] = str(job.get('stop_at', -1))
-        error = None
+        error, trace = None, ''
         loaded.clear()
         try:
             rlhf_main(job['argv'])
         except BaseException as e:
             error = f'{type(e).__name__}: {e}'
-            traceback.print_exc()
+            trace = traceback.format_exc()
+            print(trace, flush=True)
         if rank == 0:
-            Path(job['output_dir'], 'outcome.json').write_text(json.dumps({'error': error, 'loaded': len(loaded)}))
+            Path(job['output_dir'], 'outcome.json').write_text(json.dumps({'error': error, 'loaded': len(loaded), 'traceback': trace}))
 
 
 if __name__ == '__main__':

@@ -17,7 +17,6 @@ def runs(run_jobs, tiny_models):
         'zero3': {**STEP, 'deepspeed': 'zero3'},
         'zero3 no gather': {**STEP, 'deepspeed': 'zero3', 'ds3_gather_for_generation': 'false'},
         'zero3 shared base': {**STEP, **same, 'deepspeed': 'zero3'},
-        'zero3 modules_to_save': {**STEP, **same, 'deepspeed': 'zero3', 'modules_to_save': 'lm_head'},
         'zero3 teacher zero0': {**STEP, 'deepspeed': 'zero3', 'teacher_deepspeed': 'zero0'},
     }, nproc=2, env=CPU, timeout=900)
 
@@ -28,7 +27,7 @@ def one_process(run_jobs):
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize('name', ['zero2', 'zero3', 'zero3 no gather', 'zero3 shared base', 'zero3 modules_to_save', 'zero3 teacher zero0'])
+@pytest.mark.parametrize('name', ['zero2', 'zero3', 'zero3 no gather', 'zero3 shared base', 'zero3 teacher zero0'])
 def test_deepspeed(runs, one_process, name):
     run = runs[name].ok()
     assert len(run.losses) == 2 and all(0 < loss < 6 for loss in run.losses)
