@@ -1,4 +1,5 @@
 """Generalized Knowledge Distillation for ms-swift and Megatron-SWIFT."""
+
 __version__ = '0.1.0'
 
 
@@ -11,4 +12,5 @@ def register() -> None:
         RuntimeError: The installed ms-swift is not one of the supported versions.
     """
     from .activation import register as _register
+
     _register()

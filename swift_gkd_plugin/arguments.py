@@ -5,6 +5,7 @@ Options that ms-swift already has (``--lmbda``, ``--beta``, ``--temperature``, `
 
 Nothing heavy is imported: the start-up hook reads this file before torch or ms-swift.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
@@ -27,38 +28,56 @@ class GKDOptions:
     """The plugin's own options. Each is a field of ms-swift's argument classes as well (see ``hf/host.py``)."""
 
     gkd_source_per: Literal['sample', 'batch'] = option(
-        'sample', 'Draw the source of the responses (student, teacher, dataset) for each sample, or once for a whole '
-        'generation batch as ms-swift does.')
+        'sample',
+        'Draw the source of the responses (student, teacher, dataset) for each sample, or once for a whole '
+        'generation batch as ms-swift does.',
+    )
     gkd_divergence: Literal[DIVERGENCES] = option(
-        'jsd', 'The divergence D(teacher, student). jsd is the generalised Jensen-Shannon divergence of --beta: beta=0 is '
-        'forward KL(teacher||student), beta=1 is reverse KL(student||teacher).')
-    gkd_skew: float = option(
-        0.1, 'Share of the other model in the mixture of skew_forward_kl and skew_reverse_kl (DistiLLM), in (0, 1).')
+        'jsd',
+        'The divergence D(teacher, student). jsd is the generalised Jensen-Shannon divergence of --beta: beta=0 is '
+        'forward KL(teacher||student), beta=1 is reverse KL(student||teacher).',
+    )
+    gkd_skew: float = option(0.1, 'Share of the other model in the mixture of skew_forward_kl and skew_reverse_kl (DistiLLM), in (0, 1).')
     gkd_loss_weight: float = option(
-        1.0, 'Weight of the divergence in the loss, >= 0. At 0 no teacher forward runs: with --sft_alpha and --seq_kd '
-        'this is SeqKD as plain cross-entropy.')
+        1.0,
+        'Weight of the divergence in the loss, >= 0. At 0 no teacher forward runs: with --sft_alpha and --seq_kd '
+        'this is SeqKD as plain cross-entropy.',
+    )
     gkd_temperature: Optional[float] = option(
-        None, 'Temperature that softens both distributions in the divergence, > 0. Default: --temperature, which then '
-        'serves sampling and loss alike, as in ms-swift.')
+        None,
+        'Temperature that softens both distributions in the divergence, > 0. Default: --temperature, which then '
+        'serves sampling and loss alike, as in ms-swift.',
+    )
     gkd_temperature_squared: bool = option(
-        False, 'Multiply the divergence by the square of its temperature (Hinton et al., 2015), so that the size of the '
-        'gradient does not depend on the temperature.')
+        False,
+        'Multiply the divergence by the square of its temperature (Hinton et al., 2015), so that the size of the '
+        'gradient does not depend on the temperature.',
+    )
     gkd_tail: Literal['bucket', 'renormalize'] = option(
-        'bucket', 'With --gkd_logits_topk: compare k ids and one bucket with the remaining mass of each side, or '
-        'renormalise both sides over the k ids as ms-swift does.')
+        'bucket',
+        'With --gkd_logits_topk: compare k ids and one bucket with the remaining mass of each side, or '
+        'renormalise both sides over the k ids as ms-swift does.',
+    )
     gkd_eval_source: Literal[SOURCES] = option(
-        'dataset', 'Responses that the evaluation scores: those of the validation set, or ones that the student or '
-        'the teacher generates with fixed seeds.')
+        'dataset',
+        'Responses that the evaluation scores: those of the validation set, or ones that the student or '
+        'the teacher generates with fixed seeds.',
+    )
     gkd_teacher_system: Optional[str] = option(
-        None, "System prompt of the teacher, when it answers and when it scores. Default: the student's.")
+        None, "System prompt of the teacher, when it answers and when it scores. Default: the student's."
+    )
     gkd_teacher_enable_thinking: Optional[bool] = option(
-        None, "Thinking mode of the teacher's prompt, for templates that have one. Default: the student's.")
+        None, "Thinking mode of the teacher's prompt, for templates that have one. Default: the student's."
+    )
     gkd_teacher_temperature: Optional[float] = option(
-        None, 'Sampling temperature of the teacher with --seq_kd, >= 0 (0: greedy). Default: --temperature.')
+        None, 'Sampling temperature of the teacher with --seq_kd, >= 0 (0: greedy). Default: --temperature.'
+    )
     gkd_teacher_max_completion_length: Optional[int] = option(
-        None, 'Limit of the answers of the teacher in tokens, > 0. Default: --max_completion_length.')
+        None, 'Limit of the answers of the teacher in tokens, > 0. Default: --max_completion_length.'
+    )
     gkd_detailed_metrics: bool = option(
-        False, 'Log forward and reverse KL, entropies and agreement of the two models as well; about 5 % more work per step.')
+        False, 'Log forward and reverse KL, entropies and agreement of the two models as well; about 5 % more work per step.'
+    )
 
 
 OPTION_NAMES = tuple(f.name for f in fields(GKDOptions))
@@ -81,44 +100,67 @@ def check_values(args: Any) -> None:
     beta = 0.5 if args.beta is None else args.beta
     _require(0 <= beta <= 1, f'--beta {beta}: must be in [0, 1] (0: forward KL, 0.5: JSD, 1: reverse KL).')
     _require(0 <= args.lmbda <= 1, f'--lmbda {args.lmbda}: must be in [0, 1] (the share of samples that the student answers).')
-    _require(args.temperature > 0 or (args.temperature == 0 and args.gkd_temperature is not None),
-             f'--temperature {args.temperature}: must be > 0, for it softens the divergence too; for greedy sampling '
-             'give --temperature 0 together with --gkd_temperature 1.')
+    _require(
+        args.temperature > 0 or (args.temperature == 0 and args.gkd_temperature is not None),
+        f'--temperature {args.temperature}: must be > 0, for it softens the divergence too; for greedy sampling '
+        'give --temperature 0 together with --gkd_temperature 1.',
+    )
     if args.gkd_temperature is not None:
         _require(args.gkd_temperature > 0, f'--gkd_temperature {args.gkd_temperature}: must be > 0; 1 compares the plain distributions.')
     if args.gkd_teacher_temperature is not None:
-        _require(args.gkd_teacher_temperature >= 0,
-                 f'--gkd_teacher_temperature {args.gkd_teacher_temperature}: must be >= 0 (0: greedy).')
+        _require(args.gkd_teacher_temperature >= 0, f'--gkd_teacher_temperature {args.gkd_teacher_temperature}: must be >= 0 (0: greedy).')
     if args.gkd_teacher_max_completion_length is not None:
-        _require(args.gkd_teacher_max_completion_length > 0,
-                 f'--gkd_teacher_max_completion_length {args.gkd_teacher_max_completion_length}: must be > 0.')
+        _require(
+            args.gkd_teacher_max_completion_length > 0,
+            f'--gkd_teacher_max_completion_length {args.gkd_teacher_max_completion_length}: must be > 0.',
+        )
     _require(args.max_completion_length > 0, f'--max_completion_length {args.max_completion_length}: must be > 0.')
     _require(args.sft_alpha >= 0, f'--sft_alpha {args.sft_alpha}: must be >= 0 (the weight of the cross-entropy).')
     _require(args.gkd_loss_weight >= 0, f'--gkd_loss_weight {args.gkd_loss_weight}: must be >= 0 (the weight of the divergence).')
-    _require(args.gkd_loss_weight > 0 or args.sft_alpha > 0,
-             f'--gkd_loss_weight {args.gkd_loss_weight} with --sft_alpha {args.sft_alpha}: the loss would be 0; raise one of them.')
-    _require(args.gkd_loss_weight > 0 or args.lmbda == 0,
-             f'--gkd_loss_weight 0 with --lmbda {args.lmbda}: responses of the student would have no loss at all; set --lmbda 0.')
+    _require(
+        args.gkd_loss_weight > 0 or args.sft_alpha > 0,
+        f'--gkd_loss_weight {args.gkd_loss_weight} with --sft_alpha {args.sft_alpha}: the loss would be 0; raise one of them.',
+    )
+    _require(
+        args.gkd_loss_weight > 0 or args.lmbda == 0,
+        f'--gkd_loss_weight 0 with --lmbda {args.lmbda}: responses of the student would have no loss at all; set --lmbda 0.',
+    )
     _require(0 < args.gkd_skew < 1, f'--gkd_skew {args.gkd_skew}: must be in (0, 1); DistiLLM uses 0.1.')
-    for name, allowed in (('gkd_divergence', DIVERGENCES), ('gkd_source_per', ('sample', 'batch')),
-                          ('gkd_tail', ('bucket', 'renormalize')), ('gkd_eval_source', SOURCES)):
+    for name, allowed in (
+        ('gkd_divergence', DIVERGENCES),
+        ('gkd_source_per', ('sample', 'batch')),
+        ('gkd_tail', ('bucket', 'renormalize')),
+        ('gkd_eval_source', SOURCES),
+    ):
         _require(getattr(args, name) in allowed, f'--{name} {getattr(args, name)}: must be one of {", ".join(allowed)}.')
     if args.gkd_logits_topk is not None:
         _require(args.gkd_logits_topk > 0, f'--gkd_logits_topk {args.gkd_logits_topk}: must be > 0; leave it out for the full vocabulary.')
-        _require(args.gkd_logits_topk > 1 or args.gkd_tail == 'bucket',
-                 '--gkd_logits_topk 1 with --gkd_tail renormalize: one renormalised id has probability 1 on both sides and the loss is '
-                 'always 0; raise k or use --gkd_tail bucket.')
-    _require(args.teacher_model is None or args.teacher_model_server is None,
-             f'--teacher_model {args.teacher_model} and --teacher_model_server {args.teacher_model_server}: give one of them.')
-    _require(args.teacher_model_server is None or args.gkd_logits_topk is not None,
-             '--teacher_model_server without --gkd_logits_topk: a server sends the k largest log-probabilities; say how many.')
+        _require(
+            args.gkd_logits_topk > 1 or args.gkd_tail == 'bucket',
+            '--gkd_logits_topk 1 with --gkd_tail renormalize: one renormalised id has probability 1 on both sides and the loss is '
+            'always 0; raise k or use --gkd_tail bucket.',
+        )
+    _require(
+        args.teacher_model is None or args.teacher_model_server is None,
+        f'--teacher_model {args.teacher_model} and --teacher_model_server {args.teacher_model_server}: give one of them.',
+    )
+    _require(
+        args.teacher_model_server is None or args.gkd_logits_topk is not None,
+        '--teacher_model_server without --gkd_logits_topk: a server sends the k largest log-probabilities; say how many.',
+    )
     teacher_answers = args.seq_kd or args.gkd_eval_source == 'teacher'
     flag = '--seq_kd true' if args.seq_kd else '--gkd_eval_source teacher'
-    _require(not teacher_answers or args.teacher_model is not None,
-             f'{flag} needs a teacher that can generate: give --teacher_model'
-             + (' (a --teacher_model_server only scores).' if args.teacher_model_server else '.'))
-    _require(not (args.truncation_strategy == 'right' and (args.lmbda > 0 or args.seq_kd)),
-             '--truncation_strategy right with generated responses: it would cut the end of a prompt, and the response would answer '
-             'something else; use delete or left, or --lmbda 0 with dataset responses.')
-    _require(args.truncation_strategy != 'split',
-             '--truncation_strategy split: it cuts pre-training text into pieces and does not fit responses; use delete, left or right.')
+    _require(
+        not teacher_answers or args.teacher_model is not None,
+        f'{flag} needs a teacher that can generate: give --teacher_model'
+        + (' (a --teacher_model_server only scores).' if args.teacher_model_server else '.'),
+    )
+    _require(
+        not (args.truncation_strategy == 'right' and (args.lmbda > 0 or args.seq_kd)),
+        '--truncation_strategy right with generated responses: it would cut the end of a prompt, and the response would answer '
+        'something else; use delete or left, or --lmbda 0 with dataset responses.',
+    )
+    _require(
+        args.truncation_strategy != 'split',
+        '--truncation_strategy split: it cuts pre-training text into pieces and does not fit responses; use delete, left or right.',
+    )

@@ -1,4 +1,5 @@
 """Start-up checks that need a tokenizer, a dataset or a configuration, but no weights."""
+
 from __future__ import annotations
 
 import itertools
@@ -31,7 +32,8 @@ def common_vocabulary(student, teacher, student_name: str, teacher_name: str) ->
         raise OptionError(
             f'--model {student_name} and --teacher_model {teacher_name} have different tokenizers: id {first} is {ours[first]!r} in the '
             f'student and {theirs[first]!r} in the teacher ({len(different)} of {common} ids differ); distributions over different tokens '
-            'cannot be compared, use models of one family.')
+            'cannot be compared, use models of one family.'
+        )
     return common
 
 
@@ -69,14 +71,18 @@ def check_rows(rows: Iterable[dict[str, Any]], option: str, needs_response: str 
     if not looked_at:
         raise OptionError(f'{option}: the dataset has 0 rows; check its path, its format and --split_dataset_ratio.')
     if needs_response and not any(map(has_response, looked_at)):
-        raise OptionError(f'{option}: none of the first {len(looked_at)} rows has a response, and {needs_response}. Use a dataset with '
-                          'responses, or let the models answer: --lmbda 1, or --seq_kd true.')
+        raise OptionError(
+            f'{option}: none of the first {len(looked_at)} rows has a response, and {needs_response}. Use a dataset with '
+            'responses, or let the models answer: --lmbda 1, or --seq_kd true.'
+        )
 
 
 def check_size(num_rows: int, generation_batch: int, explained: str) -> None:
     """Raises:
-        OptionError: The dataset is smaller than one generation batch.
+    OptionError: The dataset is smaller than one generation batch.
     """
     if num_rows < generation_batch:
-        raise OptionError(f'--dataset has {num_rows} rows, fewer than one generation batch of {generation_batch} ({explained}); use more '
-                          'rows or smaller batches.')
+        raise OptionError(
+            f'--dataset has {num_rows} rows, fewer than one generation batch of {generation_batch} ({explained}); use more '
+            'rows or smaller batches.'
+        )

@@ -3,6 +3,7 @@
 A mean of means would weigh short micro-batches too much, so only sums travel and the division comes last. Nothing is moved to the
 host before the numbers are asked for.
 """
+
 from __future__ import annotations
 
 import time
@@ -65,7 +66,9 @@ class Metrics:
             clocks = sorted(set().union(*(c for _, c in everyone)))
         if not names and not clocks:
             return {}
-        ratios = torch.stack([self._sums[n] for n in names] + [self._counts[n] for n in names]) if names else torch.zeros(0, device=self.device)
+        ratios = (
+            torch.stack([self._sums[n] for n in names] + [self._counts[n] for n in names]) if names else torch.zeros(0, device=self.device)
+        )
         slowest = torch.tensor([self._clocks[n] for n in clocks], dtype=torch.float64, device=self.device)
         if distributed:
             dist.all_reduce(ratios)

@@ -6,6 +6,7 @@ stream). So every rank draws the same, on any number of ranks and after a resume
 The draw is the one of GKD (Agarwal et al., 2024, arXiv 2306.13649), taken for each sample:
 ``u = uniform(seed, epoch, row)``; the student answers if ``u < lmbda``, else the teacher if ``seq_kd``, else the dataset does.
 """
+
 from __future__ import annotations
 
 import hashlib

@@ -42,8 +42,12 @@ def test_exactly_one_source(u, lmbda):
 
 def test_epochs_rows_seeds_and_purposes_are_independent():
     base = [sources.uniform(1, 0, row) for row in range(2000)]
-    for other in ([sources.uniform(2, 0, row) for row in range(2000)], [sources.uniform(1, 1, row) for row in range(2000)],
-                  [sources.uniform(1, 0, row + 1) for row in range(2000)], [sources.uniform(1, 0, row, 'cycle') for row in range(2000)]):
+    for other in (
+        [sources.uniform(2, 0, row) for row in range(2000)],
+        [sources.uniform(1, 1, row) for row in range(2000)],
+        [sources.uniform(1, 0, row + 1) for row in range(2000)],
+        [sources.uniform(1, 0, row, 'cycle') for row in range(2000)],
+    ):
         mean = sum((a - 0.5) * (b - 0.5) for a, b in zip(base, other, strict=True)) / len(base)
         assert abs(mean) < 4 / 12 / len(base) ** 0.5
 

@@ -69,16 +69,11 @@ def make_step(name: str, hs, ws, ht, wt):
         def loss_of():
             with torch.no_grad():
                 teacher = (ht @ wt.t())[None]
-            return (
-                GKDTrainer.generalized_jsd_loss((hs @ ws.t())[None], teacher, beta=BETA, temperature=TEMPERATURE)
-                / tokens
-            )
+            return GKDTrainer.generalized_jsd_loss((hs @ ws.t())[None], teacher, beta=BETA, temperature=TEMPERATURE) / tokens
     else:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-        liger = LigerFusedLinearJSDLoss(
-            beta=BETA, temperature=TEMPERATURE, compiled=False, weight_hard_loss=0.0, weight_soft_loss=1.0
-        )
+        liger = LigerFusedLinearJSDLoss(beta=BETA, temperature=TEMPERATURE, compiled=False, weight_hard_loss=0.0, weight_soft_loss=1.0)
 
         def loss_of():
             return liger(hs, ws, ht, wt, torch.zeros(tokens, dtype=torch.long))
@@ -102,9 +97,7 @@ def worker(name: str, tokens: int, hidden: int, vocab: int, dtype: str, threads:
     ht = torch.randn(tokens, hidden, generator=generator).to(kind)
     wt = torch.randn(vocab, hidden, generator=generator).mul_(0.02).to(kind)
     step = make_step(name, hs, ws, ht, wt)
-    warm = make_step(
-        name, hs.detach()[:4].clone().requires_grad_(), ws.detach()[:64].clone().requires_grad_(), ht[:4], wt[:64]
-    )
+    warm = make_step(name, hs.detach()[:4].clone().requires_grad_(), ws.detach()[:64].clone().requires_grad_(), ht[:4], wt[:64])
     warm()
     Path('/proc/self/clear_refs').write_text('5')
     before = status_kb('VmRSS')
@@ -154,9 +147,7 @@ def measure(args) -> None:
             floor = statistics.median(r[args.ratio] for r in found['matmuls'])
             for name, runs in found.items():
                 if runs:
-                    median = {
-                        key: statistics.median(r[key] for r in runs) for key in ('seconds', 'cpu_seconds', 'extra_gb')
-                    }
+                    median = {key: statistics.median(r[key] for r in runs) for key in ('seconds', 'cpu_seconds', 'extra_gb')}
                     rows.append(
                         {
                             'implementation': name,
@@ -196,11 +187,7 @@ def plot(source: str, target: str) -> None:
             (line[1], 'extra_gb', 'extra peak memory, GB'),
         ):
             for name in IMPLEMENTATIONS:
-                points = sorted(
-                    (int(r['tokens']), float(r[field]))
-                    for r in rows
-                    if r['implementation'] == name and r['dtype'] == dtype
-                )
+                points = sorted((int(r['tokens']), float(r[field])) for r in rows if r['implementation'] == name and r['dtype'] == dtype)
                 if points:
                     axis.plot(*zip(*points, strict=True), marker='o', label=name)
             axis.set(xscale='log', yscale='log', xlabel='tokens', ylabel=label, title=dtype)

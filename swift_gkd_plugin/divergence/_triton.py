@@ -122,9 +122,7 @@ def _normalise_kernel(
 
 
 @triton.jit
-def _value_kernel(
-    zs, zt, norm_s, norm_t, shift, out, rows, columns, w, KIND: tl.constexpr, DETAIL: tl.constexpr, BLOCK: tl.constexpr
-):
+def _value_kernel(zs, zt, norm_s, norm_t, shift, out, rows, columns, w, KIND: tl.constexpr, DETAIL: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     start = row.to(tl.int64) * columns
     offsets = tl.arange(0, BLOCK)
@@ -185,9 +183,7 @@ def _gradient_kernel(
     start = row.to(tl.int64) * columns
     s = tl.load(zs + start + place, mask=mask, other=-1e30)
     t = tl.load(zt + start + place, mask=mask, other=-1e30)
-    student, _, slope = _column(
-        s - tl.load(norm_s + row), t - tl.load(norm_t + row), (t - s) - tl.load(shift + row), w, KIND
-    )
+    student, _, slope = _column(s - tl.load(norm_s + row), t - tl.load(norm_t + row), (t - s) - tl.load(shift + row), w, KIND)
     c = tl.load(centre + row)
     gradient = (slope - student * c if KIND == 0 else student * (slope - c)) * tl.load(weight + row)
     if LABELS:
@@ -205,16 +201,12 @@ def normalise(sides: list[Tensor], temperature: float, labels: bool, best: bool)
     for z in sides:
         top, total, at_one = torch.empty(3, len(z), dtype=torch.float32, device=z.device)
         index = torch.empty(len(z), dtype=torch.int32, device=z.device)
-        _normalise_kernel[(len(z),)](
-            z, top, total, at_one, index, z.shape[1], temperature, labels and not out, best, _BLOCK
-        )
+        _normalise_kernel[(len(z),)](z, top, total, at_one, index, z.shape[1], temperature, labels and not out, best, _BLOCK)
         out.append((top, total, at_one, index.long()))
     return out
 
 
-def sums(
-    form: tuple[str, float], zs: Tensor, zt: Tensor, norm_s: Tensor, norm_t: Tensor, shift: Tensor, detail: bool
-) -> Tensor:
+def sums(form: tuple[str, float], zs: Tensor, zt: Tensor, norm_s: Tensor, norm_t: Tensor, shift: Tensor, detail: bool) -> Tensor:
     """[2 or 6, rows]: value, centre; with detail forward KL, reverse KL, the student's and the teacher's entropy."""
     kind, w = form
     out = torch.empty(6 if detail else 2, len(zs), dtype=torch.float32, device=zs.device)

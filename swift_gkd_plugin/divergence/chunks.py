@@ -93,9 +93,7 @@ def run(call: Call, gradients: HeadGradients | ReadyGradients | None) -> Tensor:
             inner = slice(top, min(top + block, n))
             outer = slice(start + inner.start, start + inner.stop)
             part = scratch.rows(inner.stop - inner.start)
-            loss[outer] = elementwise(
-                call, outer, zs[inner], None if zt is None else zt[inner], part, record, gradients is not None
-            )
+            loss[outer] = elementwise(call, outer, zs[inner], None if zt is None else zt[inner], part, record, gradients is not None)
         if gradients is not None:
             gradients.add(rows, zs, teacher_logits)
     return loss
@@ -150,10 +148,7 @@ def _normalise(sides: list[tuple[Tensor, Tensor]], reduce: Reduce) -> list[tuple
     if reduce.group is None:
         for z, out in sides:
             torch.softmax(z, -1, out=out)
-        return [
-            (m.double(), m.double() - out.amax(-1, keepdim=True).double().log())
-            for m, (_, out) in zip(largest, sides, strict=False)
-        ]
+        return [(m.double(), m.double() - out.amax(-1, keepdim=True).double().log()) for m, (_, out) in zip(largest, sides, strict=False)]
     largest = reduce.max(torch.stack(largest))
     sums = reduce.sum(
         torch.stack(
@@ -168,9 +163,7 @@ def _normalise(sides: list[tuple[Tensor, Tensor]], reduce: Reduce) -> list[tuple
     return [(m.double(), m.double() + total.log()) for m, total in zip(largest, sums, strict=False)]
 
 
-def _block(
-    call: Call, rows: slice, zs: Tensor, zt: Tensor | None, buffers: _Buffers, record: _Record, want_gradient: bool
-) -> Tensor:
+def _block(call: Call, rows: slice, zs: Tensor, zt: Tensor | None, buffers: _Buffers, record: _Record, want_gradient: bool) -> Tensor:
     """The loss of a block of rows. With want_gradient the gradient of their sum with respect to the head's products
     replaces zs.
 
@@ -195,13 +188,9 @@ def _block(
             label_gradient = weights * slope
     if call.has_teacher:
         if zt is None:
-            value, gradient, factor = _topk_value_and_gradient(
-                call, rows, zs, student, norms[0], label, buffers, record, want_gradient
-            )
+            value, gradient, factor = _topk_value_and_gradient(call, rows, zs, student, norms[0], label, buffers, record, want_gradient)
         else:
-            value, gradient, factor = _value_and_gradient(
-                call, rows, zs, zt, student, norms, buffers, record, want_gradient
-            )
+            value, gradient, factor = _value_and_gradient(call, rows, zs, zt, student, norms, buffers, record, want_gradient)
         record(rows, divergence=value)
         weights = call.token_weights[rows].to(zs.dtype)
         loss += weights * value
@@ -267,18 +256,14 @@ def _topk_value_and_gradient(
     outside = buffers['e'].copy_(student)
     # The tail's mass is a sum without the ids, not a difference of two sums.
     outside.scatter_reduce_(1, column, (~here).to(zs.dtype), 'prod')
-    sums = call.reduce.sum(
-        torch.cat([logprobs.masked_fill(~here, 0), outside.sum(-1, keepdim=True, dtype=torch.float64)], 1)
-    )
+    sums = call.reduce.sum(torch.cat([logprobs.masked_fill(~here, 0), outside.sum(-1, keepdim=True, dtype=torch.float64)], 1))
     student_buckets, tail = sums[:, :-1].masked_fill(~present, LOWEST_LOGIT), sums[:, -1:]
     with_tail = call.topk.tail == 'bucket'
     if with_tail:
         student_buckets = torch.cat([student_buckets, tail.log().clamp_min(LOWEST_LOGIT)], 1)
         teacher = torch.cat([teacher, log_tail(teacher)], 1)
     detail = call.stats is not None and call.stats.detail
-    found = bucket_divergence(
-        call.divergence, student_buckets, teacher, call.topk.temperature / call.divergence.temperature, detail
-    )
+    found = bucket_divergence(call.divergence, student_buckets, teacher, call.topk.temperature / call.divergence.temperature, detail)
     if detail:
         record(
             rows,
@@ -286,8 +271,7 @@ def _topk_value_and_gradient(
             reverse_kl=found.kls[1],
             teacher_entropy=found.teacher_entropy,
             student_mass_on_topk=sums[:, :-1].exp().mul_(present).sum(-1),
-            top1_agreement=_top1(call, zs, norm[0])
-            == ids.gather(1, teacher[:, : ids.shape[1]].argmax(-1, keepdim=True))[:, 0],
+            top1_agreement=_top1(call, zs, norm[0]) == ids.gather(1, teacher[:, : ids.shape[1]].argmax(-1, keepdim=True))[:, 0],
         )
         if label is not None:
             hit = present & (ids == call.labels[rows][:, None])
@@ -327,9 +311,7 @@ class _Label:
         return reduce.sum(x.gather(1, self.column)[:, 0] * self.here)
 
 
-def _triton_block(
-    call: Call, rows: slice, zs: Tensor, zt: Tensor, buffers: '_Buffers', record: _Record, want_gradient: bool
-) -> Tensor:
+def _triton_block(call: Call, rows: slice, zs: Tensor, zt: Tensor, buffers: '_Buffers', record: _Record, want_gradient: bool) -> Tensor:
     """`_block` by the kernels of `_triton.py`, for a teacher with logits; the same reductions over the group."""
     from . import _triton
 
@@ -340,9 +322,7 @@ def _triton_block(
     tops = torch.stack([side[0] for side in found])
     largest = reduce.max(tops.clone())
     below = tops - largest
-    totals = torch.stack(
-        [found[0][1] * below[0].exp(), found[1][1] * below[1].exp(), found[0][2] * (below[0] * temperature).exp()]
-    )
+    totals = torch.stack([found[0][1] * below[0].exp(), found[1][1] * below[1].exp(), found[0][2] * (below[0] * temperature).exp()])
     totals = reduce.sum(totals.double()).log()
     norm_s, norm_t = largest.double() + totals[:2]
     shift = (norm_t - norm_s).float()
@@ -381,9 +361,7 @@ def _triton_block(
         if trained:  # the one-hot part, before the logits are gone: the softcap's derivative there
             at_label = -label_gradient * label.here
             if student.softcap:
-                at_label = at_label * (
-                    1 - (zs.gather(1, label.column)[:, 0] * (temperature / student.softcap)).square()
-                )
+                at_label = at_label * (1 - (zs.gather(1, label.column)[:, 0] * (temperature / student.softcap)).square())
         _triton.gradient_(
             form,
             zs,

@@ -79,9 +79,7 @@ class LinearHead:
         self.hidden, self.columns = hidden, columns
         self.tensors = (hidden, weight, bias, *(lora[:2] if lora is not None else (None, None)))
         if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
-            weight = weight.to(
-                hidden.dtype
-            )  # fp32 master weights under autocast: the model's own product does the same
+            weight = weight.to(hidden.dtype)  # fp32 master weights under autocast: the model's own product does the same
         self.weight = weight[:columns]
         self.bias = None if bias is None else bias[:columns]
         self.lora = None if lora is None else (lora[0], lora[1][:columns], lora[2])
@@ -92,9 +90,7 @@ class LinearHead:
         both_bf16 = hidden.dtype == weight.dtype == torch.bfloat16
         self.products = _bf16_products if both_bf16 and hidden.device.type == 'cpu' else _as_they_are
 
-    def with_tensors(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None
-    ) -> 'LinearHead':
+    def with_tensors(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None) -> 'LinearHead':
         lora = None if a is None else (a, b, self.lora[2])
         return LinearHead(hidden, weight, bias, lora, self.transform, self.columns, self.temperature)
 
@@ -121,9 +117,7 @@ class LinearHead:
             self._converted_product(x.to(self.dtype), weight, alpha, out)
         if self.lora is not None:
             a, b, scaling = self.lora
-            out.addmm_(
-                x.to(self.dtype) @ a.detach().to(self.dtype).t(), b.detach().to(self.dtype).t(), alpha=alpha * scaling
-            )
+            out.addmm_(x.to(self.dtype) @ a.detach().to(self.dtype).t(), b.detach().to(self.dtype).t(), alpha=alpha * scaling)
         if self.bias is not None:
             out.add_(self.bias.detach().to(self.dtype).clamp_min(LOWEST_LOGIT) * alpha)
         if self.softcap:
@@ -150,9 +144,7 @@ class HeadGradients:
         hidden, vocab = head.hidden, len(head.tensors[1])
         self.hidden = self.weight = self.bias = self.a = self.b = None
         if self.want_hidden:
-            self.hidden = torch.empty(
-                hidden.shape, dtype=head.dtype if reduce.group else hidden.dtype, device=hidden.device
-            )
+            self.hidden = torch.empty(hidden.shape, dtype=head.dtype if reduce.group else hidden.dtype, device=hidden.device)
         if self.want_weight:
             self.weight = torch.empty(vocab, hidden.shape[1], dtype=head.dtype, device=hidden.device)
             self.weight[head.columns if len(hidden) else 0 :].zero_()

@@ -27,9 +27,7 @@ class _Operator(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: Call, reduction: str, grad_enabled: bool, *tensors: Tensor | None):
         ctx.call, ctx.reduction = call, reduction
-        ctx.wanted = tuple(
-            grad_enabled and t is not None and n for t, n in zip(tensors, ctx.needs_input_grad[3:], strict=False)
-        )
+        ctx.wanted = tuple(grad_enabled and t is not None and n for t, n in zip(tensors, ctx.needs_input_grad[3:], strict=False))
         ctx.second_pass = reduction == 'none' and any(ctx.wanted[1:])
         with torch.autocast(tensors[0].device.type, enabled=False):
             gradients = _gradients(call, ctx.wanted) if any(ctx.wanted) and not ctx.second_pass else None
@@ -161,15 +159,11 @@ def linear_divergence(
     )
     teacher = []
     if teacher_hidden is not None:
-        for column, weight, bias in _teacher_pieces(
-            teacher_weight, teacher_bias, columns_here, have, want, vocab_group
-        ):
+        for column, weight, bias in _teacher_pieces(teacher_weight, teacher_bias, columns_here, have, want, vocab_group):
             teacher.append(
                 (
                     column,
-                    LinearHead(
-                        teacher_hidden, weight, bias, None, teacher_transform, len(weight), divergence.temperature
-                    ),
+                    LinearHead(teacher_hidden, weight, bias, None, teacher_transform, len(weight), divergence.temperature),
                 )
             )
     return _apply(
@@ -229,9 +223,7 @@ def topk_divergence(
     """
     _check_head('student', student_hidden, student_weight, student_bias, student_lora)
     if topk_logprobs.dim() != 2 or topk_logprobs.shape != topk_ids.shape:
-        raise ValueError(
-            f'topk_logprobs {list(topk_logprobs.shape)} and topk_ids {list(topk_ids.shape)} must both be [tokens, k]'
-        )
+        raise ValueError(f'topk_logprobs {list(topk_logprobs.shape)} and topk_ids {list(topk_ids.shape)} must both be [tokens, k]')
     if len(topk_ids) != len(student_hidden):
         raise ValueError(f'student_hidden has {len(student_hidden)} tokens, topk_ids {len(topk_ids)}')
     if tail not in ('bucket', 'renormalize'):
@@ -250,9 +242,7 @@ def topk_divergence(
     if vocab_group is not None:
         first_id, last = local_span(widths, vocab_size, vocab_group)
         columns_here = last - first_id
-    student = LinearHead(
-        student_hidden, student_weight, student_bias, student_lora, student_transform, columns_here, topk_temperature
-    )
+    student = LinearHead(student_hidden, student_weight, student_bias, student_lora, student_transform, columns_here, topk_temperature)
     return _apply(
         student,
         [],
@@ -295,9 +285,7 @@ def logits_divergence(
     student_vocab, teacher = student_logits.shape[1], []
     if teacher_logits is not None and len(teacher_logits) != len(student_logits):
         raise ValueError(f'student_logits has {len(student_logits)} tokens, teacher_logits {len(teacher_logits)}')
-    vocab_size = _common_vocab(
-        vocab_size, student_vocab, student_vocab if teacher_logits is None else teacher_logits.shape[1]
-    )
+    vocab_size = _common_vocab(vocab_size, student_vocab, student_vocab if teacher_logits is None else teacher_logits.shape[1])
     student = ReadyLogits(student_logits, vocab_size, divergence.temperature)
     if teacher_logits is not None:
         teacher = [(0, ReadyLogits(teacher_logits, vocab_size, divergence.temperature))]
@@ -382,9 +370,7 @@ def _common_vocab(vocab_size: int | None, student_vocab: int, teacher_vocab: int
     if vocab_size is None:
         return smaller
     if not 0 < vocab_size <= smaller:
-        raise ValueError(
-            f'vocab_size {vocab_size} must be positive and at most {smaller}, the smaller of the two vocabularies'
-        )
+        raise ValueError(f'vocab_size {vocab_size} must be positive and at most {smaller}, the smaller of the two vocabularies')
     return vocab_size
 
 
@@ -402,6 +388,5 @@ def _check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, 
         a, b, _ = lora
         if a.dim() != 2 or b.dim() != 2 or a.shape[1] != hidden.shape[1] or b.shape != (len(weight), len(a)):
             raise ValueError(
-                f'{side}_lora A {list(a.shape)} and B {list(b.shape)} do not fit dim {hidden.shape[1]} and '
-                f'vocabulary {len(weight)}'
+                f'{side}_lora A {list(a.shape)} and B {list(b.shape)} do not fit dim {hidden.shape[1]} and vocabulary {len(weight)}'
             )

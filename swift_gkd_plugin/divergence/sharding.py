@@ -64,15 +64,12 @@ def local_span(widths: list[int], vocab_size: int, group) -> tuple[int, int]:
     for rank, (first, last) in enumerate(out):
         if first == last:
             raise ValueError(
-                f'rank {rank} of vocab_group holds the ids from {sum(widths[:rank])} on, none of the '
-                f'{vocab_size} that both sides have'
+                f'rank {rank} of vocab_group holds the ids from {sum(widths[:rank])} on, none of the {vocab_size} that both sides have'
             )
     return out[dist.get_rank(group)]
 
 
-def realigned(
-    rows: Tensor, have: list[tuple[int, int]], want: list[tuple[int, int]], group
-) -> list[tuple[int, Tensor]]:
+def realigned(rows: Tensor, have: list[tuple[int, int]], want: list[tuple[int, int]], group) -> list[tuple[int, Tensor]]:
     """This rank's ids want[rank] of a tensor of which each rank holds have[rank]: pieces (first id, rows), in order.
 
     One all-to-all of the rows that lie elsewhere; none where every rank has what it wants. Rows that are here are
@@ -86,9 +83,7 @@ def realigned(
 
     sends = [overlap(have[rank], span) if other != rank else (0, 0) for other, span in enumerate(want)]
     receives = [overlap(span, want[rank]) if other != rank else (0, 0) for other, span in enumerate(have)]
-    moves = any(
-        lo < hi for h in range(len(have)) for w in range(len(want)) if h != w for lo, hi in [overlap(have[h], want[w])]
-    )
+    moves = any(lo < hi for h in range(len(have)) for w in range(len(want)) if h != w for lo, hi in [overlap(have[h], want[w])])
     pieces = []
     lo, hi = overlap(have[rank], want[rank])
     if lo < hi:

@@ -54,9 +54,7 @@ class Buckets(NamedTuple):
     teacher_entropy: Tensor  # [rows]
 
 
-def bucket_divergence(
-    divergence: Divergence, student: Tensor, teacher: Tensor, sharpening: float, kl_sums: bool
-) -> Buckets:
+def bucket_divergence(divergence: Divergence, student: Tensor, teacher: Tensor, sharpening: float, kl_sums: bool) -> Buckets:
     """student, teacher: [rows, buckets] log-probabilities at τ; sharpening: τ/T."""
     log_s, log_t = (torch.log_softmax(side * sharpening, -1) for side in (student, teacher))
     s, t = log_s.exp(), log_t.exp()

@@ -3,6 +3,7 @@
 A cycle is ``steps_per_generation`` micro-batches. What is left of one when a checkpoint is written is stored in it as JSON, with the
 token ids of the responses, and is not generated again.
 """
+
 from __future__ import annotations
 
 import json
@@ -82,20 +83,24 @@ class Cycle:
                 last_error = error
             else:
                 return sample
-        raise OptionError(f'{sample} and {MAX_REPLACEMENTS} other rows cannot be encoded (last: {last_error}); raise --max_length or look '
-                          'at the dataset.')
+        raise OptionError(
+            f'{sample} and {MAX_REPLACEMENTS} other rows cannot be encoded (last: {last_error}); raise --max_length or look at the dataset.'
+        )
 
 
 def state_of(ready: list[list[Sample]]) -> dict[str, Any]:
     """What a checkpoint keeps of the micro-batches that wait for their optimizer step."""
+
     def one(sample: Sample) -> dict[str, Any]:
         state = {'row': sample.row.number, 'epoch': sample.row.epoch, 'counts': sample.row.counts, 'source': sample.source}
         if sample.response is not None:
             state['token_ids'], state['finish_reason'] = sample.response.token_ids, sample.response.finish_reason
         if sample.generated is not None:
-            state['generated'] = {name: getattr(sample.generated, name)
-                                  for name in ('messages', 'response_token_ids', 'response_loss_mask', 'finish_reason')}
+            state['generated'] = {
+                name: getattr(sample.generated, name) for name in ('messages', 'response_token_ids', 'response_loss_mask', 'finish_reason')
+            }
         return state
+
     return {'version': STATE_VERSION, 'world_size': _world_size(), 'micro_batches': [list(map(one, samples)) for samples in ready]}
 
 
@@ -109,9 +114,11 @@ def restored(cycle: Cycle, state: dict[str, Any], micro_batches: list[list[Row]]
     for rows, kept in zip(micro_batches, state['micro_batches'], strict=True):
         samples = []
         if [(row.number, row.epoch) for row in rows] != [(one['row'], one['epoch']) for one in kept]:
-            raise OptionError(f'--resume_from_checkpoint: the checkpoint has responses for rows {[one["row"] for one in kept]}, the data now '
-                              f'gives rows {[row.number for row in rows]}; use the same dataset, seeds and batch sizes, or '
-                              '--ignore_data_skip true.')
+            raise OptionError(
+                f'--resume_from_checkpoint: the checkpoint has responses for rows {[one["row"] for one in kept]}, the data now '
+                f'gives rows {[row.number for row in rows]}; use the same dataset, seeds and batch sizes, or '
+                '--ignore_data_skip true.'
+            )
         for row, one in zip(rows, kept, strict=True):
             sample = cycle.sample(Row(row.number, row.epoch, row.content, one['counts']), one['source'])
             if 'token_ids' in one:
@@ -158,8 +165,10 @@ def load(checkpoint: str) -> dict[str, Any] | None:
         state = json.load(file)
     for name, value in (('version', STATE_VERSION), ('world_size', _world_size())):
         if state[name] != value:
-            raise OptionError(f'--resume_from_checkpoint {checkpoint}: its responses in flight have {name} {state[name]}, this run has '
-                              f'{value}; resume on the same number of ranks, or delete gkd_cycle_rank*.json to generate them again.')
+            raise OptionError(
+                f'--resume_from_checkpoint {checkpoint}: its responses in flight have {name} {state[name]}, this run has '
+                f'{value}; resume on the same number of ranks, or delete gkd_cycle_rank*.json to generate them again.'
+            )
     return state
 
 

@@ -3,6 +3,7 @@
 ms-swift's own samplers drop the remainder of a dataset (``len // world_size``) and, with ``steps_per_generation``, most of a
 stream; both hand over bare rows. Here each row carries the number that :mod:`swift_gkd_plugin.sources` draws from.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -26,6 +27,7 @@ class Row:
         content: The row itself, as the dataset gives it.
         counts: False for a filler: a copy that keeps the ranks in step and must not weigh anywhere.
     """
+
     number: int
     epoch: int
     content: dict[str, Any] = field(repr=False)
@@ -57,9 +59,9 @@ def share_out(numbers: list[int], batch_size: int, world_size: int, rank: int) -
     """
     batches = []
     for start in range(0, len(numbers), batch_size * world_size):
-        part = numbers[start:start + batch_size * world_size]
+        part = numbers[start : start + batch_size * world_size]
         if len(part) == batch_size * world_size:
-            mine = part[rank * batch_size:(rank + 1) * batch_size]
+            mine = part[rank * batch_size : (rank + 1) * batch_size]
         else:
             mine = part[rank::world_size]
         batches.append([(n, True) for n in mine] or [(part[0], False)])
@@ -76,8 +78,17 @@ class RowBatchSampler:
         skip: Micro-batches of the first epoch that are left out (a resumed run).
     """
 
-    def __init__(self, num_rows: int, batch_size: int, *, seed: int | None, drop_last: bool = False, rank: int = 0,
-                 world_size: int = 1, skip: int = 0):
+    def __init__(
+        self,
+        num_rows: int,
+        batch_size: int,
+        *,
+        seed: int | None,
+        drop_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        skip: int = 0,
+    ):
         self.num_rows, self.batch_size, self.seed = num_rows, batch_size, seed
         self.drop_last, self.rank, self.world_size, self.skip = drop_last, rank, world_size, skip
         self.epoch = 0
@@ -97,9 +108,9 @@ class RowBatchSampler:
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
             order = torch.randperm(self.num_rows, generator=generator).tolist()
         if self.drop_last:
-            order = order[:len(order) - len(order) % (self.batch_size * self.world_size)]
+            order = order[: len(order) - len(order) % (self.batch_size * self.world_size)]
         batches = share_out(order, self.batch_size, self.world_size, self.rank)
-        for batch in batches[self.skip:]:
+        for batch in batches[self.skip :]:
             yield [(self.epoch, number, counts) for number, counts in batch]
 
 
@@ -132,8 +143,10 @@ class StreamOfRows(DataLoaderDispatcher):
         for _, epoch_rows in itertools.groupby(self._rows(), key=lambda row: row.epoch):
             while part := list(itertools.islice(epoch_rows, size)):
                 shares = [share_out(list(range(len(part))), self.batch_size, self._world_size, r)[0] for r in range(self._world_size)]
-                yield [[part[i] if counts else Row(part[i].number, part[i].epoch, part[i].content, False) for i, counts in share]
-                       for share in shares]
+                yield [
+                    [part[i] if counts else Row(part[i].number, part[i].epoch, part[i].content, False) for i, counts in share]
+                    for share in shares
+                ]
 
     def set_epoch(self, epoch: int) -> None:
         """The stream counts its own epochs: transformers calls every ``max_steps`` one epoch."""
@@ -150,8 +163,7 @@ class StreamOfRows(DataLoaderDispatcher):
             yield mine[0]
 
 
-def row_loader(dataset, batch_size: int, *, seed: int | None, drop_last: bool, rank: int, world_size: int, skip: int = 0,
-               **loader_options):
+def row_loader(dataset, batch_size: int, *, seed: int | None, drop_last: bool, rank: int, world_size: int, skip: int = 0, **loader_options):
     """The loader of one rank; each item is the list of :class:`Row` of one micro-batch.
 
     Args:

@@ -6,6 +6,7 @@ for something else while the forward runs: its ``forward`` is replaced for the d
 selection of hidden states (teacher). The result leaves the model where logits would: ZeRO-3 and FSDP hang their backward hooks on
 module outputs, and a value carried out by a closure would miss them.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ class PostProcessing:
         neutral: The value with which nothing happens.
         transform: The operator's counterpart, from the number.
     """
+
     owner: str
     attribute: str
     neutral: float | None
@@ -47,6 +49,7 @@ POST_PROCESSING = (
 @dataclass(frozen=True)
 class HeadTensors:
     """An output head as :mod:`swift_gkd_plugin.divergence` takes it: logits = transform(hidden @ weight.T + bias + low-rank term)."""
+
     weight: torch.Tensor
     bias: torch.Tensor | None
     transform: LogitTransform | None
@@ -125,8 +128,13 @@ class OutputHead:
         """The module whose forward runs: PEFT's ``modules_to_save`` keeps the trained copy and the original side by side."""
         if not hasattr(self.module, 'modules_to_save'):
             return self.module
-        return self.module.modules_to_save[self.module.active_adapter[0] if isinstance(self.module.active_adapter, list)
-                                           else self.module.active_adapter] if adapter else self.module.original_module
+        return (
+            self.module.modules_to_save[
+                self.module.active_adapter[0] if isinstance(self.module.active_adapter, list) else self.module.active_adapter
+            ]
+            if adapter
+            else self.module.original_module
+        )
 
     def _post_processing(self) -> list[tuple[Any, PostProcessing, float]]:
         owners = {'config': self.model.config.get_text_config(), 'model': self.model}
@@ -143,7 +151,7 @@ class OutputHead:
         base = getattr(executed, 'base_layer', executed)
         lora = None
         if hasattr(executed, 'lora_A') and adapter and not executed.disable_adapters:
-            name, = (name for name in executed.active_adapters if name in executed.lora_A)
+            (name,) = (name for name in executed.active_adapters if name in executed.lora_A)
             lora = (executed.lora_A[name].weight, executed.lora_B[name].weight, executed.scaling[name])
         transforms = [item.transform(value) for _, item, value in self._post_processing()]
         return HeadTensors(_autocast(base.weight), _autocast(base.bias), transforms[0] if transforms else None, lora)
@@ -179,6 +187,7 @@ class OutputHead:
         weight = getattr(executed, 'base_layer', executed).weight
         if hasattr(weight, 'ds_id'):
             import deepspeed
+
             return deepspeed.zero.GatheredParameters(list(executed.parameters()))
         if hasattr(weight, 'full_tensor'):
             return self._unsharded(executed)

@@ -1,4 +1,5 @@
 """The loss of a micro-batch, computed inside the student's wrapped forward."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -26,6 +27,7 @@ class LossOptions:
         tail: How a top-k teacher's remaining mass is treated (``--gkd_tail``).
         vocab_size: Number of token ids that both models have.
     """
+
     divergence: Divergence
     weight: float
     alpha: float
@@ -45,8 +47,9 @@ class DistillationLoss:
     def __init__(self, options: LossOptions, head: OutputHead, teacher_adapter: bool = True):
         self.options, self.head, self.teacher_adapter = options, head, teacher_adapter
 
-    def __call__(self, forward: Callable[[dict[str, Any]], Any], batch: MicroBatch, signal: Signal | None,
-                 stats: TokenStats) -> tuple[torch.Tensor, Any]:
+    def __call__(
+        self, forward: Callable[[dict[str, Any]], Any], batch: MicroBatch, signal: Signal | None, stats: TokenStats
+    ) -> tuple[torch.Tensor, Any]:
         """Run the student and sum the loss over the micro-batch's tokens.
 
         Args:
@@ -58,6 +61,7 @@ class DistillationLoss:
         Returns:
             The sum (a scalar in fp32, connected to the student's parameters even without a trained token), and the model's output.
         """
+
         def in_head(states: torch.Tensor) -> torch.Tensor:
             chosen = states.reshape(-1, states.shape[-1])[batch.student_index.to(states.device)]
             with torch.autocast(states.device.type, enabled=False):
@@ -70,12 +74,19 @@ class DistillationLoss:
             outputs = forward(batch.student_inputs)
         return outputs.logits, outputs
 
-    def _sum(self, chosen: torch.Tensor, head: HeadTensors | None, batch: MicroBatch, signal: Signal | None, stats: TokenStats) -> torch.Tensor:
+    def _sum(
+        self, chosen: torch.Tensor, head: HeadTensors | None, batch: MicroBatch, signal: Signal | None, stats: TokenStats
+    ) -> torch.Tensor:
         """``chosen`` [n, dim] hidden states, or [n, vocab] logits if ``head`` is None."""
         options, device = self.options, chosen.device
         weights = batch.weights.to(device)
-        common = dict(token_weights=weights * options.weight, labels=batch.labels.to(device),
-                      label_weights=weights * batch.imitated.to(device) * options.alpha, reduction='sum', stats=stats)
+        common = dict(
+            token_weights=weights * options.weight,
+            labels=batch.labels.to(device),
+            label_weights=weights * batch.imitated.to(device) * options.alpha,
+            reduction='sum',
+            stats=stats,
+        )
         if head is not None:
             chosen = chosen.to(head.weight.dtype)
             student = dict(student_bias=head.bias, student_transform=head.transform, student_lora=head.lora)
@@ -87,8 +98,16 @@ class DistillationLoss:
         if isinstance(signal, TopK):
             weight = None if head is None else head.weight
             student = {} if head is None else student
-            return topk_divergence(chosen, weight, signal.logprobs.to(device), signal.ids.to(device), options.divergence,
-                                   tail=options.tail, **student, **common)
+            return topk_divergence(
+                chosen,
+                weight,
+                signal.logprobs.to(device),
+                signal.ids.to(device),
+                options.divergence,
+                tail=options.tail,
+                **student,
+                **common,
+            )
         if head is None or isinstance(signal, Logits):
             logits = chosen if head is None else head.logits(chosen)
             return logits_divergence(logits, self._teacher_logits(signal, device), options.divergence, **common)
@@ -96,8 +115,17 @@ class DistillationLoss:
             teacher = signal.head.tensors(self.teacher_adapter)
             # Its hidden states were upcast on the way out of a forward in mixed precision; its weights were not.
             hidden = signal.hidden.to(device, teacher.weight.dtype)
-            return linear_divergence(chosen, head.weight, hidden, teacher.weight.detach().to(device), options.divergence,
-                                     teacher_bias=teacher.bias, teacher_transform=teacher.transform, **student, **common)
+            return linear_divergence(
+                chosen,
+                head.weight,
+                hidden,
+                teacher.weight.detach().to(device),
+                options.divergence,
+                teacher_bias=teacher.bias,
+                teacher_transform=teacher.transform,
+                **student,
+                **common,
+            )
 
     def _whole(self, teacher: OutputHead) -> AbstractContextManager:
         """The teacher's head with whole weights. If it is the module whose forward this is, they are whole already, and ZeRO-3 would

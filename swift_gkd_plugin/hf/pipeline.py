@@ -1,4 +1,5 @@
 """``swift rlhf --rlhf_type gkd`` before the trainer: what can be wrong is found before any weights load."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -46,12 +47,16 @@ class GKDPipeline(SwiftRLHF):
         if args.multi_turn_scheduler and not args.use_vllm:
             raise OptionError(f'--multi_turn_scheduler {args.multi_turn_scheduler} needs an engine: add --use_vllm true with --vllm_mode.')
         if args.teacher_model_server is not None:
-            raise OptionError(f'--teacher_model_server {args.teacher_model_server}: this version of the plugin has local teachers only; use '
-                              '--teacher_model, or SWIFT_GKD_PLUGIN=0 for ms-swift\'s own GKD.')
-        for name, why in (('use_liger_kernel', "its fused JSD is replaced by the plugin's; its other kernels are used"),
-                          ('packing', 'responses change with every step, so rows are not packed beforehand; it works as --padding_free'),
-                          ('group_by_length', 'the length of a response is not known before it is generated; rows come in random order'),
-                          ('cached_dataset', 'rows are encoded again, their cached lengths are not used')):
+            raise OptionError(
+                f'--teacher_model_server {args.teacher_model_server}: this version of the plugin has local teachers only; use '
+                "--teacher_model, or SWIFT_GKD_PLUGIN=0 for ms-swift's own GKD."
+            )
+        for name, why in (
+            ('use_liger_kernel', "its fused JSD is replaced by the plugin's; its other kernels are used"),
+            ('packing', 'responses change with every step, so rows are not packed beforehand; it works as --padding_free'),
+            ('group_by_length', 'the length of a response is not known before it is generated; rows come in random order'),
+            ('cached_dataset', 'rows are encoded again, their cached lengths are not used'),
+        ):
             if getattr(args, name, None):
                 logger.warning(f'--{name} {getattr(args, name)}: {why}.')
 
@@ -62,11 +67,14 @@ class GKDPipeline(SwiftRLHF):
             return None
         _, student = args.get_model_processor(load_model=False)
         _, teacher = args.get_model_processor(
-            model=args.teacher_model, model_type=args.teacher_model_type, revision=args.teacher_model_revision, load_model=False)
+            model=args.teacher_model, model_type=args.teacher_model_type, revision=args.teacher_model_revision, load_model=False
+        )
         student, teacher = (getattr(processor, 'tokenizer', processor) for processor in (student, teacher))
         common = checks.common_vocabulary(student, teacher, args.model, args.teacher_model)
         if len(student) != len(teacher):
-            logger.info(f'The tokenizers share their first {common} ids (student {len(student)}, teacher {len(teacher)}); only those are compared.')
+            logger.info(
+                f'The tokenizers share their first {common} ids (student {len(student)}, teacher {len(teacher)}); only those are compared.'
+            )
         return len(student), len(teacher)
 
     def _get_trainer_kwargs(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 Both views hold the same response tokens, each under its own prompt. The n trained tokens of a micro-batch are numbered row by row;
 every per-token tensor in here and in the loss is in that order, whatever the layout of the batch (padded or packed).
 """
+
 from __future__ import annotations
 
 import copy
@@ -47,6 +48,7 @@ class Sample:
         generated: The sample as ms-swift's rollout returned it, for what only that knows (several turns, loss masks, media).
         encoded: The student's view of a dataset response, encoded when it was checked.
     """
+
     row: Row
     content: dict[str, Any] = field(repr=False)
     source: Source = DATASET
@@ -66,12 +68,14 @@ class TeacherView:
         system: System prompt in place of the row's; None keeps it.
         enable_thinking: Thinking mode in place of the template's; None keeps it.
     """
+
     system: str | None = None
     enable_thinking: bool | None = None
 
     def differs(self, sample: GKDSample) -> bool:
-        return (bool(sample.teacher_prompt) or sample.teacher_images is not None or self.system is not None
-                or self.enable_thinking is not None)
+        return (
+            bool(sample.teacher_prompt) or sample.teacher_images is not None or self.system is not None or self.enable_thinking is not None
+        )
 
     def of(self, sample: GKDSample) -> GKDSample:
         """The sample as the teacher sees it: privileged prompt and images (columns ``teacher_prompt``, ``teacher_images``)."""
@@ -106,6 +110,7 @@ class MicroBatch:
         imitated: [n] float32, 1 where the cross-entropy applies: the student didn't generate the token.
         sample_of_token: [n] int64, which of ``samples`` the token belongs to.
     """
+
     samples: list[Sample]
     student_inputs: dict[str, Any] = field(repr=False)
     teacher_inputs: dict[str, Any] | None = field(repr=False)
@@ -127,6 +132,7 @@ class MicroBatch:
             if isinstance(value, list | tuple):
                 return type(value)(map(move, value))
             return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
         return MicroBatch(**{name: move(value) if name != 'samples' else value for name, value in vars(self).items()})
 
 
@@ -207,8 +213,8 @@ class SampleEncoder:
         if prefix:
             ids, labels = encoded['input_ids'], encoded['labels']
             for start in range(1, len(labels)):
-                if labels[start] != IGNORED and labels[start - 1] == IGNORED and ids[start:start + len(prefix)] == prefix:
-                    labels[start:start + len(prefix)] = [IGNORED] * len(prefix)
+                if labels[start] != IGNORED and labels[start - 1] == IGNORED and ids[start : start + len(prefix)] == prefix:
+                    labels[start : start + len(prefix)] = [IGNORED] * len(prefix)
         return encoded
 
     def _response_limit(self, sample: Sample) -> int | None:
@@ -249,11 +255,12 @@ class SampleEncoder:
         """The teacher's labels, reduced to the tokens that the student trains on (a truncated student view has fewer)."""
         wanted = [t for t in student[1:] if t != IGNORED]
         positions = [i for i, t in enumerate(teacher) if i and t != IGNORED]
-        kept = positions[:len(wanted)] if self.template.truncation_strategy == 'right' else positions[len(positions) - len(wanted):]
+        kept = positions[: len(wanted)] if self.template.truncation_strategy == 'right' else positions[len(positions) - len(wanted) :]
         if [teacher[i] for i in kept] != wanted:
             raise ValueError(
                 f"{sample}: the response is {len(wanted)} tokens under the student's prompt and {len(positions)} other tokens under "
-                "the teacher's; both must tokenize it alike (check teacher_prompt and the thinking options).")
+                "the teacher's; both must tokenize it alike (check teacher_prompt and the thinking options)."
+            )
         kept = set(kept)
         return [t if i in kept else IGNORED for i, t in enumerate(teacher)]
 
@@ -275,9 +282,17 @@ class SampleEncoder:
             encoded.pop('loss_scale', None)
         student_inputs, student_index = self._collate(student, samples, len(labels))
         teacher_inputs, teacher_index = self._collate(teacher, samples, len(labels)) if teacher else (None, student_index)
-        return MicroBatch(samples, student_inputs, teacher_inputs, student_index, teacher_index,
-                          torch.tensor(labels, dtype=torch.int64), torch.tensor(weights, dtype=torch.float32),
-                          torch.tensor(imitated, dtype=torch.float32), torch.tensor(owners, dtype=torch.int64))
+        return MicroBatch(
+            samples,
+            student_inputs,
+            teacher_inputs,
+            student_index,
+            teacher_index,
+            torch.tensor(labels, dtype=torch.int64),
+            torch.tensor(weights, dtype=torch.float32),
+            torch.tensor(imitated, dtype=torch.float32),
+            torch.tensor(owners, dtype=torch.int64),
+        )
 
     def _collate(self, encoded: list[dict[str, Any]], samples: list[Sample], num_tokens: int) -> tuple[dict[str, Any], torch.Tensor]:
         inputs = self.template.data_collator(encoded)
@@ -285,6 +300,8 @@ class SampleEncoder:
         inputs.pop('channel', None)
         index = predicting_positions(labels)
         if len(index) != num_tokens:
-            raise RuntimeError(f'{len(index)} trained tokens after collating, {num_tokens} before ({", ".join(map(str, samples))}); '
-                               'please report the model type and this line.')
+            raise RuntimeError(
+                f'{len(index)} trained tokens after collating, {num_tokens} before ({", ".join(map(str, samples))}); '
+                'please report the model type and this line.'
+            )
         return inputs, index

@@ -3,6 +3,7 @@
 Each says which model it is, in what state it has to be while it looks at the samples, and which output head belongs to it; the
 forward itself is the same for all.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -44,6 +45,7 @@ class LocalTeacher:
         bare: The same without its wrapper.
         present: A context in which its weights are on the device.
     """
+
     adapter = True
     description = 'a separate model'
 
@@ -78,6 +80,7 @@ class LocalTeacher:
 
 class SharedBase(LocalTeacher):
     """The student's own base: one copy of the weights, the adapter off while it teaches."""
+
     adapter = False
     description = "the student's base with its adapter off"
 
@@ -89,6 +92,7 @@ class SharedBase(LocalTeacher):
 
 class LiveStudent(LocalTeacher):
     """The student itself, as it is at this step; it teaches by what only its own prompt or images tell (``teacher_prompt``)."""
+
     description = 'the live student'
 
 
@@ -104,9 +108,8 @@ def topk_signal(signal: HiddenStates | Logits, adapter: bool, k: int, temperatur
     with torch.no_grad(), head.gathered(adapter) if head else nullcontext():
         tensors = head.tensors(adapter) if head else None
         for start in range(0, len(states), chunk_tokens):
-            part = states[start:start + chunk_tokens]
+            part = states[start : start + chunk_tokens]
             logits = tensors.logits(part.to(tensors.weight.dtype)) if tensors else part.float()
-            values, ids[start:start + chunk_tokens] = (
-                torch.log_softmax(logits[:, :vocab_size] / temperature, -1).topk(k, dim=-1))
-            logprobs[start:start + chunk_tokens] = values
+            values, ids[start : start + chunk_tokens] = torch.log_softmax(logits[:, :vocab_size] / temperature, -1).topk(k, dim=-1)
+            logprobs[start : start + chunk_tokens] = values
     return TopK(logprobs, ids)

@@ -6,6 +6,7 @@
 the number of trained tokens of the whole step, over all ranks, is known before the first backward pass.
 :meth:`GKDTrainer.compute_loss` divides each micro-batch's sum by it: the step is the same however it is split.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -121,13 +122,14 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
                 logger.info(f'Output heads with {student} (student) and {teacher} (teacher) columns: the first {columns} are compared.')
         if self._topk is not None and columns is not None and self._topk > columns:
             raise ValueError(f'--gkd_logits_topk {self._topk}: more than the {columns} token ids that both models have.')
-        return LossOptions(Divergence(args.gkd_divergence, args.beta, temperature, args.gkd_skew), weight, args.sft_alpha, args.gkd_tail,
-                           columns)
+        return LossOptions(
+            Divergence(args.gkd_divergence, args.beta, temperature, args.gkd_skew), weight, args.sft_alpha, args.gkd_tail, columns
+        )
 
     def _check_dataset_size(self) -> None:
         args = self.args
         if hasattr(self.train_dataset, '__len__'):
-            parts = f'{args.per_device_train_batch_size} per device x {args.steps_per_generation} steps per generation x {args.world_size} ranks'
+            parts = f'{args.per_device_train_batch_size} per device x {args.steps_per_generation} steps x {args.world_size} ranks'
             checks.check_size(len(self.train_dataset), args.generation_batch_size, parts)
 
     def _warn_if_nothing_to_learn(self) -> None:
@@ -143,12 +145,14 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
         logger.warning(
             f'NOTHING TO LEARN: the teacher is {self.teacher.description} and sees the same prompt, so both distributions are equal, the '
             'divergence is 0 and so is its gradient. What helps: a column teacher_prompt or teacher_images in the dataset, --adapters '
-            'with an adapter to start from, --sft_alpha > 0, or another --teacher_model.')
+            'with an adapter to start from, --sft_alpha > 0, or another --teacher_model.'
+        )
 
     def _adapter_has_effect(self) -> bool:
         """Whether the adapter changes the model at the start. A fresh LoRA has B = 0."""
         return bool(self._bare().active_peft_config.__dict__.get('inference_mode')) or any(
-            parameter.detach().any().item() for name, parameter in self._bare().named_parameters() if 'lora_B' in name)
+            parameter.detach().any().item() for name, parameter in self._bare().named_parameters() if 'lora_B' in name
+        )
 
     # -- who answers -------------------------------------------------------------------------------------------------------------
 
@@ -172,15 +176,22 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
     def _student_answers(self, samples: list[Sample]) -> None:
         def lend():
             return unwrap_model_for_generation(
-                self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation)
+                self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
+            )
+
         self._generate(samples, STUDENT, lend, [self.encoder.student_prompt(sample) for sample in samples])
 
     def _teacher_answers(self, samples: list[Sample]) -> None:
         @contextmanager
         def lend() -> Iterator[nn.Module]:
-            with self.teacher.ready() as model, unwrap_model_for_generation(
-                    model, self.accelerator, gather_deepspeed3_params=self.teacher_ds3_gather_for_generation) as bare:
+            with (
+                self.teacher.ready() as model,
+                unwrap_model_for_generation(
+                    model, self.accelerator, gather_deepspeed3_params=self.teacher_ds3_gather_for_generation
+                ) as bare,
+            ):
                 yield bare
+
         self._generate(samples, TEACHER, lend, [self.encoder.teacher_prompt(sample) for sample in samples])
 
     def _generate(self, samples: list[Sample], source: Source, lend, prompts: list[dict[str, Any]]) -> None:
@@ -239,20 +250,27 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
         options = {'num_workers': args.dataloader_num_workers}
         if args.dataloader_num_workers > 0:
             options |= {'persistent_workers': args.dataloader_persistent_workers, 'prefetch_factor': args.dataloader_prefetch_factor}
-        return row_loader(dataset, batch_size, seed=seed, drop_last=drop_last, rank=args.process_index, world_size=args.world_size,
-                          skip=skip, **options)
+        return row_loader(
+            dataset, batch_size, seed=seed, drop_last=drop_last, rank=args.process_index, world_size=args.world_size, skip=skip, **options
+        )
 
     def get_train_dataloader(self, skip_batches: int = 0):
         args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
-        return self._row_loader(self.train_dataset, self._train_batch_size, seed=seed if args.train_dataloader_shuffle else None,
-                                drop_last=args.dataloader_drop_last, skip=skip_batches)
+        return self._row_loader(
+            self.train_dataset,
+            self._train_batch_size,
+            seed=seed if args.train_dataloader_shuffle else None,
+            drop_last=args.dataloader_drop_last,
+            skip=skip_batches,
+        )
 
     def get_eval_dataloader(self, eval_dataset=None):
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
-        return self._row_loader(self.eval_dataset if eval_dataset is None else eval_dataset, self.args.eval_batch_size, seed=None,
-                                drop_last=False)
+        return self._row_loader(
+            self.eval_dataset if eval_dataset is None else eval_dataset, self.args.eval_batch_size, seed=None, drop_last=False
+        )
 
     def get_batch_samples(self, epoch_iterator: Iterator[list[Row]], num_batches: int, device) -> tuple[list[MicroBatch], None]:
         """The micro-batches of one optimizer step, encoded, every response in place.
@@ -263,8 +281,11 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
         for number in itertools.count():
             if len(self._ready) >= num_batches:
                 break
-            rows = self._resumed_rows(epoch_iterator) if self._resumed else list(
-                itertools.islice(epoch_iterator, self.args.steps_per_generation))
+            rows = (
+                self._resumed_rows(epoch_iterator)
+                if self._resumed
+                else list(itertools.islice(epoch_iterator, self.args.steps_per_generation))
+            )
             if not rows:
                 break
             if self._resumed:
@@ -289,8 +310,10 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
         self._step_tokens = max(total, 1)
         self._step_losses.clear()
         if batches and total == 0:
-            logger.warning(f'Step {self.state.global_step + 1}: no token of the whole step is trained '
-                           f'({", ".join(str(s) for batch in batches for s in batch.samples)}); its gradient is 0.')
+            logger.warning(
+                f'Step {self.state.global_step + 1}: no token of the whole step is trained '
+                f'({", ".join(str(s) for batch in batches for s in batch.samples)}); its gradient is 0.'
+            )
         self._add_sample_metrics([sample for batch in batches for sample in batch.samples])
         self.metrics.add('tokens/trained', total / self.accelerator.num_processes, 1 / self.accelerator.num_processes)
 
@@ -317,7 +340,7 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _sum_over_tokens(self, model: nn.Module, batch: MicroBatch) -> tuple[torch.Tensor, Any, TokenStats]:
-        """The loss summed over the micro-batch's tokens. The teacher goes first, so that its activations are gone when the student's come."""
+        """The loss summed over the micro-batch's tokens. The teacher goes first: its activations are gone when the student's come."""
         self._verify_heads(model, batch)
         stats = TokenStats(detail=self.args.gkd_detailed_metrics and self.teacher is not None)
         signal = None
@@ -366,12 +389,15 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
         if not bad:
             return
         checkpoint = getattr(self.state, 'last_model_checkpoint', None) or 'not written yet'  # ms-swift sets it with the first one
-        mine = [str(sample) for (_, batch), ok in zip(self._step_losses, finite.tolist(), strict=False) if not ok for sample in batch.samples]
+        mine = [
+            str(sample) for (_, batch), ok in zip(self._step_losses, finite.tolist(), strict=False) if not ok for sample in batch.samples
+        ]
         raise FloatingPointError(
             f'The loss of step {self.state.global_step + 1} is not finite in {bad} micro-batches'
             + (f', here with {", ".join(mine)}' if mine else ' of other ranks')
             + f'. The weights are those of step {self.state.global_step}; the last checkpoint is {checkpoint}. '
-            'Look at these rows, or lower --learning_rate.')
+            'Look at these rows, or lower --learning_rate.'
+        )
 
     # -- evaluation ------------------------------------------------------------------------------------------------------------------
 
@@ -389,18 +415,30 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
             batch = self.encoder.micro_batch(samples).to(self.args.device)
             with torch.no_grad(), self.template.forward_context(self.model, batch.student_inputs):
                 total, _, stats = self._sum_over_tokens(model, batch)
-            sums += torch.stack([total.double().to(sums.device), self._sum(stats.divergence), self._sum(stats.cross_entropy),
-                                 sums.new_tensor(batch.num_tokens)])
+            sums += torch.stack(
+                [
+                    total.double().to(sums.device),
+                    self._sum(stats.divergence),
+                    self._sum(stats.cross_entropy),
+                    sums.new_tensor(batch.num_tokens),
+                ]
+            )
         left_out = cycles.total_over_ranks(left_out, self.args.device)
         if left_out:
-            logger.warning(f'{left_out} rows of the evaluation set cannot be encoded (--max_length {self.template.max_length}) and are left out.')
+            logger.warning(
+                f'{left_out} rows of the evaluation set cannot be encoded (--max_length {self.template.max_length}) and are left out.'
+            )
         if dist.is_initialized():
             dist.all_reduce(sums)
         self.metrics.pop()
         loss, divergence, cross_entropy, tokens = sums.tolist()
         count = max(tokens, 1)
-        metrics = {f'{metric_key_prefix}_loss': loss / count, f'{metric_key_prefix}_divergence': divergence / count,
-                   f'{metric_key_prefix}_cross_entropy': cross_entropy / count, f'{metric_key_prefix}_tokens': int(tokens)}
+        metrics = {
+            f'{metric_key_prefix}_loss': loss / count,
+            f'{metric_key_prefix}_divergence': divergence / count,
+            f'{metric_key_prefix}_cross_entropy': cross_entropy / count,
+            f'{metric_key_prefix}_tokens': int(tokens),
+        }
         if self.teacher is None or self.args.gkd_loss_weight == 0:
             del metrics[f'{metric_key_prefix}_divergence']
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))
@@ -408,8 +446,11 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
     def _prepared_for_evaluation(self) -> nn.Module:
         """The wrapped model in eval mode; prepared here if evaluation comes before any training."""
         if len(self.accelerator._models) == 0:
-            prepare = self.accelerator.prepare if self.is_deepspeed_enabled or self.is_fsdp_enabled else (
-                lambda model: self.accelerator.prepare_model(model, evaluation_mode=True))
+            prepare = (
+                self.accelerator.prepare
+                if self.is_deepspeed_enabled or self.is_fsdp_enabled
+                else (lambda model: self.accelerator.prepare_model(model, evaluation_mode=True))
+            )
             self.model_wrapped = prepare(self.model)
         self.model.eval()
         return self.model_wrapped
@@ -439,8 +480,15 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
         if stats.cross_entropy is not None:
             self.metrics.add('cross_entropy', self._sum(stats.cross_entropy.to(self.args.device) * imitated), imitated.sum())
         if stats.detail:
-            for name in ('forward_kl', 'reverse_kl', 'student_entropy', 'teacher_entropy', 'top1_agreement', 'teacher_prob_of_label',
-                         'student_mass_on_topk'):
+            for name in (
+                'forward_kl',
+                'reverse_kl',
+                'student_entropy',
+                'teacher_entropy',
+                'top1_agreement',
+                'teacher_prob_of_label',
+                'student_mass_on_topk',
+            ):
                 values = getattr(stats, name)
                 if values is not None:
                     self.metrics.add(name, self._sum(values), count)
@@ -456,10 +504,20 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
 
     def _write_completions(self, samples: list[Sample]) -> None:
         """One line per generated response into completions.jsonl. A collective call."""
-        lines = [{'step': self.state.global_step + 1, 'row': sample.row.number, 'epoch': sample.row.epoch, 'source': sample.source,
-                  'prompt': self.encoder.inner(sample).messages, 'completion': self.template.safe_decode(sample.response.token_ids),
-                  'length': len(sample.response.token_ids), 'finish_reason': sample.response.finish_reason}
-                 for sample in samples if sample.row.counts and sample.response is not None]
+        lines = [
+            {
+                'step': self.state.global_step + 1,
+                'row': sample.row.number,
+                'epoch': sample.row.epoch,
+                'source': sample.source,
+                'prompt': self.encoder.inner(sample).messages,
+                'completion': self.template.safe_decode(sample.response.token_ids),
+                'length': len(sample.response.token_ids),
+                'finish_reason': sample.response.finish_reason,
+            }
+            for sample in samples
+            if sample.row.counts and sample.response is not None
+        ]
         self.completions.append(gather_object(lines))
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:

@@ -1,4 +1,5 @@
 """Responses by ``transformers``: batched, with a KV cache, from a model that may be in the middle of its training."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -41,8 +42,7 @@ class LocalGenerator:
             a prompt has to generate too.
     """
 
-    def __init__(self, template, lend_model: Callable[[], AbstractContextManager[nn.Module]], device: torch.device,
-                 lockstep: bool = False):
+    def __init__(self, template, lend_model: Callable[[], AbstractContextManager[nn.Module]], device: torch.device, lockstep: bool = False):
         self.template, self.lend_model, self.device, self.lockstep = template, lend_model, device, lockstep
 
     @contextmanager
@@ -83,8 +83,13 @@ class LocalGenerator:
         eos = model.generation_config.eos_token_id
         eos = template.tokenizer.eos_token_id if eos is None else eos
         config = GenerationConfig(
-            max_new_tokens=options.max_tokens, do_sample=False, use_cache=True, eos_token_id=eos,
-            pad_token_id=template.tokenizer.pad_token_id, repetition_penalty=options.repetition_penalty)
+            max_new_tokens=options.max_tokens,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=eos,
+            pad_token_id=template.tokenizer.pad_token_id,
+            repetition_penalty=options.repetition_penalty,
+        )
         config.stop_words = [*options.stop_words, *template.template_meta.stop_words]
         # Decoder-only models return the prompt too, unless it went in as embeddings.
         prompt_length = inputs['input_ids'].shape[1] if inputs.get('inputs_embeds') is None else 0
@@ -94,8 +99,15 @@ class LocalGenerator:
         if options.temperature > 0:
             processors.append(RowSeededSampling(options, seeds, self.device))
         sequences = template.generate(
-            model, **inputs, generation_config=config, logits_processor=processors, stopping_criteria=StoppingCriteriaList([finished]),
-            synced_gpus=self.lockstep or None)
+            model,
+            **inputs,
+            generation_config=config,
+            logits_processor=processors,
+            stopping_criteria=StoppingCriteriaList([finished]),
+            synced_gpus=self.lockstep or None,
+        )
         new_ids = sequences[:, prompt_length:].tolist()
-        return [Response(ids, 'length') if length is None else Response(ids[:length], 'stop')
-                for ids, length in zip(new_ids, finished.lengths, strict=True)]
+        return [
+            Response(ids, 'length') if length is None else Response(ids[:length], 'stop')
+            for ids, length in zip(new_ids, finished.lengths, strict=True)
+        ]

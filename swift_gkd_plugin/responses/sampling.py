@@ -5,6 +5,7 @@ everything that was random before. Here the noise of a row comes from a generato
 function of the weights, the prompt and the row's seed: the same however rows are split over batches and ranks, and after a resume.
 The draw is exact: ``argmax(log p + g)`` with Gumbel noise ``g`` is a sample of ``p`` (the Gumbel-max trick).
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ class SamplingOptions:
         repetition_penalty: 1 is off.
         stop_words: Strings that end a response, besides the template's own.
     """
+
     max_tokens: int
     temperature: float = 1.0
     top_k: int = -1
@@ -44,6 +46,7 @@ class Response:
         token_ids: The sampled ids, with the one that ended it; empty if the engine sampled none.
         finish_reason: ``stop``, or ``length`` if the limit cut it off.
     """
+
     token_ids: list[int]
     finish_reason: str
 

@@ -3,6 +3,7 @@
 Full logits are never kept: a local teacher hands over the hidden states in front of its output head, a remote one its k largest
 log-probabilities (design of KDFlow and NeMo-RL; a hidden state is about 74 times smaller than a row of logits).
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ import torch
 @dataclass(frozen=True)
 class HiddenStates:
     """Attributes:
-        hidden: [n, teacher_dim], in the dtype of the teacher.
-        head: The teacher's output head; what it is depends on the back end.
+    hidden: [n, teacher_dim], in the dtype of the teacher.
+    head: The teacher's output head; what it is depends on the back end.
     """
+
     hidden: torch.Tensor
     head: Any
 
@@ -24,18 +26,20 @@ class HiddenStates:
 @dataclass(frozen=True)
 class Logits:
     """Attributes:
-        logits: [n, teacher_vocab]; from a teacher whose head can't be intercepted.
+    logits: [n, teacher_vocab]; from a teacher whose head can't be intercepted.
     """
+
     logits: torch.Tensor
 
 
 @dataclass(frozen=True)
 class TopK:
     """Attributes:
-        logprobs: [n, k] float32, at the temperature of the divergence and normalised over the whole common vocabulary;
-            -inf fills ragged rows.
-        ids: [n, k] int64.
+    logprobs: [n, k] float32, at the temperature of the divergence and normalised over the whole common vocabulary;
+        -inf fills ragged rows.
+    ids: [n, k] int64.
     """
+
     logprobs: torch.Tensor
     ids: torch.Tensor
 

@@ -62,11 +62,7 @@ def divergence_of_buckets(divergence, student, logprobs, ids, tail, temperature,
     values = []
     for z, lp, row in zip(student, logprobs, ids, strict=True):
         log_s = torch.log_softmax(z[:vocab_size] / temperature, -1)
-        keep = [
-            j
-            for j, (i, p) in enumerate(zip(row.tolist(), lp.tolist(), strict=True))
-            if 0 <= i < vocab_size and p > -float('inf')
-        ]
+        keep = [j for j, (i, p) in enumerate(zip(row.tolist(), lp.tolist(), strict=True)) if 0 <= i < vocab_size and p > -float('inf')]
         picked = row[keep]
         s, t = log_s[picked], lp[keep]
         if tail == 'bucket':
@@ -77,7 +73,5 @@ def divergence_of_buckets(divergence, student, logprobs, ids, tail, temperature,
         if len(s) == 0:
             values.append(z.sum() * 0)
             continue
-        values.append(
-            from_log_probs(divergence, torch.log_softmax(s * sharpening, -1), torch.log_softmax(t * sharpening, -1))
-        )
+        values.append(from_log_probs(divergence, torch.log_softmax(s * sharpening, -1), torch.log_softmax(t * sharpening, -1)))
     return torch.stack(values)

@@ -120,12 +120,8 @@ def test_symmetry_and_exchange():
     torch.manual_seed(3)
     a, b = torch.randn(2, 8, 500, dtype=torch.float64) * 3
     assert torch.allclose(logits_divergence(a, b, Divergence()), logits_divergence(b, a, Divergence()), rtol=1e-12)
-    assert torch.allclose(
-        logits_divergence(a, b, Divergence(beta=0.2)), logits_divergence(b, a, Divergence(beta=0.8)), rtol=1e-12
-    )
-    assert torch.allclose(
-        logits_divergence(a, b, Divergence('forward_kl')), logits_divergence(b, a, Divergence('reverse_kl'))
-    )
+    assert torch.allclose(logits_divergence(a, b, Divergence(beta=0.2)), logits_divergence(b, a, Divergence(beta=0.8)), rtol=1e-12)
+    assert torch.allclose(logits_divergence(a, b, Divergence('forward_kl')), logits_divergence(b, a, Divergence('reverse_kl')))
     assert (logits_divergence(a, b, Divergence()) <= math.log(2)).all()
     assert (logits_divergence(a, b, Divergence('tvd')) <= 1).all()
 
@@ -147,9 +143,7 @@ def models_at(divergence, distance, tokens, dim, vocab, spread):
     low, high = 1e-6, 30.0
     for _ in range(25):
         step = math.sqrt(low * high)
-        value = reference.divergence_of_logits(
-            divergence, hidden @ weight.t(), (hidden + step * direction) @ weight.t()
-        )
+        value = reference.divergence_of_logits(divergence, hidden @ weight.t(), (hidden + step * direction) @ weight.t())
         low, high = (step, high) if value.mean() < distance else (low, step)
     return hidden, hidden + step * direction, weight
 
@@ -196,16 +190,12 @@ def test_accuracy_from_hidden_states(divergence, distance, dtype):
     distance = min(distance, 0.2) if divergence.kind in ('jsd', 'skew_forward_kl', 'skew_reverse_kl') else distance
     hs, ht, weight = models_at(divergence, distance, 32, 64, 4096, 0.4)
     hs, ht, weight = (x.to(dtype).requires_grad_() for x in (hs, ht, weight))
-    if (
-        dtype == torch.bfloat16 and distance < 1e-2
-    ):  # hidden states this close are equal in bf16: the heads differ instead
+    if dtype == torch.bfloat16 and distance < 1e-2:  # hidden states this close are equal in bf16: the heads differ instead
         ht, other = hs.detach(), (weight + (distance**0.5) * 0.5 * 0.4 * torch.randn(weight.shape)).to(dtype).detach()
     else:
         other = weight.detach()
     exact = [x.detach().double().requires_grad_() for x in (hs, weight)]
-    expected = reference.divergence_of_logits(
-        divergence, exact[0] @ exact[1].t(), ht.detach().double() @ other.double().t()
-    )
+    expected = reference.divergence_of_logits(divergence, exact[0] @ exact[1].t(), ht.detach().double() @ other.double().t())
     gradients = torch.autograd.grad(expected.sum(), exact)
     found = linear_divergence(hs, weight, ht, other, divergence)
     error, mean = (found.double() - expected).detach(), float(expected.detach().mean())

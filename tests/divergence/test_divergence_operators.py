@@ -79,9 +79,7 @@ def expect(case, dtype, divergence, transform=None, teacher_transform=None, labe
 TRANSFORMS = [None, LogitTransform(scale=0.0625), LogitTransform(softcap=5.0), LogitTransform(scale=1.5, softcap=3.0)]
 
 
-@pytest.mark.parametrize(
-    'dtype, bound', [(torch.float64, 1e-7), (torch.float32, 2e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-2)]
-)
+@pytest.mark.parametrize('dtype, bound', [(torch.float64, 1e-7), (torch.float32, 2e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-2)])
 @pytest.mark.parametrize('transform', TRANSFORMS, ids=str)
 @pytest.mark.parametrize(
     'divergence',
@@ -145,22 +143,16 @@ def test_per_token_loss_is_differentiable_under_any_weighting(case):
 
 def test_only_what_needs_a_gradient_gets_one(case):
     hidden, weight = case['hidden'].float().requires_grad_(), case['weight'].float()
-    linear_divergence(
-        hidden, weight, case['other'].float(), case['head'].float(), Divergence(), reduction='sum'
-    ).backward()
+    linear_divergence(hidden, weight, case['other'].float(), case['head'].float(), Divergence(), reduction='sum').backward()
     assert hidden.grad is not None and weight.grad is None
     with torch.no_grad():
-        loss = linear_divergence(
-            hidden, weight, case['other'].float(), case['head'].float(), Divergence(), reduction='sum'
-        )
+        loss = linear_divergence(hidden, weight, case['other'].float(), case['head'].float(), Divergence(), reduction='sum')
     assert not loss.requires_grad
 
 
 def test_no_hidden_gradient_product_for_a_frozen_student_body(case):
     hidden, weight = case['hidden'].float(), case['weight'].float().requires_grad_()
-    linear_divergence(
-        hidden, weight, case['other'].float(), case['head'].float(), Divergence(), reduction='sum'
-    ).backward()
+    linear_divergence(hidden, weight, case['other'].float(), case['head'].float(), Divergence(), reduction='sum').backward()
     assert hidden.grad is None and weight.grad is not None
 
 
@@ -191,9 +183,7 @@ def test_saved_for_backward_is_the_gradients_or_the_inputs(reduction, heads):
     hidden, weight = torch.randn(tokens, dim, requires_grad=True), torch.randn(vocab, dim, requires_grad=True)
     other, head = torch.randn(tokens, dim), torch.randn(vocab, dim)
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: saved.append(t.numel() * t.element_size()) or t, lambda t: t
-    ):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel() * t.element_size()) or t, lambda t: t):
         linear_divergence(hidden, weight, other, head, Divergence(), reduction=reduction)
     assert sum(saved) <= 4 * (heads * vocab * dim + tokens * dim)
 
@@ -201,17 +191,13 @@ def test_saved_for_backward_is_the_gradients_or_the_inputs(reduction, heads):
 def test_empty_token_set_is_connected_to_the_graph(case):
     for reduction, shape in (('sum', ()), ('none', (0,))):
         hidden, weight = case['hidden'][:0].float().requires_grad_(), case['weight'].float().requires_grad_()
-        loss = linear_divergence(
-            hidden, weight, case['other'][:0].float(), case['head'].float(), Divergence(), reduction=reduction
-        )
+        loss = linear_divergence(hidden, weight, case['other'][:0].float(), case['head'].float(), Divergence(), reduction=reduction)
         assert loss.shape == shape and not loss.any()
         loss.sum().backward()
         assert hidden.grad.shape == (0, DIM) and not weight.grad.any()
     logits = torch.zeros(0, 5, requires_grad=True)
     logits_divergence(logits, torch.zeros(0, 5), Divergence(), reduction='sum').backward()
-    topk_divergence(
-        hidden, weight, torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.long), Divergence()
-    ).sum().backward()
+    topk_divergence(hidden, weight, torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.long), Divergence()).sum().backward()
 
 
 # ---- labels only, and the statistics ----
@@ -274,25 +260,19 @@ def test_labels_for_the_statistics_only_do_not_train(case):
 # ---- vocabularies ----
 
 
-@pytest.mark.parametrize(
-    'student_vocab, teacher_vocab, vocab_size', [(300, 310, None), (310, 300, None), (300, 300, 250), (300, 310, 299)]
-)
+@pytest.mark.parametrize('student_vocab, teacher_vocab, vocab_size', [(300, 310, None), (310, 300, None), (300, 300, 250), (300, 310, 299)])
 def test_both_sides_are_normalised_over_the_common_ids(case, student_vocab, teacher_vocab, vocab_size):
     torch.manual_seed(1)
     ws, wt = torch.randn(student_vocab, DIM), torch.randn(teacher_vocab, 12)
     common = vocab_size or min(student_vocab, teacher_vocab)
     hidden, weight = case['hidden'].float().requires_grad_(), ws.clone().requires_grad_()
     found = linear_divergence(hidden, weight, case['other'].float(), wt, Divergence(), vocab_size=vocab_size)
-    expected = reference.divergence_of_logits(
-        Divergence(), case['hidden'] @ ws.double().t(), case['other'] @ wt.double().t(), common
-    )
+    expected = reference.divergence_of_logits(Divergence(), case['hidden'] @ ws.double().t(), case['other'] @ wt.double().t(), common)
     assert relative(found, expected) < 1e-5
     found.sum().backward()
     assert not weight.grad[common:].any() and weight.grad[:common].any()
     student = (case['hidden'].float() @ ws.t()).requires_grad_()
-    dense = logits_divergence(
-        student, case['other'].float() @ wt.t(), Divergence(), vocab_size=vocab_size, reduction='sum'
-    )
+    dense = logits_divergence(student, case['other'].float() @ wt.t(), Divergence(), vocab_size=vocab_size, reduction='sum')
     dense.backward()
     assert relative(dense, expected.sum()) < 1e-5 and not student.grad[:, common:].any()
 
@@ -379,9 +359,7 @@ def test_topk_of_an_equal_teacher_is_zero_also_when_taken_at_another_temperature
 def test_topk_statistics(case):
     values, ids = entries(case, 1.0)
     stats = TokenStats(detail=True)
-    topk_divergence(
-        case['hidden'].float(), case['weight'].float(), values.float(), ids, Divergence(), labels=ids[:, 2], stats=stats
-    )
+    topk_divergence(case['hidden'].float(), case['weight'].float(), values.float(), ids, Divergence(), labels=ids[:, 2], stats=stats)
     log_s = torch.log_softmax(case['hidden'] @ case['weight'].t(), -1)
     present = values.isfinite() & (ids >= 0) & (ids < VOCAB)
     mass = (log_s.gather(1, ids.clamp(0, VOCAB - 1)).exp() * present).sum(-1)
@@ -409,21 +387,13 @@ def test_errors_name_both_numbers(case):
         r'labels must have shape \[4\]': lambda: linear_divergence(hs, ws, ht, wt, d, labels=torch.ones(4, 1).long()),
         r'without labels': lambda: linear_divergence(hs, ws, ht, wt, d, label_weights=torch.ones(4)),
         r"got 'mean'": lambda: linear_divergence(hs, ws, ht, wt, d, reduction='mean'),
-        r'\[49\] entries for a vocabulary of 50': lambda: linear_divergence(
-            hs, ws, ht, wt, d, student_bias=torch.zeros(49)
-        ),
-        r'student_lora': lambda: linear_divergence(
-            hs, ws, ht, wt, d, student_lora=(torch.zeros(2, 8), torch.zeros(50, 3), 1.0)
-        ),
+        r'\[49\] entries for a vocabulary of 50': lambda: linear_divergence(hs, ws, ht, wt, d, student_bias=torch.zeros(49)),
+        r'student_lora': lambda: linear_divergence(hs, ws, ht, wt, d, student_lora=(torch.zeros(2, 8), torch.zeros(50, 3), 1.0)),
         r'together, or neither': lambda: linear_divergence(hs, ws, ht, None, d),
         r'must be labels': lambda: linear_divergence(hs, ws, None, None, d),
-        r'k = 51 is larger than the vocabulary of 50': lambda: topk_divergence(
-            hs, ws, torch.zeros(4, 51), torch.zeros(4, 51).long(), d
-        ),
+        r'k = 51 is larger than the vocabulary of 50': lambda: topk_divergence(hs, ws, torch.zeros(4, 51), torch.zeros(4, 51).long(), d),
         r'4 tokens, topk_ids 3': lambda: topk_divergence(hs, ws, torch.zeros(3, 5), torch.zeros(3, 5).long(), d),
-        r'\[4, 5\] and topk_ids \[4, 6\]': lambda: topk_divergence(
-            hs, ws, torch.zeros(4, 5), torch.zeros(4, 6).long(), d
-        ),
+        r'\[4, 5\] and topk_ids \[4, 6\]': lambda: topk_divergence(hs, ws, torch.zeros(4, 5), torch.zeros(4, 6).long(), d),
         r"got 'drop'": lambda: topk_divergence(hs, ws, torch.zeros(4, 5), torch.zeros(4, 5).long(), d, tail='drop'),
         r'4 tokens, teacher_logits 5': lambda: logits_divergence(torch.zeros(4, 9), torch.zeros(5, 9), d),
         r'chunk_tokens must be at least 1, got 0': lambda: linear_divergence(hs, ws, ht, wt, d, chunk_tokens=0),

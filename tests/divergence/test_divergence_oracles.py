@@ -29,9 +29,7 @@ def test_trl(beta, temperature):
     gkd = pytest.importorskip('trl.experimental.gkd')
     hs, ws, ht, wt = models()
     student = hs @ ws.t()
-    expected = gkd.GKDTrainer.generalized_jsd_loss(
-        student[None], (ht @ wt.t())[None], beta=beta, temperature=temperature, reduction='sum'
-    )
+    expected = gkd.GKDTrainer.generalized_jsd_loss(student[None], (ht @ wt.t())[None], beta=beta, temperature=temperature, reduction='sum')
     gradients = torch.autograd.grad(expected, (hs, ws))
     found = linear_divergence(hs, ws, ht, wt, Divergence('jsd', beta, temperature), reduction='sum', chunk_tokens=16)
     assert relative(found, expected) < 1e-5
@@ -44,9 +42,7 @@ def test_liger(beta):
     pytest.importorskip('triton', reason='Liger imports Triton')
     chunked = pytest.importorskip('liger_kernel.chunked_loss')
     hs, ws, ht, wt = models()
-    fused = chunked.LigerFusedLinearJSDLoss(
-        beta=beta, temperature=0.9, compiled=False, weight_hard_loss=0.0, weight_soft_loss=1.0
-    )
+    fused = chunked.LigerFusedLinearJSDLoss(beta=beta, temperature=0.9, compiled=False, weight_hard_loss=0.0, weight_soft_loss=1.0)
     expected = fused(hs, ws, ht, wt, torch.zeros(len(hs), dtype=torch.long))
     gradients = torch.autograd.grad(expected, (hs, ws))
     found = linear_divergence(hs, ws, ht, wt, Divergence('jsd', beta, 0.9), reduction='sum') / len(hs)
@@ -113,9 +109,7 @@ def test_d2_memory_grows_with_tokens_times_vocabulary_in_stock(stock):
 
     def saved(loss):
         kept = {}
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: kept.update({t.data_ptr(): t.nbytes}) or t, lambda t: t
-        ):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t.nbytes}) or t, lambda t: t):
             loss()
         return sum(kept.values()) / (1024 * 2000 * 4)
 

@@ -45,9 +45,7 @@ def test_d11_local_alignment_of_shards_is_wrong_in_stock():
     logits = torch.randn(8, 152) * 4
     padded = torch.cat([logits, torch.full((8, 8), -20.0)], 1)
     for world, apart in ((1, False), (2, True), (4, True)):
-        aligned = [
-            stock._align_vocab(s, t) for s, t in zip(logits.chunk(world, -1), padded.chunk(world, -1), strict=True)
-        ]
+        aligned = [stock._align_vocab(s, t) for s, t in zip(logits.chunk(world, -1), padded.chunk(world, -1), strict=True)]
         student, teacher = (torch.log_softmax(torch.cat(side, -1), -1) for side in zip(*aligned, strict=True))
         kl = (teacher.exp() * (teacher - student)).sum(-1).mean()
         assert (kl > 1) == apart

@@ -67,7 +67,9 @@ def run_jobs(tmp_path_factory, tiny_models) -> Callable[..., dict[str, Run]]:
     """
     numbers = itertools.count()
 
-    def run(jobs: Jobs, *, nproc: int = 1, plugin: bool = True, timeout: float = 600, env: Mapping[str, str] | None = None) -> dict[str, Run]:
+    def run(
+        jobs: Jobs, *, nproc: int = 1, plugin: bool = True, timeout: float = 600, env: Mapping[str, str] | None = None
+    ) -> dict[str, Run]:
         root = tmp_path_factory.mktemp(f'jobs{next(numbers)}')
         listed = []
         for name, options in jobs.items():
@@ -76,7 +78,15 @@ def run_jobs(tmp_path_factory, tiny_models) -> Callable[..., dict[str, Run]]:
             output_dir = Path(options.pop('output_dir', root / name))
             output_dir.mkdir(parents=True, exist_ok=True)
             ranks = {'ddp_backend': 'gloo'} if nproc > 1 else {}
-            merged = {**helpers.QUICK, 'fp16': 'false', **tiny_models.with_teacher, 'rlhf_type': 'gkd', 'output_dir': output_dir, **ranks, **options}
+            merged = {
+                **helpers.QUICK,
+                'fp16': 'false',
+                **tiny_models.with_teacher,
+                'rlhf_type': 'gkd',
+                'output_dir': output_dir,
+                **ranks,
+                **options,
+            }
             listed.append({'argv': helpers.command_line(merged), 'output_dir': str(output_dir), 'stop_at': stop_at, 'name': name})
         path = root / 'jobs.json'
         path.write_text(json.dumps(listed))

@@ -1,4 +1,4 @@
-"""What can be wrong is said in one line that names the option and what to do, before any weights load; the rest stops or goes on in the open."""
+"""What can be wrong is said in one line that names the option and what to do, before any weights load."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ import json
 import pytest
 from helpers import write_rows
 
-SHORT = {'tuner_type': 'full', 'max_steps': 2, 'per_device_train_batch_size': 2, 'gradient_accumulation_steps': 1, 'lmbda': 0, 'learning_rate': 1e-3}
+SHORT = {
+    'tuner_type': 'full',
+    'max_steps': 2,
+    'per_device_train_batch_size': 2,
+    'gradient_accumulation_steps': 1,
+    'lmbda': 0,
+    'learning_rate': 1e-3,
+}
 
 # options, and what the message has to name
 REFUSED = {
@@ -23,8 +30,10 @@ REFUSED = {
     'topk 1': ({'gkd_logits_topk': 1, 'gkd_tail': 'renormalize'}, ['--gkd_logits_topk 1', 'renormalize', 'bucket']),
     'two teachers': ({'teacher_model_server': 'http://127.0.0.1:9', 'gkd_logits_topk': 4}, ['--teacher_model', '--teacher_model_server']),
     'right truncation': ({'lmbda': 0.5, 'truncation_strategy': 'right'}, ['--truncation_strategy right', 'delete']),
-    'server': ({'teacher_model': None, 'teacher_model_type': None, 'teacher_model_server': 'http://127.0.0.1:9', 'gkd_logits_topk': 4},
-               ['--teacher_model_server', 'SWIFT_GKD_PLUGIN=0']),
+    'server': (
+        {'teacher_model': None, 'teacher_model_type': None, 'teacher_model_server': 'http://127.0.0.1:9', 'gkd_logits_topk': 4},
+        ['--teacher_model_server', 'SWIFT_GKD_PLUGIN=0'],
+    ),
     'multi turn': ({'lmbda': 1, 'multi_turn_scheduler': 'math_tip_trick', 'max_turns': 2}, ['--multi_turn_scheduler', '--use_vllm']),
     'empty dataset': ({'dataset': 'EMPTY'}, ['--dataset', '0 rows']),
     'no responses': ({'dataset': 'QUESTIONS'}, ['--dataset', 'none of the first', '--lmbda 1']),
@@ -36,13 +45,23 @@ def data(tiny_models, tmp_path_factory):
     root = tmp_path_factory.mktemp('bad')
     rows = [json.loads(line) for line in tiny_models.train.read_text().splitlines()]
     questions = [{'messages': row['messages'][:1]} for row in rows]
-    long = [{'messages': [row['messages'][0], {'role': 'assistant', 'content': 'very ' * 200}]} if i % 4 else row for i, row in enumerate(rows)]
+    long = [
+        {'messages': [row['messages'][0], {'role': 'assistant', 'content': 'very ' * 200}]} if i % 4 else row for i, row in enumerate(rows)
+    ]
     # Cut on the right, a long question leaves nothing of its answer.
-    masked = [{'messages': [{'role': 'user', 'content': 'please ' * 60 * (i % 2 or all_of_them) + 'add'}, row['messages'][1]]}
-              for all_of_them in (True, False) for i, row in enumerate(rows)]
-    return {'EMPTY': write_rows(root / 'empty.jsonl', []), 'QUESTIONS': write_rows(root / 'questions.jsonl', questions),
-            'LONG': write_rows(root / 'long.jsonl', long), 'MASKED': write_rows(root / 'masked.jsonl', masked[:len(rows)]),
-            'HALF': write_rows(root / 'half.jsonl', masked[len(rows):]), 'SEVEN': write_rows(root / 'seven.jsonl', rows[:7])}
+    masked = [
+        {'messages': [{'role': 'user', 'content': 'please ' * 60 * (i % 2 or all_of_them) + 'add'}, row['messages'][1]]}
+        for all_of_them in (True, False)
+        for i, row in enumerate(rows)
+    ]
+    return {
+        'EMPTY': write_rows(root / 'empty.jsonl', []),
+        'QUESTIONS': write_rows(root / 'questions.jsonl', questions),
+        'LONG': write_rows(root / 'long.jsonl', long),
+        'MASKED': write_rows(root / 'masked.jsonl', masked[: len(rows)]),
+        'HALF': write_rows(root / 'half.jsonl', masked[len(rows) :]),
+        'SEVEN': write_rows(root / 'seven.jsonl', rows[:7]),
+    }
 
 
 @pytest.fixture(scope='module')
@@ -67,10 +86,22 @@ def runs(run_jobs, data, broken):
         'long rows': {**SHORT, 'dataset': data['LONG'], 'max_steps': 4, 'max_length': 96},
         'all too long': {**SHORT, 'dataset': data['LONG'], 'max_length': 8},
         'masked': {**SHORT, 'dataset': data['MASKED'], 'truncation_strategy': 'right', 'max_length': 48},
-        'half masked': {**SHORT, 'dataset': data['HALF'], 'truncation_strategy': 'right', 'max_length': 48, 'gradient_accumulation_steps': 8},
+        'half masked': {
+            **SHORT,
+            'dataset': data['HALF'],
+            'truncation_strategy': 'right',
+            'max_length': 48,
+            'gradient_accumulation_steps': 8,
+        },
         'nan': {**SHORT, 'model': broken},
-        'remainder': {**SHORT, 'dataset': data['SEVEN'], 'max_steps': None, 'num_train_epochs': 1, 'per_device_train_batch_size': 2,
-                      'gradient_accumulation_steps': 2},
+        'remainder': {
+            **SHORT,
+            'dataset': data['SEVEN'],
+            'max_steps': None,
+            'num_train_epochs': 1,
+            'per_device_train_batch_size': 2,
+            'gradient_accumulation_steps': 2,
+        },
     }
     for options in jobs.values():
         if options.get('dataset') in data:
@@ -99,7 +130,7 @@ def test_questions_are_enough_where_the_student_answers(runs):
 def test_rows_that_are_too_long_are_replaced_and_said(runs):
     run = runs['long rows'].ok()
     assert len(run.losses) == 4 and 'stands in' in run.output
-    assert "raise --max_length" in runs['all too long'].error
+    assert 'raise --max_length' in runs['all too long'].error
 
 
 def test_rows_without_trained_tokens(runs):

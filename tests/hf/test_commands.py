@@ -10,8 +10,17 @@ import pytest
 from helpers import run_swift
 
 pytestmark = pytest.mark.e2e
-OPTIONS = {'rlhf_type': 'gkd', 'max_steps': 3, 'per_device_train_batch_size': 2, 'gradient_accumulation_steps': 2, 'lmbda': 0.5, 'seq_kd': 'true',
-           'learning_rate': 1e-3, 'save_strategy': 'steps', 'save_steps': 1}
+OPTIONS = {
+    'rlhf_type': 'gkd',
+    'max_steps': 3,
+    'per_device_train_batch_size': 2,
+    'gradient_accumulation_steps': 2,
+    'lmbda': 0.5,
+    'seq_kd': 'true',
+    'learning_rate': 1e-3,
+    'save_strategy': 'steps',
+    'save_steps': 1,
+}
 
 
 @pytest.fixture(scope='module')
@@ -26,8 +35,15 @@ def test_trains_and_logs(trained):
 
 
 def test_two_ranks_on_the_command_line(tiny_models, tmp_path):
-    options = {**tiny_models.with_teacher, **OPTIONS, 'tuner_type': 'full', 'dataset': f'{tiny_models.train}#21', 'max_steps': None,
-               'num_train_epochs': 1, 'save_strategy': 'no'}
+    options = {
+        **tiny_models.with_teacher,
+        **OPTIONS,
+        'tuner_type': 'full',
+        'dataset': f'{tiny_models.train}#21',
+        'max_steps': None,
+        'num_train_epochs': 1,
+        'save_strategy': 'no',
+    }
     result = run_swift(options, output_dir=tmp_path, nproc=2).ok()
     assert len(result.values('loss')) == 3  # 21 rows: 8, 8, 5; the last window has one rank with less to do
     assert result.values('tokens/trained')[-1] > 0
@@ -36,9 +52,25 @@ def test_two_ranks_on_the_command_line(tiny_models, tmp_path):
 @pytest.mark.parametrize('plugin', [True, False])
 def test_checkpoints_need_no_plugin(trained, tiny_models, tmp_path, plugin):
     question = helpers.write_rows(tmp_path / 'q.jsonl', [{'messages': [{'role': 'user', 'content': 'what is 1 plus 1 ?'}]}])
-    result = run_swift(['--adapters', str(trained.output_dir / 'checkpoint-3'), '--val_dataset', str(question), '--max_new_tokens', '4',
-                        '--result_path', str(tmp_path / 'answers.jsonl'), '--torch_dtype', 'float32', '--load_data_args', 'false'],
-                       command='infer', output_dir=tmp_path, plugin=plugin).ok()
+    result = run_swift(
+        [
+            '--adapters',
+            str(trained.output_dir / 'checkpoint-3'),
+            '--val_dataset',
+            str(question),
+            '--max_new_tokens',
+            '4',
+            '--result_path',
+            str(tmp_path / 'answers.jsonl'),
+            '--torch_dtype',
+            'float32',
+            '--load_data_args',
+            'false',
+        ],
+        command='infer',
+        output_dir=tmp_path,
+        plugin=plugin,
+    ).ok()
     assert result.returncode == 0
     assert json.loads((tmp_path / 'answers.jsonl').read_text().splitlines()[0])['response'] is not None
     assert not json.loads((trained.output_dir / 'checkpoint-3' / 'args.json').read_text()).get('external_plugins')
@@ -47,15 +79,24 @@ def test_checkpoints_need_no_plugin(trained, tiny_models, tmp_path, plugin):
 def test_a_killed_command_resumes(trained, tiny_models, tmp_path):
     options = {**tiny_models.with_teacher, **OPTIONS, 'tuner_type': 'lora', 'output_dir': tmp_path, 'max_steps': 200}
     argv = [helpers.SCRIPTS / 'swift', 'rlhf', *helpers.command_line({**helpers.QUICK, **options})]
-    process = subprocess.Popen([str(a) for a in argv], env={**helpers.os.environ, **helpers.OFFLINE}, cwd=tmp_path, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        [str(a) for a in argv],
+        env={**helpers.os.environ, **helpers.OFFLINE},
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     for line in process.stdout:
         if 'Saving model checkpoint to' in line and 'checkpoint-3' in line:
             helpers.os.killpg(process.pid, helpers.signal.SIGKILL)
             break
     process.wait(timeout=60)
-    resumed = run_swift({**tiny_models.with_teacher, **OPTIONS, 'tuner_type': 'lora', 'max_steps': 5,
-                         'resume_from_checkpoint': tmp_path / 'checkpoint-2'}, output_dir=tmp_path / 'again').ok()
+    resumed = run_swift(
+        {**tiny_models.with_teacher, **OPTIONS, 'tuner_type': 'lora', 'max_steps': 5, 'resume_from_checkpoint': tmp_path / 'checkpoint-2'},
+        output_dir=tmp_path / 'again',
+    ).ok()
     assert len(resumed.values('loss')) == 3
     # The schedule of the learning rate does not reach the third loss, which was computed from the weights of the second step.
     assert resumed.values('loss')[0] == pytest.approx(trained.values('loss')[2], rel=1e-2)

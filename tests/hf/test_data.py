@@ -37,8 +37,8 @@ def test_a_step_holds_the_same_rows_however_it_is_split(layout):
     order = list(range(22))
     shares = [share_out(order, batch_size, world_size, rank) for rank in range(world_size)]
     for step in range(6):
-        rows = {n for share in shares for batch in share[step * accumulation:(step + 1) * accumulation] for n, counts in batch if counts}
-        assert rows == set(order[4 * step:4 * step + 4])
+        rows = {n for share in shares for batch in share[step * accumulation : (step + 1) * accumulation] for n, counts in batch if counts}
+        assert rows == set(order[4 * step : 4 * step + 4])
 
 
 def numbers(loader, batches=None):

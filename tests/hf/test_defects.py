@@ -13,8 +13,15 @@ import torch
 from helpers import write_rows
 
 TRAINERS = ('stock', 'plugin')
-FULL = {'tuner_type': 'full', 'max_steps': 2, 'lmbda': 0, 'learning_rate': 1e-3, 'per_device_train_batch_size': 2, 'gradient_accumulation_steps': 1,
-        'temperature': 1.0}
+FULL = {
+    'tuner_type': 'full',
+    'max_steps': 2,
+    'lmbda': 0,
+    'learning_rate': 1e-3,
+    'per_device_train_batch_size': 2,
+    'gradient_accumulation_steps': 1,
+    'temperature': 1.0,
+}
 
 
 @pytest.fixture(scope='module')
@@ -49,8 +56,17 @@ def variants(tiny_models, tmp_path_factory):
     save('other tokens', AutoModelForCausalLM.from_pretrained(tiny_models.teacher), shifted)
 
     torch.manual_seed(4)
-    config = Qwen3MoeConfig(**{**student.config.to_dict(), 'model_type': 'qwen3_moe', 'architectures': ['Qwen3MoeForCausalLM'], 'num_experts': 4,
-                               'num_experts_per_tok': 2, 'moe_intermediate_size': 16, 'decoder_sparse_step': 1})
+    config = Qwen3MoeConfig(
+        **{
+            **student.config.to_dict(),
+            'model_type': 'qwen3_moe',
+            'architectures': ['Qwen3MoeForCausalLM'],
+            'num_experts': 4,
+            'num_experts_per_tok': 2,
+            'moe_intermediate_size': 16,
+            'decoder_sparse_step': 1,
+        }
+    )
     save('moe', Qwen3MoeForCausalLM(config))
 
     rows = [json.loads(line) for line in tiny_models.train.read_text().splitlines()]
@@ -63,17 +79,43 @@ def variants(tiny_models, tmp_path_factory):
 @pytest.fixture(scope='module')
 def runs(run_jobs, tiny_models, variants):
     """All runs of this file, on both trainers."""
-    moe = {**FULL, 'model': variants / 'moe', 'teacher_model': variants / 'moe', 'model_type': 'qwen3_moe', 'teacher_model_type': 'qwen3_moe',
-           'teacher_adapters': None, 'sft_alpha': 0.1}
-    resume = {'tuner_type': 'full', 'temperature': 1.0, 'lmbda': 0.5, 'learning_rate': 1e-3, 'max_steps': 7, 'per_device_train_batch_size': 2,
-              'gradient_accumulation_steps': 2, 'steps_per_generation': 4, 'save_strategy': 'steps', 'save_steps': 3,
-              'dataset': f'{tiny_models.train}#20', 'save_total_limit': 9}
+    moe = {
+        **FULL,
+        'model': variants / 'moe',
+        'teacher_model': variants / 'moe',
+        'model_type': 'qwen3_moe',
+        'teacher_model_type': 'qwen3_moe',
+        'teacher_adapters': None,
+        'sft_alpha': 0.1,
+    }
+    resume = {
+        'tuner_type': 'full',
+        'temperature': 1.0,
+        'lmbda': 0.5,
+        'learning_rate': 1e-3,
+        'max_steps': 7,
+        'per_device_train_batch_size': 2,
+        'gradient_accumulation_steps': 2,
+        'steps_per_generation': 4,
+        'save_strategy': 'steps',
+        'save_steps': 3,
+        'dataset': f'{tiny_models.train}#20',
+        'save_total_limit': 9,
+    }
     jobs = {
         'D1 bf16': {**FULL, 'teacher_model': variants / 'close', 'torch_dtype': 'bfloat16'},
         'D1 fp32': {**FULL, 'teacher_model': variants / 'close'},
         'D3 4x1': {**FULL, 'dataset': variants / 'long.jsonl', 'per_device_train_batch_size': 4},
         'D3 1x4': {**FULL, 'dataset': variants / 'long.jsonl', 'per_device_train_batch_size': 1, 'gradient_accumulation_steps': 4},
-        'D4': {**FULL, 'lmbda': 0.5, 'learning_rate': 0, 'max_steps': 4, 'eval_strategy': 'steps', 'eval_steps': 1, 'val_dataset': tiny_models.val},
+        'D4': {
+            **FULL,
+            'lmbda': 0.5,
+            'learning_rate': 0,
+            'max_steps': 4,
+            'eval_strategy': 'steps',
+            'eval_steps': 1,
+            'val_dataset': tiny_models.val,
+        },
         'D5': resume,
         'D6': {**FULL, 'dataset': variants / 'long.jsonl', 'max_length': 32, 'truncation_strategy': 'left', 'callbacks': 'recorder'},
         'D7': {**FULL, 'lmbda': 1, 'multi_turn_scheduler': 'math_tip_trick', 'max_turns': 2},
@@ -148,11 +190,23 @@ def r9_padding_side(runs):
     assert seen['padded_right'] and not seen['padded_left']
 
 
-@pytest.mark.parametrize('check', [
-    d1_bf16_divergence_of_close_models, d3_split_into_micro_batches, d4_evaluation_at_learning_rate_zero, d5_resume, d6_max_length,
-    d7_multi_turn_scheduler_is_not_dropped, d10_columns_that_the_teacher_lacks, d15_lora_dropout, r5_router_auxiliary_loss,
-    r6_different_tokenizers, r8_forward_context, r9_padding_side,
-])
+@pytest.mark.parametrize(
+    'check',
+    [
+        d1_bf16_divergence_of_close_models,
+        d3_split_into_micro_batches,
+        d4_evaluation_at_learning_rate_zero,
+        d5_resume,
+        d6_max_length,
+        d7_multi_turn_scheduler_is_not_dropped,
+        d10_columns_that_the_teacher_lacks,
+        d15_lora_dropout,
+        r5_router_auxiliary_loss,
+        r6_different_tokenizers,
+        r8_forward_context,
+        r9_padding_side,
+    ],
+)
 @pytest.mark.parametrize('trainer', TRAINERS)
 def test_in_runs(runs, trainer, check):
     if trainer == 'stock':

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import pytest
 
-COMMON = {'tuner_type': 'full', 'max_steps': 4, 'learning_rate': 0, 'per_device_train_batch_size': 2, 'gradient_accumulation_steps': 1,
-          'lmbda': 0.5, 'eval_strategy': 'steps', 'eval_steps': 1}
+COMMON = {
+    'tuner_type': 'full',
+    'max_steps': 4,
+    'learning_rate': 0,
+    'per_device_train_batch_size': 2,
+    'gradient_accumulation_steps': 1,
+    'lmbda': 0.5,
+    'eval_strategy': 'steps',
+    'eval_steps': 1,
+}
 
 
 @pytest.fixture(scope='module')
 def runs(run_jobs, tiny_models):
     common = {**COMMON, 'val_dataset': f'{tiny_models.val}#13'}
-    one = run_jobs({
-        'by 1': {**common, 'per_device_eval_batch_size': 1},
-        'by 5': {**common, 'per_device_eval_batch_size': 5},
-        'student': {**common, 'per_device_eval_batch_size': 5, 'gkd_eval_source': 'student'},
-        'teacher': {**common, 'per_device_eval_batch_size': 2, 'gkd_eval_source': 'teacher'},
-        'dense': {**common, 'per_device_eval_batch_size': 5, 'sft_alpha': 0.5},
-    })
+    one = run_jobs(
+        {
+            'by 1': {**common, 'per_device_eval_batch_size': 1},
+            'by 5': {**common, 'per_device_eval_batch_size': 5},
+            'student': {**common, 'per_device_eval_batch_size': 5, 'gkd_eval_source': 'student'},
+            'teacher': {**common, 'per_device_eval_batch_size': 2, 'gkd_eval_source': 'teacher'},
+            'dense': {**common, 'per_device_eval_batch_size': 5, 'sft_alpha': 0.5},
+        }
+    )
     two = run_jobs({'two ranks': {**common, 'per_device_eval_batch_size': 2}}, nproc=2)
     return {**one, **two}
 

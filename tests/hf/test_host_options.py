@@ -7,8 +7,18 @@ import json
 import pytest
 from helpers import write_rows
 
-STEP = {'tuner_type': 'full', 'max_steps': 2, 'optim': 'sgd', 'learning_rate': 0.01, 'callbacks': 'recorder', 'max_grad_norm': 1e6, 'lmbda': 0,
-        'temperature': 1.0, 'per_device_train_batch_size': 2, 'gradient_accumulation_steps': 2}
+STEP = {
+    'tuner_type': 'full',
+    'max_steps': 2,
+    'optim': 'sgd',
+    'learning_rate': 0.01,
+    'callbacks': 'recorder',
+    'max_grad_norm': 1e6,
+    'lmbda': 0,
+    'temperature': 1.0,
+    'per_device_train_batch_size': 2,
+    'gradient_accumulation_steps': 2,
+}
 
 
 @pytest.fixture(scope='module')
@@ -18,37 +28,62 @@ def runs(run_jobs, tiny_models, tmp_path_factory):
         row['messages'][1]['loss_scale'] = 2.0
     weighted = write_rows(tmp_path_factory.mktemp('weighted') / 'rows.jsonl', rows)
     mixed = {**STEP, 'lmbda': 0.4, 'seq_kd': 'true', 'log_completions': 'true'}
-    return run_jobs({
-        'plain': STEP,
-        'mixed': mixed,
-        'padding_free': {**STEP, 'padding_free': 'true', 'attn_impl': 'sdpa'},
-        'padding_free mixed': {**mixed, 'padding_free': 'true', 'attn_impl': 'sdpa'},
-        'packing': {**STEP, 'packing': 'true', 'attn_impl': 'sdpa'},
-        'streaming': {**STEP, 'streaming': 'true', 'max_steps': 20, 'callbacks': None},
-        'workers': {**STEP, 'dataloader_num_workers': 2},
-        'group_by_length': {**STEP, 'group_by_length': 'true'},
-        'weighted tokens': {**STEP, 'dataset': weighted, 'is_binary_loss_scale': 'false'},
-        'save_only_model': {**STEP, 'save_strategy': 'steps', 'save_steps': 1, 'save_only_model': 'true', 'steps_per_generation': 4},
-        'drop_last': {**STEP, 'dataset': f'{tiny_models.train}#22', 'max_steps': None, 'num_train_epochs': 1, 'per_device_train_batch_size': 4,
-                      'gradient_accumulation_steps': 1, 'dataloader_drop_last': 'true'},
-        'in order': {**STEP, 'train_dataloader_shuffle': 'false'},
-        'offload_teacher_model': {**STEP, 'offload_teacher_model': 'true'},
-        'sequence_parallel_size': {**STEP, 'sequence_parallel_size': 2},
-        'truncation split': {**STEP, 'truncation_strategy': 'split'},
-        'source per batch': {**mixed, 'gkd_source_per': 'batch', 'max_steps': 6},
-        'generation_batch_size': {**mixed, 'generation_batch_size': 8, 'max_steps': 4},
-        'both sizes': {**mixed, 'generation_batch_size': 8, 'steps_per_generation': 3},
-        'limits': {**mixed, 'gkd_teacher_max_completion_length': 3, 'gkd_teacher_temperature': 0, 'max_completion_length': 6},
-        'sampling': {**mixed, 'top_k': 5, 'top_p': 0.9, 'min_p': 0.01, 'repetition_penalty': 1.2},
-        'skew': {**STEP, 'gkd_divergence': 'skew_reverse_kl', 'gkd_skew': 0.2},
-        'tvd': {**STEP, 'gkd_divergence': 'tvd'},
-        'router': {**STEP, 'router_aux_loss_coef': 0.1},
-    })
+    return run_jobs(
+        {
+            'plain': STEP,
+            'mixed': mixed,
+            'padding_free': {**STEP, 'padding_free': 'true', 'attn_impl': 'sdpa'},
+            'padding_free mixed': {**mixed, 'padding_free': 'true', 'attn_impl': 'sdpa'},
+            'packing': {**STEP, 'packing': 'true', 'attn_impl': 'sdpa'},
+            'streaming': {**STEP, 'streaming': 'true', 'max_steps': 20, 'callbacks': None},
+            'workers': {**STEP, 'dataloader_num_workers': 2},
+            'group_by_length': {**STEP, 'group_by_length': 'true'},
+            'weighted tokens': {**STEP, 'dataset': weighted, 'is_binary_loss_scale': 'false'},
+            'save_only_model': {**STEP, 'save_strategy': 'steps', 'save_steps': 1, 'save_only_model': 'true', 'steps_per_generation': 4},
+            'drop_last': {
+                **STEP,
+                'dataset': f'{tiny_models.train}#22',
+                'max_steps': None,
+                'num_train_epochs': 1,
+                'per_device_train_batch_size': 4,
+                'gradient_accumulation_steps': 1,
+                'dataloader_drop_last': 'true',
+            },
+            'in order': {**STEP, 'train_dataloader_shuffle': 'false'},
+            'offload_teacher_model': {**STEP, 'offload_teacher_model': 'true'},
+            'sequence_parallel_size': {**STEP, 'sequence_parallel_size': 2},
+            'truncation split': {**STEP, 'truncation_strategy': 'split'},
+            'source per batch': {**mixed, 'gkd_source_per': 'batch', 'max_steps': 6},
+            'generation_batch_size': {**mixed, 'generation_batch_size': 8, 'max_steps': 4},
+            'both sizes': {**mixed, 'generation_batch_size': 8, 'steps_per_generation': 3},
+            'limits': {**mixed, 'gkd_teacher_max_completion_length': 3, 'gkd_teacher_temperature': 0, 'max_completion_length': 6},
+            'sampling': {**mixed, 'top_k': 5, 'top_p': 0.9, 'min_p': 0.01, 'repetition_penalty': 1.2},
+            'skew': {**STEP, 'gkd_divergence': 'skew_reverse_kl', 'gkd_skew': 0.2},
+            'tvd': {**STEP, 'gkd_divergence': 'tvd'},
+            'router': {**STEP, 'router_aux_loss_coef': 0.1},
+        }
+    )
 
 
-@pytest.mark.parametrize('name', [
-    'streaming', 'workers', 'group_by_length', 'save_only_model', 'in order', 'source per batch', 'generation_batch_size', 'limits', 'sampling',
-    'skew', 'tvd', 'packing', 'padding_free mixed', 'router'])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'streaming',
+        'workers',
+        'group_by_length',
+        'save_only_model',
+        'in order',
+        'source per batch',
+        'generation_batch_size',
+        'limits',
+        'sampling',
+        'skew',
+        'tvd',
+        'packing',
+        'padding_free mixed',
+        'router',
+    ],
+)
 def test_works(runs, name):
     run = runs[name].ok()
     assert run.losses and all(0 < loss < 5 for loss in run.losses)
@@ -92,8 +127,10 @@ def test_stream_runs_on_after_its_end(runs):
 
 
 def test_one_coin_per_generation_batch(runs):
-    sources = [(a, b) for a, b in zip(runs['source per batch'].values('source/student'), runs['source per batch'].values('source/teacher'),
-                                      strict=True)]
+    sources = [
+        (a, b)
+        for a, b in zip(runs['source per batch'].values('source/student'), runs['source per batch'].values('source/teacher'), strict=True)
+    ]
     assert set(sources) == {(1, 0), (0, 1)}
 
 

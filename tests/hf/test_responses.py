@@ -41,8 +41,11 @@ def decode_without_cache(model, template, prompt, limit):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([ids + new]), use_cache=False).logits[0, -1]
         new.append(int(logits.argmax()))
-        if new[-1] in model.generation_config.eos_token_id if isinstance(model.generation_config.eos_token_id, list) else [
-                model.generation_config.eos_token_id]:
+        if (
+            new[-1] in model.generation_config.eos_token_id
+            if isinstance(model.generation_config.eos_token_id, list)
+            else [model.generation_config.eos_token_id]
+        ):
             break
     return new
 
@@ -80,10 +83,16 @@ def test_sampling_leaves_the_global_generator_alone(generate):
     assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.mark.parametrize('options', [
-    SamplingOptions(1, temperature=1.0), SamplingOptions(1, temperature=0.5), SamplingOptions(1, top_k=3), SamplingOptions(1, top_p=0.5),
-    SamplingOptions(1, min_p=0.2),
-])
+@pytest.mark.parametrize(
+    'options',
+    [
+        SamplingOptions(1, temperature=1.0),
+        SamplingOptions(1, temperature=0.5),
+        SamplingOptions(1, top_k=3),
+        SamplingOptions(1, top_p=0.5),
+        SamplingOptions(1, min_p=0.2),
+    ],
+)
 def test_sampled_tokens_have_the_distribution_of_transformers(tiny, generate, options):
     from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -113,7 +122,7 @@ def test_the_end_is_cut_at_the_first_stop(tiny, generate, monkeypatch):
     stop = first[0].token_ids[3]
     monkeypatch.setattr(model.generation_config, 'eos_token_id', [stop, model.config.eos_token_id])
     again = generate(PROMPTS, [0] * 3, GREEDY)
-    assert again[0].token_ids == first[0].token_ids[:first[0].token_ids.index(stop) + 1] and again[0].finish_reason == 'stop'
+    assert again[0].token_ids == first[0].token_ids[: first[0].token_ids.index(stop) + 1] and again[0].finish_reason == 'stop'
     for before, after in zip(first[1:], again[1:], strict=True):
         cut = before.token_ids.index(stop) + 1 if stop in before.token_ids else len(before.token_ids)
         assert after.token_ids == before.token_ids[:cut]

@@ -7,9 +7,21 @@ import json
 import pytest
 
 # 20 rows, 4 per step: an epoch has 5 steps. A cycle serves 2 steps, so of the checkpoints, 3 and 6 have half a cycle in flight.
-COMMON = {'tuner_type': 'lora', 'lora_dropout': 0.1, 'max_steps': 11, 'learning_rate': 1e-2, 'per_device_train_batch_size': 2,
-          'gradient_accumulation_steps': 2, 'steps_per_generation': 4, 'seq_kd': 'true', 'lmbda': 0.5, 'save_strategy': 'steps',
-          'save_steps': 3, 'log_completions': 'true', 'save_total_limit': 10}
+COMMON = {
+    'tuner_type': 'lora',
+    'lora_dropout': 0.1,
+    'max_steps': 11,
+    'learning_rate': 1e-2,
+    'per_device_train_batch_size': 2,
+    'gradient_accumulation_steps': 2,
+    'steps_per_generation': 4,
+    'seq_kd': 'true',
+    'lmbda': 0.5,
+    'save_strategy': 'steps',
+    'save_steps': 3,
+    'log_completions': 'true',
+    'save_total_limit': 10,
+}
 
 
 @pytest.fixture(scope='module')
@@ -20,26 +32,33 @@ def dataset(tiny_models):
 @pytest.fixture(scope='module')
 def uninterrupted(run_jobs, dataset):
     # Twice, because the first run of a process finds other random numbers for its adapter than the ones after it.
-    runs = run_jobs({'first': {**COMMON, 'dataset': dataset, 'max_steps': 1}, 'whole': {**COMMON, 'dataset': dataset},
-                     'killed': {**COMMON, 'dataset': dataset, 'stop_at': 7, 'callbacks': 'stop_at'}})
+    runs = run_jobs(
+        {
+            'first': {**COMMON, 'dataset': dataset, 'max_steps': 1},
+            'whole': {**COMMON, 'dataset': dataset},
+            'killed': {**COMMON, 'dataset': dataset, 'stop_at': 7, 'callbacks': 'stop_at'},
+        }
+    )
     assert runs['killed'].error.startswith('KeyboardInterrupt')
     return runs
 
 
 def test_killed_run_agrees_up_to_the_kill(uninterrupted):
     whole, killed = uninterrupted['whole'].ok(), uninterrupted['killed']
-    assert killed.losses == whole.losses[:len(killed.losses)]
+    assert killed.losses == whole.losses[: len(killed.losses)]
 
 
 @pytest.fixture(scope='module')
 def resumed(uninterrupted, run_jobs, dataset):
     whole, killed = uninterrupted['whole'].output_dir, uninterrupted['killed'].output_dir
-    return run_jobs({
-        'from 3': {**COMMON, 'dataset': dataset, 'resume_from_checkpoint': whole / 'checkpoint-3'},
-        'from 6': {**COMMON, 'dataset': dataset, 'resume_from_checkpoint': killed / 'checkpoint-6'},
-        'from 9': {**COMMON, 'dataset': dataset, 'resume_from_checkpoint': whole / 'checkpoint-9'},
-        'other data': {**COMMON, 'dataset': dataset, 'resume_from_checkpoint': whole / 'checkpoint-3', 'data_seed': 7},
-    })
+    return run_jobs(
+        {
+            'from 3': {**COMMON, 'dataset': dataset, 'resume_from_checkpoint': whole / 'checkpoint-3'},
+            'from 6': {**COMMON, 'dataset': dataset, 'resume_from_checkpoint': killed / 'checkpoint-6'},
+            'from 9': {**COMMON, 'dataset': dataset, 'resume_from_checkpoint': whole / 'checkpoint-9'},
+            'other data': {**COMMON, 'dataset': dataset, 'resume_from_checkpoint': whole / 'checkpoint-3', 'data_seed': 7},
+        }
+    )
 
 
 @pytest.mark.parametrize('step', [3, 6, 9])

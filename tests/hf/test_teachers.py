@@ -8,8 +8,20 @@ import pytest
 import torch
 from helpers import write_rows
 
-STEP = {'max_steps': 1, 'optim': 'sgd', 'learning_rate': 0.01, 'callbacks': 'recorder', 'max_grad_norm': 1e6, 'lmbda': 0, 'temperature': 1.0,
-        'per_device_train_batch_size': 2, 'gradient_accumulation_steps': 2, 'tuner_type': 'full', 'train_dataloader_shuffle': 'false', 'dataset_shuffle': 'false'}
+STEP = {
+    'max_steps': 1,
+    'optim': 'sgd',
+    'learning_rate': 0.01,
+    'callbacks': 'recorder',
+    'max_grad_norm': 1e6,
+    'lmbda': 0,
+    'temperature': 1.0,
+    'per_device_train_batch_size': 2,
+    'gradient_accumulation_steps': 2,
+    'tuner_type': 'full',
+    'train_dataloader_shuffle': 'false',
+    'dataset_shuffle': 'false',
+}
 LORA = {**STEP, 'tuner_type': 'lora'}
 
 
@@ -27,27 +39,29 @@ def runs(run_jobs, tiny_models, privileged):
     adapter = start.output_dir / 'checkpoint-1'
     same = {'teacher_model': tiny_models.student}
     none = {'teacher_model': None, 'teacher_model_type': None}
-    return run_jobs({
-        'separate': STEP,
-        'separate forward': {**STEP, 'gkd_divergence': 'forward_kl'},
-        'separate beta 0': {**STEP, 'beta': 0},
-        'separate beta 1': {**STEP, 'beta': 1},
-        'separate T 2': {**STEP, 'gkd_temperature': 2, 'gkd_temperature_squared': 'true'},
-        'separate half': {**STEP, 'gkd_loss_weight': 0.5, 'sft_alpha': 0.25},
-        'separate topk all': {**STEP, 'gkd_logits_topk': 512},
-        'separate topk 4': {**STEP, 'gkd_logits_topk': 4},
-        'plain cross-entropy': {**STEP, 'gkd_loss_weight': 0, 'sft_alpha': 1},
-        'shared fresh': {**LORA, **same},
-        'shared adapter': {**LORA, **same, 'adapters': adapter},
-        'shared privileged': {**LORA, **same, 'dataset': privileged},
-        'live': {**STEP, **none},
-        'live privileged': {**STEP, **none, 'dataset': privileged},
-        'separate privileged': {**STEP, 'dataset': privileged},
-        'teacher system': {**STEP, 'gkd_teacher_system': 'Answer like a calculator.'},
-        'modules_to_save': {**LORA, **same, 'modules_to_save': 'lm_head', 'dataset': privileged},
-        'lora on head': {**LORA, **same, 'target_modules': ['q_proj', 'lm_head'], 'dataset': privileged},
-        'metrics': {**STEP, 'gkd_detailed_metrics': 'true', 'gkd_logits_topk': 8},
-    })
+    return run_jobs(
+        {
+            'separate': STEP,
+            'separate forward': {**STEP, 'gkd_divergence': 'forward_kl'},
+            'separate beta 0': {**STEP, 'beta': 0},
+            'separate beta 1': {**STEP, 'beta': 1},
+            'separate T 2': {**STEP, 'gkd_temperature': 2, 'gkd_temperature_squared': 'true'},
+            'separate half': {**STEP, 'gkd_loss_weight': 0.5, 'sft_alpha': 0.25},
+            'separate topk all': {**STEP, 'gkd_logits_topk': 512},
+            'separate topk 4': {**STEP, 'gkd_logits_topk': 4},
+            'plain cross-entropy': {**STEP, 'gkd_loss_weight': 0, 'sft_alpha': 1},
+            'shared fresh': {**LORA, **same},
+            'shared adapter': {**LORA, **same, 'adapters': adapter},
+            'shared privileged': {**LORA, **same, 'dataset': privileged},
+            'live': {**STEP, **none},
+            'live privileged': {**STEP, **none, 'dataset': privileged},
+            'separate privileged': {**STEP, 'dataset': privileged},
+            'teacher system': {**STEP, 'gkd_teacher_system': 'Answer like a calculator.'},
+            'modules_to_save': {**LORA, **same, 'modules_to_save': 'lm_head', 'dataset': privileged},
+            'lora on head': {**LORA, **same, 'target_modules': ['q_proj', 'lm_head'], 'dataset': privileged},
+            'metrics': {**STEP, 'gkd_detailed_metrics': 'true', 'gkd_logits_topk': 8},
+        }
+    )
 
 
 @pytest.fixture(scope='module')
@@ -58,8 +72,11 @@ def reference(tiny_models, privileged):
 
     def compute(*, dataset=None, teacher=None, beta=0.5, temperature=1.0, weight=1.0, alpha=0.0, system=None, topk=None):
         student, processor = get_model_processor(str(tiny_models.student), model_type='qwen3', torch_dtype=torch.float32)
-        other = student if teacher == 'live' else get_model_processor(
-            str(teacher or tiny_models.teacher), model_type='qwen3', torch_dtype=torch.float32)[0]
+        other = (
+            student
+            if teacher == 'live'
+            else get_model_processor(str(teacher or tiny_models.teacher), model_type='qwen3', torch_dtype=torch.float32)[0]
+        )
         student, other = student.double(), other.double()
         template = get_template(processor, template_type='qwen3')
         template.set_mode('train')
@@ -75,8 +92,8 @@ def reference(tiny_models, privileged):
             encoded = template.encode({'messages': messages})
             ids, labels = torch.tensor([encoded['input_ids']]), torch.tensor(encoded['labels'])
             first = (labels != -100).nonzero()[0].item()
-            assert ids[0, first:first + len(prefix)].tolist() == prefix  # never trained: it is part of the prompt
-            labels[first:first + len(prefix)] = -100
+            assert ids[0, first : first + len(prefix)].tolist() == prefix  # never trained: it is part of the prompt
+            labels[first : first + len(prefix)] = -100
             return ids, (labels[1:] != -100).nonzero()[:, 0], labels[1:][labels[1:] != -100]
 
         total, count = 0, 0
@@ -104,19 +121,22 @@ def reference(tiny_models, privileged):
     return compute
 
 
-@pytest.mark.parametrize('name, settings', [
-    ('separate', {}),
-    ('separate forward', {'beta': 0}),
-    ('separate beta 0', {'beta': 0}),
-    ('separate beta 1', {'beta': 1}),
-    ('separate T 2', {'temperature': 2.0, 'weight': 4.0}),
-    ('separate half', {'weight': 0.5, 'alpha': 0.25}),
-    ('separate topk all', {}),
-    ('plain cross-entropy', {'weight': 0.0, 'alpha': 1.0}),
-    ('separate privileged', {'dataset': 'privileged'}),
-    ('live privileged', {'dataset': 'privileged', 'teacher': 'live'}),
-    ('teacher system', {'system': 'Answer like a calculator.'}),
-])
+@pytest.mark.parametrize(
+    'name, settings',
+    [
+        ('separate', {}),
+        ('separate forward', {'beta': 0}),
+        ('separate beta 0', {'beta': 0}),
+        ('separate beta 1', {'beta': 1}),
+        ('separate T 2', {'temperature': 2.0, 'weight': 4.0}),
+        ('separate half', {'weight': 0.5, 'alpha': 0.25}),
+        ('separate topk all', {}),
+        ('plain cross-entropy', {'weight': 0.0, 'alpha': 1.0}),
+        ('separate privileged', {'dataset': 'privileged'}),
+        ('live privileged', {'dataset': 'privileged', 'teacher': 'live'}),
+        ('teacher system', {'system': 'Answer like a calculator.'}),
+    ],
+)
 def test_equals_the_dense_reference(runs, reference, privileged, gradient_difference, name, settings):
     settings = {**settings, **({'dataset': privileged} if settings.get('dataset') else {})}
     run = runs[name].ok()
@@ -162,5 +182,13 @@ def test_topk_is_a_lower_bound(runs):
 
 def test_detailed_metrics(runs):
     run = runs['metrics'].ok()
-    for key in ('forward_kl', 'reverse_kl', 'student_entropy', 'teacher_entropy', 'top1_agreement', 'teacher_prob_of_label', 'student_mass_on_topk'):
+    for key in (
+        'forward_kl',
+        'reverse_kl',
+        'student_entropy',
+        'teacher_entropy',
+        'top1_agreement',
+        'teacher_prob_of_label',
+        'student_mass_on_topk',
+    ):
         assert len(run.values(key)) == 1 and run.values(key)[0] >= 0, key

@@ -6,8 +6,18 @@ import math
 
 import pytest
 
-STEP = {'tuner_type': 'full', 'max_steps': 2, 'optim': 'sgd', 'learning_rate': 0.01, 'callbacks': 'recorder', 'max_grad_norm': 1e6, 'seq_kd': 'true', 'lmbda': 0.4,
-        'log_completions': 'true', 'sft_alpha': 0.3}
+STEP = {
+    'tuner_type': 'full',
+    'max_steps': 2,
+    'optim': 'sgd',
+    'learning_rate': 0.01,
+    'callbacks': 'recorder',
+    'max_grad_norm': 1e6,
+    'seq_kd': 'true',
+    'lmbda': 0.4,
+    'log_completions': 'true',
+    'sft_alpha': 0.3,
+}
 
 
 def split(batch: int, accumulation: int) -> dict:
@@ -16,19 +26,21 @@ def split(batch: int, accumulation: int) -> dict:
 
 @pytest.fixture(scope='module')
 def one_process(run_jobs):
-    return run_jobs({
-        '4x1': split(4, 1),
-        '2x2': split(2, 2),
-        '1x4': split(1, 4),
-        'below': {**split(1, 4), 'steps_per_generation': 2},
-        'odd': {**split(1, 4), 'steps_per_generation': 3},
-        'checkpointing': {**split(2, 2), 'gradient_checkpointing': 'true'},
-        'padding_side': {**split(4, 1), 'padding_side': 'right'},
-        'lora': {**split(2, 2), 'tuner_type': 'lora'},
-        'dropout': {**split(2, 2), 'tuner_type': 'lora', 'lora_dropout': 0.5},
-        'ahead': {**split(2, 1), 'steps_per_generation': 4, 'max_steps': 4},
-        'bf16': {**split(2, 2), 'torch_dtype': 'bfloat16', 'bf16': 'true'},
-    })
+    return run_jobs(
+        {
+            '4x1': split(4, 1),
+            '2x2': split(2, 2),
+            '1x4': split(1, 4),
+            'below': {**split(1, 4), 'steps_per_generation': 2},
+            'odd': {**split(1, 4), 'steps_per_generation': 3},
+            'checkpointing': {**split(2, 2), 'gradient_checkpointing': 'true'},
+            'padding_side': {**split(4, 1), 'padding_side': 'right'},
+            'lora': {**split(2, 2), 'tuner_type': 'lora'},
+            'dropout': {**split(2, 2), 'tuner_type': 'lora', 'lora_dropout': 0.5},
+            'ahead': {**split(2, 1), 'steps_per_generation': 4, 'max_steps': 4},
+            'bf16': {**split(2, 2), 'torch_dtype': 'bfloat16', 'bf16': 'true'},
+        }
+    )
 
 
 @pytest.fixture(scope='module')
@@ -70,8 +82,16 @@ def test_three_sources_in_one_step(one_process):
     assert {line['source'] for line in lines} == {'student', 'teacher'}
     run = one_process['4x1']
     assert run.values('source/student')[0] + run.values('source/teacher')[0] == 1
-    for key in ('divergence', 'cross_entropy', 'tokens/trained', 'response/length', 'response/cut_off', 'seconds/generation',
-                'seconds/teacher', 'seconds/student'):
+    for key in (
+        'divergence',
+        'cross_entropy',
+        'tokens/trained',
+        'response/length',
+        'response/cut_off',
+        'seconds/generation',
+        'seconds/teacher',
+        'seconds/student',
+    ):
         assert len(run.values(key)) == 2 and all(math.isfinite(v) for v in run.values(key)), key
 
 
