@@ -37,7 +37,9 @@ class GKDOptions:
         'The divergence D(teacher, student). jsd is the generalised Jensen-Shannon divergence of --beta: beta=0 is '
         'forward KL(teacher||student), beta=1 is reverse KL(student||teacher).',
     )
-    gkd_skew: float = option(0.1, 'Share of the other model in the mixture of skew_forward_kl and skew_reverse_kl (DistiLLM), in (0, 1).')
+    gkd_skew: float = option(
+        0.1, 'Share of the other model in the mixture of skew_forward_kl and skew_reverse_kl (DistiLLM), in [1e-6, 1).'
+    )
     gkd_loss_weight: float = option(
         1.0,
         'Weight of the divergence in the loss, >= 0. At 0 no teacher forward runs: with --sft_alpha and --seq_kd '
@@ -125,7 +127,7 @@ def check_values(args: Any) -> None:
         args.gkd_loss_weight > 0 or args.lmbda == 0,
         f'--gkd_loss_weight 0 with --lmbda {args.lmbda}: responses of the student would have no loss at all; set --lmbda 0.',
     )
-    _require(0 < args.gkd_skew < 1, f'--gkd_skew {args.gkd_skew}: must be in (0, 1); DistiLLM uses 0.1.')
+    _require(1e-6 <= args.gkd_skew < 1, f'--gkd_skew {args.gkd_skew}: must be in [1e-6, 1); DistiLLM uses 0.1.')
     for name, allowed in (
         ('gkd_divergence', DIVERGENCES),
         ('gkd_source_per', ('sample', 'batch')),

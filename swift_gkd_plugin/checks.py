@@ -57,12 +57,13 @@ def has_response(row: dict[str, Any]) -> bool:
     return bool(messages) and messages[-1]['role'] == 'assistant' and messages[-1].get('content') not in (None, '')
 
 
-def check_rows(rows: Iterable[dict[str, Any]], option: str, needs_response: str | None) -> None:
+def check_rows(rows: Iterable[dict[str, Any]], option: str, needs_response: str | None, instead: str) -> None:
     """Look at the first rows of a dataset.
 
     Args:
         option: ``--dataset`` or ``--val_dataset``, for the message.
         needs_response: Why the rows' own responses are needed, None if they aren't.
+        instead: What to do without them.
 
     Raises:
         OptionError: There is no row, or none of the first rows has the response that it needs.
@@ -72,8 +73,8 @@ def check_rows(rows: Iterable[dict[str, Any]], option: str, needs_response: str 
         raise OptionError(f'{option}: the dataset has 0 rows; check its path, its format and --split_dataset_ratio.')
     if needs_response and not any(map(has_response, looked_at)):
         raise OptionError(
-            f'{option}: none of the first {len(looked_at)} rows has a response, and {needs_response}. Use a dataset with '
-            'responses, or let the models answer: --lmbda 1, or --seq_kd true.'
+            f'{option}: none of the first {len(looked_at)} rows has a response, and {needs_response}. Use a dataset with responses, or '
+            f'{instead}.'
         )
 
 

@@ -51,8 +51,7 @@ class NumberedRows(torch.utils.data.Dataset):
 def share_out(numbers: list[int], batch_size: int, world_size: int, rank: int) -> list[list[tuple[int, bool]]]:
     """Micro-batches of one rank: consecutive numbers go to the ranks in turn, so that any split of a step holds the same rows.
 
-    What remains at the end is spread over the ranks; a rank that would get nothing gets one filler, for all ranks have to run
-    the same number of micro-batches.
+    A rank that gets nothing of what remains at the end gets one filler, for all ranks have to run the same number of micro-batches.
 
     Returns:
         One list per micro-batch with (number, counts).
@@ -60,11 +59,7 @@ def share_out(numbers: list[int], batch_size: int, world_size: int, rank: int) -
     batches = []
     for start in range(0, len(numbers), batch_size * world_size):
         part = numbers[start : start + batch_size * world_size]
-        if len(part) == batch_size * world_size:
-            mine = part[rank * batch_size : (rank + 1) * batch_size]
-        else:
-            mine = part[rank::world_size]
-        batches.append([(n, True) for n in mine] or [(part[0], False)])
+        batches.append([(n, True) for n in part[rank::world_size]] or [(part[0], False)])
     return batches
 
 
@@ -121,16 +116,23 @@ def _as_it_is(row: dict[str, Any]) -> dict[str, Any]:
 class StreamOfRows(DataLoaderDispatcher):
     """Micro-batches from a dataset without a length: the first rank reads and numbers, all ranks get their share.
 
-    The stream starts again when it ends, as a new epoch with new numbers; a shorter last batch is trained on, not thrown away.
+    A training stream starts again when it ends, as a new epoch with new numbers; a shorter last batch is used, not thrown away.
+
+    Args:
+        batch_size: Rows of one micro-batch of one rank.
+        endless: Start again when the stream ends.
+        skip: Micro-batches that are left out (a resumed run).
     """
 
-    def __init__(self, dataset, batch_size: int, *, rank: int = 0, world_size: int = 1, skip: int = 0, **loader_options):
+    def __init__(
+        self, dataset, batch_size: int, *, rank: int = 0, world_size: int = 1, skip: int = 0, endless: bool = True, **loader_options
+    ):
         loader = DataLoader(dataset, batch_size=None, collate_fn=_as_it_is, **loader_options)
         super().__init__(loader, device=None, skip_batches=skip)
-        self.batch_size, self._rank, self._world_size = batch_size, rank, world_size
+        self.batch_size, self._rank, self._world_size, self._endless = batch_size, rank, world_size, endless
 
     def _rows(self) -> Iterator[Row]:
-        for epoch in itertools.count():
+        for epoch in itertools.count() if self._endless else (0,):
             super().set_epoch(epoch)
             number = -1
             for number, content in enumerate(self.base_dataloader):
@@ -154,24 +156,38 @@ class StreamOfRows(DataLoaderDispatcher):
     def __iter__(self) -> Iterator[list[Row]]:
         batches = itertools.islice(self._global_batches(), self.skip_batches, None) if self._rank == 0 else None
         while True:
-            shares = next(batches) if self._rank == 0 else None
-            if self._world_size == 1:
-                yield shares[0]
-                continue
-            mine: list[Any] = [None]
-            dist.scatter_object_list(mine, shares, src=0)
+            shares = next(batches, None) if self._rank == 0 else None
+            if self._world_size > 1:
+                mine: list[Any] = [None]
+                dist.scatter_object_list(mine, shares or [None] * self._world_size, src=0)
+            else:
+                mine = shares or [None]
+            if mine[0] is None:
+                return
             yield mine[0]
 
 
-def row_loader(dataset, batch_size: int, *, seed: int | None, drop_last: bool, rank: int, world_size: int, skip: int = 0, **loader_options):
+def row_loader(
+    dataset,
+    batch_size: int,
+    *,
+    seed: int | None,
+    drop_last: bool,
+    rank: int,
+    world_size: int,
+    skip: int = 0,
+    endless: bool = False,
+    **loader_options,
+):
     """The loader of one rank; each item is the list of :class:`Row` of one micro-batch.
 
     Args:
         dataset: ms-swift's loaded dataset, with or without a length.
         seed: Seed of the order of a dataset with a length; None keeps its order.
         skip: Micro-batches of this rank that an earlier run has trained on.
+        endless: Start a dataset without a length again when it ends.
     """
     if hasattr(dataset, '__len__'):
         sampler = RowBatchSampler(len(dataset), batch_size, seed=seed, drop_last=drop_last, rank=rank, world_size=world_size, skip=skip)
         return DataLoaderShard(NumberedRows(dataset), batch_sampler=sampler, collate_fn=list, **loader_options)
-    return StreamOfRows(dataset, batch_size, rank=rank, world_size=world_size, skip=skip, **loader_options)
+    return StreamOfRows(dataset, batch_size, rank=rank, world_size=world_size, skip=skip, endless=endless, **loader_options)

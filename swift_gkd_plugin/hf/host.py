@@ -54,7 +54,7 @@ def take_over_arguments(module: ModuleType) -> dict[str, Any]:
         stock()
         if teacher is None:
             return
-        shared = self.tuner_type in SHARED_BASE_TUNERS and not self.teacher_adapters and _same_weights(self, teacher)
+        shared = self.tuner_type in SHARED_BASE_TUNERS and not self.teacher_adapters and same_weights(self, teacher)
         self._teacher_use_disable_adapter = shared
         self.teacher_model = None if shared else teacher
 
@@ -87,7 +87,8 @@ def take_over_arguments(module: ModuleType) -> dict[str, Any]:
     return {'RLHFArguments': new}
 
 
-def _same_weights(args: Any, teacher: str) -> bool:
+def same_weights(args: Any, teacher: str) -> bool:
+    """Whether a model id or directory names the weights that the student starts from."""
     if teacher == args.model:
         return args.teacher_model_revision in (None, args.model_revision)
     if not os.path.isdir(teacher):

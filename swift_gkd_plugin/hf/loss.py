@@ -121,7 +121,7 @@ class DistillationLoss:
                 hidden,
                 teacher.weight.detach().to(device),
                 options.divergence,
-                teacher_bias=teacher.bias,
+                teacher_bias=None if teacher.bias is None else teacher.bias.detach().to(device),
                 teacher_transform=teacher.transform,
                 **student,
                 **common,

@@ -2,28 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import MISSING, fields
 from typing import Any
 
 from swift.pipelines.train.rlhf import SwiftRLHF
 from swift.utils import get_logger
+from transformers import AutoConfig
 
 from .. import checks
 from ..arguments import OptionError
+from .host import same_weights
 
 logger = get_logger()
+
+# Options of ms-swift and of ours that do nothing in some configuration: name, when, why. Said only if the option was given.
+NO_EFFECT: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ('use_liger_kernel', lambda a: True, "its fused JSD is replaced by the plugin's; its other kernels are used"),
+    ('packing', lambda a: True, 'responses change with every step, so rows are not packed beforehand; it works as --padding_free'),
+    ('group_by_length', lambda a: True, 'the length of a response is not known before it is generated; rows come in random order'),
+    ('cached_dataset', lambda a: True, 'rows are encoded again, their cached lengths are not used'),
+    ('beta', lambda a: a.gkd_divergence != 'jsd', 'it belongs to --gkd_divergence jsd'),
+    ('gkd_skew', lambda a: 'skew' not in a.gkd_divergence, 'it belongs to the skewed divergences'),
+    ('gkd_tail', lambda a: a.gkd_logits_topk is None, 'it belongs to --gkd_logits_topk'),
+    ('gkd_logits_topk', lambda a: a.gkd_loss_weight == 0, 'at --gkd_loss_weight 0 no teacher looks at the responses'),
+    ('gkd_teacher_temperature', lambda a: not a.seq_kd and a.gkd_eval_source != 'teacher', 'the teacher answers with --seq_kd only'),
+    (
+        'gkd_teacher_max_completion_length',
+        lambda a: not a.seq_kd and a.gkd_eval_source != 'teacher',
+        'the teacher answers with --seq_kd only',
+    ),
+    ('teacher_deepspeed', lambda a: a.teacher_model is None, 'the teacher is the student itself, with its --deepspeed'),
+    ('teacher_deepspeed', lambda a: a.teacher_model is not None and not a.deepspeed, 'it needs --deepspeed for the student'),
+    ('offload_teacher_model', lambda a: a.teacher_model is None, 'the teacher is the student itself and stays where it is'),
+    ('teacher_tag_key', lambda a: True, 'it routes samples to teacher servers'),
+    ('router_aux_loss_coef', lambda a: not a.model_info.is_moe_model, 'the student has no router'),
+    ('structured_outputs_regex', lambda a: not a.use_vllm, 'it needs --use_vllm true'),
+    ('num_beams', lambda a: True, 'responses are sampled, or greedy at --temperature 0'),
+    ('predict_with_generate', lambda a: True, 'evaluation measures the loss; see --gkd_eval_source'),
+    ('eval_metric', lambda a: True, 'evaluation measures the loss'),
+    ('loss_type', lambda a: True, '--gkd_divergence chooses the loss'),
+    ('enable_dft_loss', lambda a: True, 'it belongs to SFT'),
+    ('enable_channel_loss', lambda a: True, 'it belongs to SFT'),
+    ('label_smoothing_factor', lambda a: True, 'it belongs to SFT'),
+    ('average_tokens_across_devices', lambda a: True, 'tokens always count over all ranks'),
+    ('use_logits_to_keep', lambda a: True, 'logits are made for trained tokens only'),
+    ('logging_nan_inf_filter', lambda a: True, 'a loss that is not finite stops the run'),
+)
 
 
 class GKDPipeline(SwiftRLHF):
     """ms-swift's pipeline, with start-up checks in front of the models."""
 
     def _prepare_model_tokenizer(self) -> None:
+        self._check_options()
         self._datasets = self._loaded_datasets()
         self._check_datasets(*self._datasets)
-        self._check_options()
         self._tokens = self._check_tokenizers()
         super()._prepare_model_tokenizer()
 
     def _loaded_datasets(self):
+        if not (self.args.dataset or self.args.val_dataset):
+            return None, None  # cached ones are loaded by ms-swift
         try:
             return super()._get_dataset()
         except StopIteration:  # what ms-swift makes of a file without a row
@@ -34,13 +74,17 @@ class GKDPipeline(SwiftRLHF):
 
     def _check_datasets(self, train_dataset, val_dataset) -> None:
         args = self.args
-        if args.cached_dataset or args.cached_val_dataset:
-            return
-        needed = None if args.lmbda == 1 or args.seq_kd else f'--lmbda {args.lmbda} without --seq_kd trains on responses of the dataset'
-        checks.check_rows(train_dataset if train_dataset is not None else [], '--dataset', needed)
+        if args.dataset:
+            needed = None if args.lmbda == 1 or args.seq_kd else f'--lmbda {args.lmbda} without --seq_kd trains on responses of the dataset'
+            checks.check_rows(
+                train_dataset if train_dataset is not None else [],
+                '--dataset',
+                needed,
+                'let the models answer: --lmbda 1, or --seq_kd true',
+            )
         if val_dataset is not None:
             needed = '--gkd_eval_source dataset scores responses of the dataset' if args.gkd_eval_source == 'dataset' else None
-            checks.check_rows(val_dataset, '--val_dataset', needed)
+            checks.check_rows(val_dataset, '--val_dataset', needed, 'score generated ones: --gkd_eval_source student')
 
     def _check_options(self) -> None:
         args = self.args
@@ -51,14 +95,16 @@ class GKDPipeline(SwiftRLHF):
                 f'--teacher_model_server {args.teacher_model_server}: this version of the plugin has local teachers only; use '
                 "--teacher_model, or SWIFT_GKD_PLUGIN=0 for ms-swift's own GKD."
             )
-        for name, why in (
-            ('use_liger_kernel', "its fused JSD is replaced by the plugin's; its other kernels are used"),
-            ('packing', 'responses change with every step, so rows are not packed beforehand; it works as --padding_free'),
-            ('group_by_length', 'the length of a response is not known before it is generated; rows come in random order'),
-            ('cached_dataset', 'rows are encoded again, their cached lengths are not used'),
-        ):
-            if getattr(args, name, None):
-                logger.warning(f'--{name} {getattr(args, name)}: {why}.')
+        if args.gkd_logits_topk is not None:
+            vocab = AutoConfig.from_pretrained(args.model_dir, trust_remote_code=True).get_text_config().vocab_size
+            if args.gkd_logits_topk > vocab:
+                raise OptionError(f'--gkd_logits_topk {args.gkd_logits_topk}: the student has {vocab} token ids; choose fewer.')
+        default = {f.name: f.default for f in fields(args) if f.default is not MISSING}
+        for name, applies, why in NO_EFFECT:
+            value = getattr(args, name, None)
+            if value not in (None, [], default.get(name)) and applies(args):
+                shown = '' if isinstance(value, dict) else f' {value}'
+                logger.warning(f'--{name}{shown} has no effect: {why}.')
 
     def _check_tokenizers(self) -> tuple[int, int] | None:
         """Lengths of the student's and the teacher's tokenizer; None if there is no other model."""
@@ -78,4 +124,11 @@ class GKDPipeline(SwiftRLHF):
         return len(student), len(teacher)
 
     def _get_trainer_kwargs(self) -> dict[str, Any]:
-        return {**super()._get_trainer_kwargs(), 'tokenizer_lengths': self._tokens}
+        args = self.args
+        # A frozen copy of the weights that full training starts from; a LoRA-like tuner would share them.
+        is_start = args.teacher_model is not None and not args.teacher_adapters and same_weights(args, args.teacher_model)
+        return {
+            **super()._get_trainer_kwargs(),
+            'tokenizer_lengths': self._tokens,
+            'teacher_is_start': is_start and args.tuner_type == 'full',
+        }

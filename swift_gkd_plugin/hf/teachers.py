@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,6 +38,21 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = flag
 
 
+@dataclass(frozen=True)
+class TopKOptions:
+    """What is kept of a local teacher with ``--gkd_logits_topk``.
+
+    Attributes:
+        k: Log-probabilities per token.
+        temperature: At which they are taken.
+        vocab_size: Number of leading ids over which they are normalised; None for all.
+    """
+
+    k: int
+    temperature: float
+    vocab_size: int | None
+
+
 class LocalTeacher:
     """A separate, frozen model.
 
@@ -59,12 +75,13 @@ class LocalTeacher:
         with self.present(), evaluation_mode(self.bare), torch.no_grad():
             yield self.model
 
-    def signal(self, batch: MicroBatch, forward: Callable[..., Any]) -> Signal:
+    def signal(self, batch: MicroBatch, forward: Callable[..., Any], topk: TopKOptions | None = None) -> Signal:
         """What the teacher says about the n trained tokens of a micro-batch.
 
         Args:
             batch: On the device.
             forward: Calls a model with keyword arguments, in the template's forward context.
+            topk: Reduce it to the k largest log-probabilities.
         """
         inputs = batch.teacher_inputs or batch.student_inputs
 
@@ -73,9 +90,26 @@ class LocalTeacher:
 
         with self.ready() as model:
             if self.head.dense:
-                return Logits(chosen(forward(model, inputs).logits))
-            with self.head.replaced(chosen, self.adapter):
-                return HiddenStates(forward(model, inputs).logits, self.head)
+                found = Logits(chosen(forward(model, inputs).logits))
+            else:
+                with self.head.replaced(chosen, self.adapter):
+                    found = HiddenStates(forward(model, inputs).logits, self.head)
+            return found if topk is None else self._reduced(found, topk)
+
+    def _reduced(self, found: HiddenStates | Logits, topk: TopKOptions, chunk_tokens: int = 256) -> TopK:
+        """The k largest log-probabilities, a chunk of tokens at a time, so that the logits never exist as a whole."""
+        hidden = isinstance(found, HiddenStates)
+        states = found.hidden if hidden else found.logits
+        logprobs = states.new_empty(len(states), topk.k, dtype=torch.float32)
+        ids = torch.empty(len(states), topk.k, dtype=torch.int64, device=states.device)
+        with self.head.gathered(self.adapter) if hidden else nullcontext():
+            head = self.head.tensors(self.adapter) if hidden else None
+            for start in range(0, len(states), chunk_tokens):
+                rows = slice(start, start + chunk_tokens)
+                logits = head.logits(states[rows].to(head.weight.dtype)) if hidden else states[rows].float()
+                softened = torch.log_softmax(logits[:, : topk.vocab_size] / topk.temperature, -1)
+                logprobs[rows], ids[rows] = softened.topk(topk.k, dim=-1)
+        return TopK(logprobs, ids)
 
 
 class SharedBase(LocalTeacher):
@@ -94,22 +128,3 @@ class LiveStudent(LocalTeacher):
     """The student itself, as it is at this step; it teaches by what only its own prompt or images tell (``teacher_prompt``)."""
 
     description = 'the live student'
-
-
-def topk_signal(signal: HiddenStates | Logits, adapter: bool, k: int, temperature: float, vocab_size: int, chunk_tokens: int = 256) -> TopK:
-    """The k largest log-probabilities of a local teacher, normalised over the first ``vocab_size`` ids at this temperature.
-
-    A chunk of tokens at a time, so that the logits never exist as a whole.
-    """
-    states = signal.hidden if isinstance(signal, HiddenStates) else signal.logits
-    head = signal.head if isinstance(signal, HiddenStates) else None
-    logprobs = states.new_empty(len(states), k, dtype=torch.float32)
-    ids = torch.empty(len(states), k, dtype=torch.int64, device=states.device)
-    with torch.no_grad(), head.gathered(adapter) if head else nullcontext():
-        tensors = head.tensors(adapter) if head else None
-        for start in range(0, len(states), chunk_tokens):
-            part = states[start : start + chunk_tokens]
-            logits = tensors.logits(part.to(tensors.weight.dtype)) if tensors else part.float()
-            values, ids[start : start + chunk_tokens] = torch.log_softmax(logits[:, :vocab_size] / temperature, -1).topk(k, dim=-1)
-            logprobs[start : start + chunk_tokens] = values
-    return TopK(logprobs, ids)

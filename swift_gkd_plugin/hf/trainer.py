@@ -9,6 +9,7 @@ the number of trained tokens of the whole step, over all ranks, is known before 
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 from collections import deque
@@ -39,7 +40,7 @@ from .data import Row, row_loader
 from .head import OutputHead
 from .loss import DistillationLoss, LossOptions
 from .samples import MicroBatch, Sample, SampleEncoder, TeacherView
-from .teachers import LiveStudent, LocalTeacher, SharedBase, topk_signal
+from .teachers import LiveStudent, LocalTeacher, SharedBase, TopKOptions
 
 logger = get_logger()
 
@@ -60,12 +61,14 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
     Args:
         model: The student.
         kwargs: What ms-swift's pipeline passes to its own trainer, and ``tokenizer_lengths``, the lengths of the student's and the
-            teacher's tokenizer (None if there is no other model).
+            teacher's tokenizer (None if there is no other model), and ``teacher_is_start``: whether the teacher is a copy of the weights
+            that training starts from.
     """
 
     def __init__(self, model: nn.Module, *_args, **kwargs):
         self.vllm_client = kwargs.pop('vllm_client', None)
         self._tokenizer_lengths = kwargs.pop('tokenizer_lengths', None)
+        self._teacher_is_start = kwargs.pop('teacher_is_start', False)
         self._topk = kwargs.pop('gkd_logits_topk', None)
         self._pop_teacher_kwargs(kwargs)
         super().__init__(model, None, *_args, **kwargs)
@@ -120,8 +123,6 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
             columns = checks.compared_columns(student, teacher, *self._tokenizer_lengths)
             if columns < max(student, teacher):
                 logger.info(f'Output heads with {student} (student) and {teacher} (teacher) columns: the first {columns} are compared.')
-        if self._topk is not None and columns is not None and self._topk > columns:
-            raise ValueError(f'--gkd_logits_topk {self._topk}: more than the {columns} token ids that both models have.')
         return LossOptions(
             Divergence(args.gkd_divergence, args.beta, temperature, args.gkd_skew), weight, args.sft_alpha, args.gkd_tail, columns
         )
@@ -135,8 +136,9 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
     def _warn_if_nothing_to_learn(self) -> None:
         """A teacher that is the student, asked the same question, has nothing to say."""
         args = self.args
-        fresh = isinstance(self.teacher, SharedBase) and not args.resume_from_checkpoint and not self._adapter_has_effect()
-        if not (isinstance(self.teacher, LiveStudent) or fresh) or args.sft_alpha > 0:
+        starts_equal = self._teacher_is_start or (isinstance(self.teacher, SharedBase) and not self._adapter_has_effect())
+        equal = isinstance(self.teacher, LiveStudent) or (starts_equal and not args.resume_from_checkpoint)
+        if not equal or args.sft_alpha > 0:
             return
         columns = getattr(self.train_dataset, 'column_names', None)
         privileged = columns is None or {'teacher_prompt', 'teacher_images'} & set(columns)
@@ -216,6 +218,13 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
             flat = list(itertools.chain.from_iterable(ids)) if ids and isinstance(ids[0], list) else list(ids)
             sample.generated, sample.response = result, Response(flat, result.finish_reason or 'stop')
 
+    def _get_request_config(self):
+        """The engine's sampling options with a seed of this step and this engine; ms-swift adds the request's number to it."""
+        config = copy.copy(self.request_config)
+        engine = 0 if self.vllm_mode == 'server' else self.accelerator.process_index // self.vllm_tensor_parallel_size
+        config.seed = sources.sampling_seed(self.args.seed, self.state.global_step, engine, STUDENT) % 2**31
+        return config
+
     def _add_prompt_id_to_inputs(self, samples):
         """Name the requests. ms-swift gathers all prompts to number equal ones, which GRPO needs; and skips the call on a rank without
         samples (4.6.0, rollout_mixin.py:1236), on which the others then wait forever."""
@@ -245,14 +254,12 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
     def _get_data_collator(self, args, template):
         return list
 
-    def _row_loader(self, dataset, batch_size: int, *, seed: int | None, drop_last: bool, skip: int = 0):
+    def _row_loader(self, dataset, batch_size: int, **how):
         args = self.args
         options = {'num_workers': args.dataloader_num_workers}
         if args.dataloader_num_workers > 0:
             options |= {'persistent_workers': args.dataloader_persistent_workers, 'prefetch_factor': args.dataloader_prefetch_factor}
-        return row_loader(
-            dataset, batch_size, seed=seed, drop_last=drop_last, rank=args.process_index, world_size=args.world_size, skip=skip, **options
-        )
+        return row_loader(dataset, batch_size, rank=args.process_index, world_size=args.world_size, **how, **options)
 
     def get_train_dataloader(self, skip_batches: int = 0):
         args = self.args
@@ -263,14 +270,14 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
             seed=seed if args.train_dataloader_shuffle else None,
             drop_last=args.dataloader_drop_last,
             skip=skip_batches,
+            endless=True,
         )
 
     def get_eval_dataloader(self, eval_dataset=None):
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
-        return self._row_loader(
-            self.eval_dataset if eval_dataset is None else eval_dataset, self.args.eval_batch_size, seed=None, drop_last=False
-        )
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        return self._row_loader(dataset, self.args.eval_batch_size, seed=None, drop_last=False)
 
     def get_batch_samples(self, epoch_iterator: Iterator[list[Row]], num_batches: int, device) -> tuple[list[MicroBatch], None]:
         """The micro-batches of one optimizer step, encoded, every response in place.
@@ -346,13 +353,14 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
         signal = None
         if self.teacher is not None and self.args.gkd_loss_weight > 0:
             with self.metrics.seconds('seconds/teacher'):
-                signal = self.teacher.signal(batch, self._call)
-                if self._topk is not None:
-                    options = self.loss.options
-                    signal = topk_signal(signal, self.teacher.adapter, self._topk, options.divergence.temperature, options.vocab_size)
+                signal = self.teacher.signal(batch, self._call, self._topk_options())
         with self.metrics.seconds('seconds/student'):
             total, outputs = self.loss(lambda inputs: model(**self._with_router_logits(inputs)), batch, signal, stats)
         return total, outputs, stats
+
+    def _topk_options(self) -> TopKOptions | None:
+        options = self.loss.options
+        return None if self._topk is None else TopKOptions(self._topk, options.divergence.temperature, options.vocab_size)
 
     def _call(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
         with self.template.forward_context(model, inputs):
@@ -367,11 +375,11 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
             return
         self._heads_verified = True
         index = torch.linspace(0, batch.student_inputs['input_ids'].numel() - 1, 8, device=self.args.device).long()
-        heads = [('student', self.loss.head, lambda: self._call(model, batch.student_inputs), self._bare())]
+        heads = [('student', self.loss.head, lambda: self._call(model, batch.student_inputs), evaluation_mode(self._bare()))]
         if self.teacher is not None and self.teacher.model is not self.model:
-            heads.append(('teacher', self.teacher.head, lambda: self._call(self.teacher.model, batch.student_inputs), self.teacher.bare))
-        for name, head, forward, bare in heads:
-            with evaluation_mode(bare):  # dropout would draw from the random numbers of the step
+            heads.append(('teacher', self.teacher.head, lambda: self._call(self.teacher.model, batch.student_inputs), self.teacher.ready()))
+        for name, head, forward, ready in heads:
+            with ready:  # eval mode in both: dropout would draw from the random numbers of the step
                 reason = head.verify(forward, index)
             if reason:
                 logger.warning(f'The {name} runs with whole logits, which take more memory, because {reason}.')
@@ -404,34 +412,16 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix='eval'):
         """The mean over all trained tokens of the whole set, the same for any batch size and number of ranks: no coin is tossed."""
         model = self._prepared_for_evaluation()
-        source: Source = self.args.gkd_eval_source
-        sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)  # loss, divergence, cross-entropy, tokens
-        left_out = 0
-        for rows in dataloader:
-            samples = [self._eval_sample(row, source) for row in rows]
-            left_out += sum(row.counts and not sample.row.counts for row, sample in zip(rows, samples, strict=True))
-            if source in (STUDENT, TEACHER):
-                self.cycle.answers[source]([sample for sample in samples if sample.row.counts])
-            batch = self.encoder.micro_batch(samples).to(self.args.device)
-            with torch.no_grad(), self.template.forward_context(self.model, batch.student_inputs):
-                total, _, stats = self._sum_over_tokens(model, batch)
-            sums += torch.stack(
-                [
-                    total.double().to(sums.device),
-                    self._sum(stats.divergence),
-                    self._sum(stats.cross_entropy),
-                    sums.new_tensor(batch.num_tokens),
-                ]
-            )
-        left_out = cycles.total_over_ranks(left_out, self.args.device)
+        training, self.metrics = self.metrics, Metrics(self.args.device)
+        try:
+            sums, left_out = self._evaluated(model, dataloader)
+        finally:
+            self.metrics = training
         if left_out:
             logger.warning(
                 f'{left_out} rows of the evaluation set cannot be encoded (--max_length {self.template.max_length}) and are left out.'
             )
-        if dist.is_initialized():
-            dist.all_reduce(sums)
-        self.metrics.pop()
-        loss, divergence, cross_entropy, tokens = sums.tolist()
+        loss, divergence, cross_entropy, tokens, rows = sums.tolist()
         count = max(tokens, 1)
         metrics = {
             f'{metric_key_prefix}_loss': loss / count,
@@ -441,7 +431,26 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
         }
         if self.teacher is None or self.args.gkd_loss_weight == 0:
             del metrics[f'{metric_key_prefix}_divergence']
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(rows))
+
+    def _evaluated(self, model: nn.Module, dataloader) -> tuple[torch.Tensor, int]:
+        """Sums over all ranks of loss, divergence, cross-entropy, tokens and rows, and the number of rows that were left out."""
+        source: Source = self.args.gkd_eval_source
+        sums = torch.zeros(5, dtype=torch.float64, device=self.args.device)
+        left_out = 0
+        for rows in dataloader:
+            samples = [self._eval_sample(row, source) for row in rows]
+            left_out += sum(row.counts and not sample.row.counts for row, sample in zip(rows, samples, strict=True))
+            if source in (STUDENT, TEACHER):
+                self.cycle.answers[source]([sample for sample in samples if sample.row.counts])
+            batch = self.encoder.micro_batch(samples).to(self.args.device)
+            with torch.no_grad(), self.template.forward_context(self.model, batch.student_inputs):
+                total, _, stats = self._sum_over_tokens(model, batch)
+            counted = [sums.new_tensor(batch.num_tokens), sums.new_tensor(sum(sample.row.counts for sample in samples))]
+            sums += torch.stack([self._sum(total), self._sum(stats.divergence), self._sum(stats.cross_entropy), *counted])
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        return sums, cycles.total_over_ranks(left_out, self.args.device)
 
     def _prepared_for_evaluation(self) -> nn.Module:
         """The wrapped model in eval mode; prepared here if evaluation comes before any training."""

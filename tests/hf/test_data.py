@@ -75,6 +75,10 @@ def test_resumed_stream_continues():
     assert numbers(rest, 5) == numbers(whole, 12)[7:]
 
 
+def test_stream_for_evaluation_ends():
+    assert [n for batch in numbers(StreamOfRows(Stream(ROWS), 4, endless=False)) for _, n in batch] == list(range(23))
+
+
 def test_empty_stream_says_so():
     with pytest.raises(ValueError, match='no row'):
         next(iter(StreamOfRows(Stream([]), 2)))

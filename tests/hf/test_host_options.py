@@ -61,6 +61,26 @@ def runs(run_jobs, tiny_models, tmp_path_factory):
             'skew': {**STEP, 'gkd_divergence': 'skew_reverse_kl', 'gkd_skew': 0.2},
             'tvd': {**STEP, 'gkd_divergence': 'tvd'},
             'router': {**STEP, 'router_aux_loss_coef': 0.1},
+            'idle': {
+                **STEP,
+                'gkd_divergence': 'tvd',
+                'beta': 0.3,
+                'gkd_skew': 0.3,
+                'gkd_tail': 'renormalize',
+                'num_beams': 2,
+                'enable_dft_loss': 'true',
+                'teacher_deepspeed': 'zero0',
+            },
+            'eval stream': {
+                **STEP,
+                'streaming': 'true',
+                'val_dataset': tiny_models.val,
+                'eval_strategy': 'steps',
+                'eval_steps': 1,
+                'callbacks': None,
+            },
+            'equal copy': {**STEP, 'teacher_model': tiny_models.student},
+            'topk too large': {**STEP, 'gkd_logits_topk': 600},
         }
     )
 
@@ -97,7 +117,19 @@ def test_layout_of_the_batch_does_not_change_the_step(runs, gradient_difference,
 
 
 def test_no_effect_is_said(runs):
-    assert '--group_by_length True: ' in runs['group_by_length'].output and '--packing True: ' in runs['packing'].output
+    output = runs['plain'].output  # of all runs of the process
+    for option in (
+        'group_by_length True',
+        'packing True',
+        'router_aux_loss_coef 0.1',
+        'gkd_tail renormalize',
+        'beta 0.3',
+        'gkd_skew 0.3',
+        'num_beams 2',
+        'enable_dft_loss True',
+        'teacher_deepspeed',
+    ):
+        assert f'--{option} has no effect: ' in output, option
 
 
 def test_token_weights_are_those_of_sft(runs):
@@ -110,6 +142,17 @@ def test_refused(runs):
     assert 'sequence_parallel' in runs['sequence_parallel_size'].error
     assert '--truncation_strategy split' in runs['truncation split'].error
     assert 'generation_batch_size' in runs['both sizes'].error
+    assert '--gkd_logits_topk 600' in runs['topk too large'].error and '512' in runs['topk too large'].error
+
+
+def test_streamed_evaluation_ends(runs):
+    run = runs['eval stream'].ok()
+    assert len(run.values('eval_loss')) == 2 and run.values('eval_tokens')[0] > 100
+
+
+def test_an_equal_copy_teaches_nothing_and_that_is_said(runs):
+    run = runs['equal copy'].ok()
+    assert run.losses[0] == 0 and 'NOTHING TO LEARN' in run.output
 
 
 def test_model_only_checkpoints_hold_the_model_only(runs):
