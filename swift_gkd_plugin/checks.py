@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -87,3 +88,13 @@ def check_size(num_rows: int, generation_batch: int, explained: str) -> None:
             f'--dataset has {num_rows} rows, fewer than one generation batch of {generation_batch} ({explained}); use more '
             'rows or smaller batches.'
         )
+
+
+def same_weights(args: Any, teacher: str) -> bool:
+    """Whether a model id or directory names the weights that the student starts from."""
+    if teacher == args.model:
+        return args.teacher_model_revision in (None, args.model_revision)
+    if not os.path.isdir(teacher):
+        return False
+    own = [path for path in (args.model, args.model_dir) if path and os.path.isdir(path)]
+    return os.path.realpath(teacher) in [os.path.realpath(path) for path in own]

@@ -110,15 +110,16 @@ def restored(cycle: Cycle, state: dict[str, Any], micro_batches: list[list[Row]]
     Raises:
         OptionError: The rows are others than those of the checkpoint: the dataset, its order or the batch size changed.
     """
+    kept_rows = [[(one['row'], one['epoch']) for one in kept] for kept in state['micro_batches']]
+    found_rows = [[(row.number, row.epoch) for row in rows] for rows in micro_batches]
+    if kept_rows != found_rows:
+        raise OptionError(
+            f'--resume_from_checkpoint: the checkpoint has responses for (row, epoch) {kept_rows}, the data gives {found_rows}; use '
+            'the same dataset, seeds and batch sizes, or --ignore_data_skip true.'
+        )
     result = []
     for rows, kept in zip(micro_batches, state['micro_batches'], strict=True):
         samples = []
-        if [(row.number, row.epoch) for row in rows] != [(one['row'], one['epoch']) for one in kept]:
-            raise OptionError(
-                f'--resume_from_checkpoint: the checkpoint has responses for rows {[one["row"] for one in kept]}, the data now '
-                f'gives rows {[row.number for row in rows]}; use the same dataset, seeds and batch sizes, or '
-                '--ignore_data_skip true.'
-            )
         for row, one in zip(rows, kept, strict=True):
             sample = cycle.sample(Row(row.number, row.epoch, row.content, one['counts']), one['source'])
             if 'token_ids' in one:

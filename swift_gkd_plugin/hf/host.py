@@ -6,12 +6,12 @@ A function changes its module in place and returns the names that get a new valu
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Literal, Optional
 
 from ..arguments import OPTION_NAMES, check_values
+from ..checks import same_weights
 from ..seams import Renamed, extended, fields_of, for_gkd, forget_external_plugin, modern_command_line, option_fields, take_options
 
 # Options of ms-swift 2.x and 3.x that command lines for gkd still carry.
@@ -85,16 +85,6 @@ def take_over_arguments(module: ModuleType) -> dict[str, Any]:
 
     new._init_padding_side = _init_padding_side
     return {'RLHFArguments': new}
-
-
-def same_weights(args: Any, teacher: str) -> bool:
-    """Whether a model id or directory names the weights that the student starts from."""
-    if teacher == args.model:
-        return args.teacher_model_revision in (None, args.model_revision)
-    if not os.path.isdir(teacher):
-        return False
-    own = [path for path in (args.model, args.model_dir) if path and os.path.isdir(path)]
-    return os.path.realpath(teacher) in [os.path.realpath(path) for path in own]
 
 
 def take_over_config(module: ModuleType) -> dict[str, Any]:

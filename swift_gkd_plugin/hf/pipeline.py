@@ -12,7 +12,6 @@ from transformers import AutoConfig
 
 from .. import checks
 from ..arguments import OptionError
-from .host import same_weights
 
 logger = get_logger()
 
@@ -126,7 +125,7 @@ class GKDPipeline(SwiftRLHF):
     def _get_trainer_kwargs(self) -> dict[str, Any]:
         args = self.args
         # A frozen copy of the weights that full training starts from; a LoRA-like tuner would share them.
-        is_start = args.teacher_model is not None and not args.teacher_adapters and same_weights(args, args.teacher_model)
+        is_start = args.teacher_model is not None and not args.teacher_adapters and checks.same_weights(args, args.teacher_model)
         return {
             **super()._get_trainer_kwargs(),
             'tokenizer_lengths': self._tokens,

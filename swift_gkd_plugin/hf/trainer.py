@@ -93,9 +93,10 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
         self._warn_if_nothing_to_learn()
 
         self._ready: deque[list[Sample]] = deque()  # micro-batches that have their responses and wait for their optimizer step
-        self._resumed: dict[str, Any] | None = None
+        self._resumed: dict[str, Any] | None = None  # what the checkpoint has kept of those
+        self._cycle_key = 0, 0  # optimizer step and number of the cycle in it
         self._step_tokens = 1
-        self._step_losses: list[tuple[torch.Tensor, MicroBatch]] = []
+        self._step_losses: list[tuple[torch.Tensor, list[Sample]]] = []
 
     # -- what is trained, and by whom ------------------------------------------------------------------------------------------
 
@@ -151,10 +152,9 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
         )
 
     def _adapter_has_effect(self) -> bool:
-        """Whether the adapter changes the model at the start. A fresh LoRA has B = 0."""
-        return bool(self._bare().active_peft_config.__dict__.get('inference_mode')) or any(
-            parameter.detach().any().item() for name, parameter in self._bare().named_parameters() if 'lora_B' in name
-        )
+        """Whether the adapter changes the model at the start. A fresh LoRA has B = 0; of other tuners that can't be told."""
+        b = [getattr(p, 'ds_tensor', p) for name, p in self._bare().named_parameters() if 'lora_B' in name]
+        return not b or any(p.detach().any().item() for p in b)
 
     # -- who answers -------------------------------------------------------------------------------------------------------------
 
@@ -219,10 +219,11 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
             sample.generated, sample.response = result, Response(flat, result.finish_reason or 'stop')
 
     def _get_request_config(self):
-        """The engine's sampling options with a seed of this step and this engine; ms-swift adds the request's number to it."""
+        """The engine's sampling options with a seed of this cycle and this engine; ms-swift adds the request's number to it."""
         config = copy.copy(self.request_config)
         engine = 0 if self.vllm_mode == 'server' else self.accelerator.process_index // self.vllm_tensor_parallel_size
-        config.seed = sources.sampling_seed(self.args.seed, self.state.global_step, engine, STUDENT) % 2**31
+        step, number = self._cycle_key
+        config.seed = sources.sampling_seed(self.args.seed, step, 1000 * number + engine, STUDENT) % 2**31
         return config
 
     def _add_prompt_id_to_inputs(self, samples):
@@ -288,28 +289,26 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
         for number in itertools.count():
             if len(self._ready) >= num_batches:
                 break
-            rows = (
-                self._resumed_rows(epoch_iterator)
-                if self._resumed
-                else list(itertools.islice(epoch_iterator, self.args.steps_per_generation))
-            )
-            if not rows:
+            cycle = self._next_cycle(epoch_iterator, number)
+            if not cycle:
                 break
-            if self._resumed:
-                self._ready.extend(cycles.restored(self.cycle, self._resumed, rows))
-                self._resumed = None
-            else:
-                new = self.cycle.samples(rows, (self.state.global_step, number))
-                if self.args.log_completions:
-                    self._write_completions([sample for one in new for sample in one])
-                self._ready.extend(new)
+            self._ready.extend(cycle)
         samples = [self._ready.popleft() for _ in range(min(num_batches, len(self._ready)))]
         batches = [self.encoder.micro_batch(one) for one in samples]
         self._count(batches)
         return batches, None
 
-    def _resumed_rows(self, epoch_iterator: Iterator[list[Row]]) -> list[list[Row]]:
-        return list(itertools.islice(epoch_iterator, len(self._resumed['micro_batches'])))
+    def _next_cycle(self, epoch_iterator: Iterator[list[Row]], number: int) -> list[list[Sample]]:
+        """A cycle's samples with their responses; first what a checkpoint has kept of one. Empty at the end of an epoch."""
+        if self._resumed is not None:
+            state, self._resumed = self._resumed, None
+            return cycles.restored(self.cycle, state, list(itertools.islice(epoch_iterator, len(state['micro_batches']))))
+        rows = list(itertools.islice(epoch_iterator, self.args.steps_per_generation))
+        self._cycle_key = self.state.global_step, number
+        samples = self.cycle.samples(rows, self._cycle_key)
+        if self.args.log_completions:
+            self._write_completions([sample for one in samples for sample in one])
+        return samples
 
     def _count(self, batches: list[MicroBatch]) -> None:
         """The step's denominator."""
@@ -342,7 +341,7 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
         if aux is not None and self.aux_loss_enabled:
             loss = loss + self.aux_loss_coef * aux.to(loss.device) * (inputs.num_tokens / self._step_tokens)
         self._add_token_metrics(inputs, stats)
-        self._step_losses.append((loss.detach(), inputs))
+        self._step_losses.append((loss.detach(), inputs.samples))
         loss = loss.to(self.args.device) * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
@@ -397,9 +396,7 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
         if not bad:
             return
         checkpoint = getattr(self.state, 'last_model_checkpoint', None) or 'not written yet'  # ms-swift sets it with the first one
-        mine = [
-            str(sample) for (_, batch), ok in zip(self._step_losses, finite.tolist(), strict=False) if not ok for sample in batch.samples
-        ]
+        mine = [str(sample) for (_, samples), ok in zip(self._step_losses, finite.tolist(), strict=False) if not ok for sample in samples]
         raise FloatingPointError(
             f'The loss of step {self.state.global_step + 1} is not finite in {bad} micro-batches'
             + (f', here with {", ".join(mine)}' if mine else ' of other ranks')
@@ -519,7 +516,7 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
                 'row': sample.row.number,
                 'epoch': sample.row.epoch,
                 'source': sample.source,
-                'prompt': self.encoder.inner(sample).messages,
+                'prompt': self.encoder.student_prompt(sample)['messages'],
                 'completion': self.template.safe_decode(sample.response.token_ids),
                 'length': len(sample.response.token_ids),
                 'finish_reason': sample.response.finish_reason,

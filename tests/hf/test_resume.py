@@ -79,7 +79,7 @@ def test_cycle_in_flight_is_kept_and_not_generated_again(uninterrupted, resumed)
 
 
 def test_another_data_order_is_refused(resumed):
-    assert 'OptionError' in resumed['other data'].error and 'gives rows' in resumed['other data'].error
+    assert 'OptionError' in resumed['other data'].error and 'the data gives' in resumed['other data'].error
 
 
 @pytest.mark.e2e
