@@ -118,7 +118,14 @@ class Phases:
 
     def _follow(self, name: str, argv: list[str], log: Path) -> None:
         """Run a command and show its last progress line as it comes."""
-        environment = {**os.environ, 'HF_HUB_OFFLINE': '1', 'TOKENIZERS_PARALLELISM': 'false', 'PYTHONUNBUFFERED': '1'}
+        # One thread: with models this small, several wait for one another longer than they work.
+        environment = {
+            'OMP_NUM_THREADS': '1',
+            **os.environ,
+            'HF_HUB_OFFLINE': '1',
+            'TOKENIZERS_PARALLELISM': 'false',
+            'PYTHONUNBUFFERED': '1',
+        }
         self.say(f'{name}: starting', end='')
         tail: deque[str] = deque(maxlen=15)
         with (
@@ -156,8 +163,9 @@ def score(checkpoint: Path, teacher: Path, held_out: list[task.Problem], batch: 
         that it gets itself into.
     """
     import torch
-    from swift_gkd_plugin.divergence import Divergence, logits_divergence
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from swift_gkd_plugin.divergence import Divergence, logits_divergence
 
     model, other = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (checkpoint, teacher))
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side='left')

@@ -76,6 +76,12 @@ def test_checkpoints_need_no_plugin(trained, tiny_models, tmp_path, plugin):
     assert not json.loads((trained.output_dir / 'checkpoint-3' / 'args.json').read_text()).get('external_plugins')
 
 
+def test_swift_export_merges_the_adapter(trained, tmp_path):
+    argv = ['--adapters', trained.output_dir / 'checkpoint-3', '--merge_lora', 'true', '--output_dir', tmp_path / 'merged']
+    run_swift([*map(str, argv), '--torch_dtype', 'float32'], command='export', output_dir=tmp_path, plugin=False).ok()
+    assert (tmp_path / 'merged' / 'model.safetensors').exists()
+
+
 def test_a_killed_command_resumes(trained, tiny_models, tmp_path):
     options = {**tiny_models.with_teacher, **OPTIONS, 'tuner_type': 'lora', 'output_dir': tmp_path, 'max_steps': 200}
     argv = [helpers.SCRIPTS / 'swift', 'rlhf', *helpers.command_line({**helpers.QUICK, **options})]
