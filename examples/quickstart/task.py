@@ -1,6 +1,6 @@
 """The task: find the one word of a list that belongs to a category, with the working written out, word by word.
 
-    question:  find bird among salmon oak robin tulip trout
+    question:  find bird among salmon oak robin tulip trout ...
     answer:    oak tree no robin bird yes answer robin
 
 The working tries words, says the category of each and whether it is the one. So a wrong first try can be noticed and mended, and that is

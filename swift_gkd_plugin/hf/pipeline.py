@@ -15,21 +15,26 @@ from ..arguments import OptionError
 
 logger = get_logger()
 
-# Options of ms-swift and of ours that do nothing in some configuration: name, when, why. Said only if the option was given.
-NO_EFFECT: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+# Options of ms-swift and of ours that do nothing, or not what they say, in some configuration: name, when, why. Said if they were given.
+NOT_USED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ('use_liger_kernel', lambda a: True, "its fused JSD is replaced by the plugin's; its other kernels are used"),
     ('packing', lambda a: True, 'responses change with every step, so rows are not packed beforehand; it works as --padding_free'),
     ('group_by_length', lambda a: True, 'the length of a response is not known before it is generated; rows come in random order'),
     ('cached_dataset', lambda a: True, 'rows are encoded again, their cached lengths are not used'),
-    ('beta', lambda a: a.gkd_divergence != 'jsd', 'it belongs to --gkd_divergence jsd'),
+    ('cached_val_dataset', lambda a: True, 'rows are encoded again, their cached lengths are not used'),
+    ('beta', lambda a: a.gkd_divergence != 'jsd' and a.beta != 0.5, 'it belongs to --gkd_divergence jsd'),
     ('gkd_skew', lambda a: 'skew' not in a.gkd_divergence, 'it belongs to the skewed divergences'),
     ('gkd_tail', lambda a: a.gkd_logits_topk is None, 'it belongs to --gkd_logits_topk'),
     ('gkd_logits_topk', lambda a: a.gkd_loss_weight == 0, 'at --gkd_loss_weight 0 no teacher looks at the responses'),
-    ('gkd_teacher_temperature', lambda a: not a.seq_kd and a.gkd_eval_source != 'teacher', 'the teacher answers with --seq_kd only'),
+    (
+        'gkd_teacher_temperature',
+        lambda a: not a.seq_kd and a.gkd_eval_source != 'teacher',
+        'the teacher answers with --seq_kd or --gkd_eval_source teacher',
+    ),
     (
         'gkd_teacher_max_completion_length',
         lambda a: not a.seq_kd and a.gkd_eval_source != 'teacher',
-        'the teacher answers with --seq_kd only',
+        'the teacher answers with --seq_kd or --gkd_eval_source teacher',
     ),
     ('teacher_deepspeed', lambda a: a.teacher_model is None, 'the teacher is the student itself, with its --deepspeed'),
     ('teacher_deepspeed', lambda a: a.teacher_model is not None and not a.deepspeed, 'it needs --deepspeed for the student'),
@@ -40,6 +45,7 @@ NO_EFFECT: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ('num_beams', lambda a: True, 'responses are sampled, or greedy at --temperature 0'),
     ('predict_with_generate', lambda a: True, 'evaluation measures the loss; see --gkd_eval_source'),
     ('eval_metric', lambda a: True, 'evaluation measures the loss'),
+    ('acc_strategy', lambda a: True, 'no accuracy is computed; --gkd_detailed_metrics logs the agreement with the teacher'),
     ('loss_type', lambda a: True, '--gkd_divergence chooses the loss'),
     ('enable_dft_loss', lambda a: True, 'it belongs to SFT'),
     ('enable_channel_loss', lambda a: True, 'it belongs to SFT'),
@@ -99,11 +105,11 @@ class GKDPipeline(SwiftRLHF):
             if args.gkd_logits_topk > vocab:
                 raise OptionError(f'--gkd_logits_topk {args.gkd_logits_topk}: the student has {vocab} token ids; choose fewer.')
         default = {f.name: f.default for f in fields(args) if f.default is not MISSING}
-        for name, applies, why in NO_EFFECT:
+        for name, applies, why in NOT_USED:
             value = getattr(args, name, None)
             if value not in (None, [], default.get(name)) and applies(args):
                 shown = '' if isinstance(value, dict) else f' {value}'
-                logger.warning(f'--{name}{shown} has no effect: {why}.')
+                logger.warning(f'--{name}{shown} is not used as such: {why}.')
 
     def _check_tokenizers(self) -> tuple[int, int] | None:
         """Lengths of the student's and the teacher's tokenizer; None if there is no other model."""

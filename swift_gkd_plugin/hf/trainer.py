@@ -29,6 +29,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from .. import activation, checks, sources
+from ..arguments import OptionError
 from ..divergence import Divergence, TokenStats
 from ..metrics import Metrics
 from ..responses import Response, SamplingOptions
@@ -124,6 +125,8 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
             columns = checks.compared_columns(student, teacher, *self._tokenizer_lengths)
             if columns < max(student, teacher):
                 logger.info(f'Output heads with {student} (student) and {teacher} (teacher) columns: the first {columns} are compared.')
+        if self._topk is not None and columns is not None and self._topk > columns:
+            raise OptionError(f'--gkd_logits_topk {self._topk}: the models have {columns} token ids in common; choose fewer.')
         return LossOptions(
             Divergence(args.gkd_divergence, args.beta, temperature, args.gkd_skew), weight, args.sft_alpha, args.gkd_tail, columns
         )
@@ -435,7 +438,8 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
         source: Source = self.args.gkd_eval_source
         sums = torch.zeros(5, dtype=torch.float64, device=self.args.device)
         left_out = 0
-        for rows in dataloader:
+        for number, rows in enumerate(dataloader):
+            self._cycle_key = -1, number  # the seeds of an engine's requests, the same at every evaluation
             samples = [self._eval_sample(row, source) for row in rows]
             left_out += sum(row.counts and not sample.row.counts for row, sample in zip(rows, samples, strict=True))
             if source in (STUDENT, TEACHER):

@@ -1,4 +1,4 @@
-"""Weights spread over two ranks: ZeRO-2, ZeRO-3 and FSDP2, with gloo on loopback."""
+"""Weights spread over two ranks by DeepSpeed, with gloo on loopback."""
 
 from __future__ import annotations
 
@@ -47,3 +47,5 @@ def one_process(run_jobs):
 def test_deepspeed(runs, one_process, name):
     run = runs[name].ok()
     assert len(run.losses) == 2 and all(0 < loss < 6 for loss in run.losses)
+    if 'shared base' not in name:  # the same rows; in bf16 a sampled token may differ
+        assert run.losses[0] == pytest.approx(one_process.ok().losses[0], rel=0.2)
