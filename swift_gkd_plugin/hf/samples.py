@@ -108,7 +108,6 @@ class MicroBatch:
         labels: [n] int64, the trained tokens.
         weights: [n] float32, ``loss_scale`` of each token (1 without one).
         imitated: [n] float32, 1 where the cross-entropy applies: the student didn't generate the token.
-        sample_of_token: [n] int64, which of ``samples`` the token belongs to.
     """
 
     samples: list[Sample]
@@ -119,7 +118,6 @@ class MicroBatch:
     labels: torch.Tensor = field(repr=False)
     weights: torch.Tensor = field(repr=False)
     imitated: torch.Tensor = field(repr=False)
-    sample_of_token: torch.Tensor = field(repr=False)
 
     @property
     def num_tokens(self) -> int:
@@ -238,7 +236,7 @@ class SampleEncoder:
                 student = self._encode(inner)
         if not self.needs_teacher or not self.teacher_view.differs(inner):
             return student, None
-        with self._limit(None):
+        with self._limit(None if sample.source == DATASET else self._response_limit(sample)):
             teacher = self._encode(self.teacher_view.of(inner))
         teacher['labels'] = self._matching_labels(sample, student['labels'], teacher['labels'])
         return student, teacher
@@ -269,15 +267,14 @@ class SampleEncoder:
         views = [self.views(sample) for sample in samples]
         student = [dict(s) for s, _ in views]
         teacher = [dict(t or s) for s, t in views] if any(t for _, t in views) else None
-        labels, weights, imitated, owners = [], [], [], []
-        for number, (sample, encoded) in enumerate(zip(samples, student, strict=True)):
+        labels, weights, imitated = [], [], []
+        for sample, encoded in zip(samples, student, strict=True):
             scale = encoded.pop('loss_scale', None) or [1.0] * len(encoded['labels'])
             for token, weight in zip(encoded['labels'][1:], scale[1:], strict=True):
                 if token != IGNORED:
                     labels.append(token)
                     weights.append(weight)
                     imitated.append(float(sample.source != STUDENT))
-                    owners.append(number)
         for encoded in teacher or ():
             encoded.pop('loss_scale', None)
         student_inputs, student_index = self._collate(student, samples, len(labels))
@@ -291,7 +288,6 @@ class SampleEncoder:
             torch.tensor(labels, dtype=torch.int64),
             torch.tensor(weights, dtype=torch.float32),
             torch.tensor(imitated, dtype=torch.float32),
-            torch.tensor(owners, dtype=torch.int64),
         )
 
     def _collate(self, encoded: list[dict[str, Any]], samples: list[Sample], num_tokens: int) -> tuple[dict[str, Any], torch.Tensor]:

@@ -46,16 +46,17 @@ class LocalGenerator:
         self.template, self.lend_model, self.device, self.lockstep = template, lend_model, device, lockstep
 
     @contextmanager
-    def _inference_template(self, model: nn.Module) -> Iterator[Any]:
-        """The template as an engine uses it: padded on the left, no labels, no length limit (the caller has checked it)."""
+    def _inference_template(self) -> Iterator[Any]:
+        """The template as an engine uses it: padded on the left, no labels. Its length limit holds, so that with
+        ``--truncation_strategy left`` the prompt is the one that is trained."""
         template = self.template
-        before = template.padding_free, template.max_length, template.sequence_parallel_size
-        template.padding_free, template.max_length, template.sequence_parallel_size = False, None, 1
+        before = template.padding_free, template.sequence_parallel_size
+        template.padding_free, template.sequence_parallel_size = False, 1
         try:
             with template.generate_context():
                 yield template
         finally:
-            template.padding_free, template.max_length, template.sequence_parallel_size = before
+            template.padding_free, template.sequence_parallel_size = before
 
     def __call__(self, prompts: list[dict[str, Any]], seeds: list[int], options: SamplingOptions) -> list[Response]:
         """Answer each prompt.
@@ -70,7 +71,7 @@ class LocalGenerator:
         """
         if not prompts:
             return []
-        with self.lend_model() as model, evaluation_mode(model), self._inference_template(model) as template, torch.no_grad():
+        with self.lend_model() as model, evaluation_mode(model), self._inference_template() as template, torch.no_grad():
             encoded = [template.encode(prompt) for prompt in prompts]
             inputs = template.data_collator(encoded)
             inputs = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}

@@ -129,6 +129,18 @@ def test_the_end_is_cut_at_the_first_stop(tiny, generate, monkeypatch):
     assert first[0].finish_reason == 'length' and len(first[0].token_ids) == 12
 
 
+def test_the_length_limit_of_the_template_holds(tiny, generate):
+    model, template = tiny
+    long = {'messages': [{'role': 'user', 'content': 'what is 1 plus 2 ? ' * 8}]}
+    template.truncation_strategy, template.max_length = 'left', 20
+    try:
+        (response,) = generate([long], [0], GREEDY)
+        model.eval()
+        assert response.token_ids == decode_without_cache(model, template, long, 12)
+    finally:
+        template.truncation_strategy, template.max_length = 'raise', 128
+
+
 def test_modes_are_restored_after_an_exception(tiny):
     model, _ = tiny
     model.train()

@@ -61,6 +61,20 @@ def test_prompt_of_training_is_the_prompt_of_generation(template):
     assert view['input_ids'] == [*prompt, 20, 21, 22]
 
 
+def test_a_prompt_cut_on_the_left_is_cut_alike_in_training_and_generation(template):
+    encoder = SampleEncoder(template, TeacherView())
+    one = sample('student', Response([20, 21, 22], 'length'))
+    before = template.max_length
+    template.truncation_strategy, template.max_length = 'left', 12
+    try:
+        view, _ = checked(encoder, one)
+        with template.generate_context():
+            prompt = template.encode(encoder.student_prompt(one))['input_ids']
+    finally:
+        template.truncation_strategy, template.max_length = 'raise', before
+    assert len(prompt) == 12 and view['input_ids'] == [*prompt, 20, 21, 22] and trained(view) == [20, 21, 22]
+
+
 def test_privileged_prompt_and_system_are_the_teachers_alone(template):
     encoder = SampleEncoder(template, TeacherView(system='You know it.'))
     student, teacher = checked(encoder, sample(teacher_prompt='3 plus 4 is 7. Now: what is 3 plus 4 ?'))
@@ -108,7 +122,7 @@ def test_empty_responses_and_fillers_have_no_trained_token(template):
     for one in (empty, full):
         encoder.check(one)
     batch = encoder.micro_batch([empty, full, sample(counts=False)])
-    assert batch.labels.tolist() == [20, 21, 22] and batch.sample_of_token.tolist() == [1, 1, 1]
+    assert batch.labels.tolist() == [20, 21, 22]
     assert batch.imitated.tolist() == [1, 1, 1] and len(batch.student_index) == len(batch.teacher_index) == 3
 
 

@@ -22,7 +22,7 @@ STEP = {
     'train_dataloader_shuffle': 'false',
     'dataset_shuffle': 'false',
 }
-LORA = {**STEP, 'tuner_type': 'lora'}
+LORA = {**STEP, 'tuner_type': 'lora', 'lora_dropout': 0}
 
 
 @pytest.fixture(scope='module')
@@ -52,6 +52,7 @@ def runs(run_jobs, tiny_models, privileged):
             'plain cross-entropy': {**STEP, 'gkd_loss_weight': 0, 'sft_alpha': 1},
             'shared fresh': {**LORA, **same},
             'shared adapter': {**LORA, **same, 'adapters': adapter},
+            'teacher adapters': {**LORA, **same, 'teacher_adapters': adapter},
             'shared privileged': {**LORA, **same, 'dataset': privileged},
             'live': {**STEP, **none},
             'live privileged': {**STEP, **none, 'dataset': privileged},
@@ -149,6 +150,11 @@ def test_shared_base_with_a_fresh_adapter_starts_at_zero_and_says_so(runs):
     run = runs['shared fresh'].ok()
     assert run.losses == [0] and run.values('grad_norm') == [0]
     assert 'NOTHING TO LEARN' in run.output
+
+
+def test_teacher_adapters_are_the_teachers(runs):
+    # JSD at beta = 0.5 is symmetric: base taught by base + adapter is as far away as base + adapter taught by base.
+    assert runs['teacher adapters'].ok().losses[0] == pytest.approx(runs['shared adapter'].ok().losses[0], rel=1e-4)
 
 
 def test_shared_base_learns_from_what_differs(runs):
