@@ -1,6 +1,6 @@
 """Defects of ms-swift 4.6.0's own GKD: each has one test function that runs on both trainers. Stock is seen to fail it, the plugin passes.
 
-The numbers are those of the plugin's host facts: D1 … D15 were seen in runs, R1 … R14 in the code.
+The numbers are those of the README's table: D1 … D15 were seen in runs, R1 … R14 in the code.
 """
 
 from __future__ import annotations
