@@ -76,6 +76,27 @@ def test_checkpoints_need_no_plugin(trained, tiny_models, tmp_path, plugin):
     assert not json.loads((trained.output_dir / 'checkpoint-3' / 'args.json').read_text()).get('external_plugins')
 
 
+def test_cached_dataset(trained, tiny_models, tmp_path):
+    argv = [
+        '--model',
+        tiny_models.student,
+        '--model_type',
+        'qwen3',
+        '--template',
+        'qwen3',
+        '--dataset',
+        tiny_models.train,
+        '--split_dataset_ratio',
+        0,
+    ]
+    argv += ['--to_cached_dataset', 'true', '--output_dir', tmp_path / 'cache', '--max_length', 128, '--torch_dtype', 'float32']
+    run_swift([*map(str, argv)], command='export', output_dir=tmp_path).ok()
+    options = {**tiny_models.with_teacher, **OPTIONS, 'tuner_type': 'lora', 'dataset': None, 'cached_dataset': tmp_path / 'cache' / 'train'}
+    cached = run_swift({**options, 'max_steps': 1, 'save_strategy': 'no'}, output_dir=tmp_path / 'run').ok()
+    assert cached.values('loss')[0] == pytest.approx(trained.values('loss')[0], rel=1e-4)  # the same rows, sources and responses
+    assert '--cached_dataset' in cached.output and 'is not used as such' in cached.output
+
+
 def test_swift_export_merges_the_adapter(trained, tmp_path):
     argv = ['--adapters', trained.output_dir / 'checkpoint-3', '--merge_lora', 'true', '--output_dir', tmp_path / 'merged']
     run_swift([*map(str, argv), '--torch_dtype', 'float32'], command='export', output_dir=tmp_path, plugin=False).ok()

@@ -49,6 +49,7 @@ def runs(run_jobs, tiny_models, tmp_path_factory):
                 'gradient_accumulation_steps': 1,
                 'dataloader_drop_last': 'true',
             },
+            'device_map': {**STEP, 'device_map': 'cpu'},
             'in order': {**STEP, 'train_dataloader_shuffle': 'false'},
             'offload_teacher_model': {**STEP, 'offload_teacher_model': 'true'},
             'sequence_parallel_size': {**STEP, 'sequence_parallel_size': 2},
@@ -109,7 +110,7 @@ def test_works(runs, name):
     assert run.losses and all(0 < loss < 5 for loss in run.losses)
 
 
-@pytest.mark.parametrize('name', ['padding_free', 'workers', 'offload_teacher_model', 'packing'])
+@pytest.mark.parametrize('name', ['padding_free', 'workers', 'offload_teacher_model', 'packing', 'device_map'])
 def test_layout_of_the_batch_does_not_change_the_step(runs, gradient_difference, name):
     plain, other = runs['plain'].ok(), runs[name].ok()
     assert other.losses == pytest.approx(plain.losses, rel=1e-5)
