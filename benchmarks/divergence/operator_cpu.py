@@ -5,7 +5,7 @@
 
 Implementations: `matmuls`, the four matrix products alone (both sides' logits and their gradient whole, gradient of
 hidden states and head), the floor that the others are divided by; `ours`, reduction='sum'; `ms-swift`, `trl`, `liger`, their JSD behind
-a linear layer or fused with it. What is not installed is left out. Each measurement has a process of its own; the
+a linear layer or fused with it. What is not installed, or needs more memory than there is, is left out. Each measurement has a process of its own; the
 implementations take turns, and medians are reported, so that a slow minute of the machine falls on all of them.
 
 Seconds are wall time. On a machine that others use, too, run with `--threads 1 --ratio cpu_seconds`, the processor time
@@ -15,6 +15,7 @@ of the step. Memory is the peak of the process above what it held before the ste
 import argparse
 import csv
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -30,6 +31,13 @@ def status_kb(field: str) -> int:
         if line.startswith(field + ':'):
             return int(line.split()[1])
     raise KeyError(field)
+
+
+def available_bytes() -> int:
+    for line in Path('/proc/meminfo').read_text().splitlines():
+        if line.startswith('MemAvailable:'):
+            return int(line.split()[1]) * 1024
+    raise KeyError('MemAvailable')
 
 
 def make_step(name: str, hs, ws, ht, wt):
@@ -90,6 +98,8 @@ def worker(name: str, tokens: int, hidden: int, vocab: int, dtype: str, threads:
     import torch
 
     torch.set_num_threads(threads)
+    most = int(0.9 * available_bytes())
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))  # an error instead of a machine out of memory
     generator = torch.Generator().manual_seed(0)
     kind = getattr(torch, dtype)
     hs = torch.randn(tokens, hidden, generator=generator).to(kind).requires_grad_()
@@ -119,6 +129,8 @@ def measure(args) -> None:
             found = {}
             for _ in range(args.repeats):
                 for name in args.implementations:
+                    if tokens > args.others_up_to and name not in ('matmuls', 'ours'):
+                        continue
                     if found.get(name) is not None and found[name] == []:
                         continue
                     command = [
@@ -204,7 +216,8 @@ def plot(source: str, target: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--implementations', nargs='+', default=IMPLEMENTATIONS)
-    parser.add_argument('--tokens', nargs='+', type=int, default=[256, 512, 1024])
+    parser.add_argument('--tokens', nargs='+', type=int, default=[256, 1024, 8192])
+    parser.add_argument('--others-up-to', type=int, default=1024, help='tokens up to which implementations with whole logits are run')
     parser.add_argument('--hidden', type=int, default=512)
     parser.add_argument('--vocab', type=int, default=151936)
     parser.add_argument('--dtypes', nargs='+', default=['float32', 'bfloat16'])

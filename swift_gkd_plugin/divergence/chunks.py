@@ -410,10 +410,7 @@ def _detail(call: Call, rows: slice, sides, norms, label: _Label | None, buffers
     """Entropies, top-1 agreement and the teacher's probability of the label, from logits and probabilities."""
     entropies = call.reduce.sum(
         torch.stack(
-            [
-                -torch.linalg.vecdot(p, torch.sub(z, norm.to(z.dtype), out=buffers['e']))
-                for (z, p), (_, norm) in zip(sides, norms, strict=True)
-            ]
+            [-torch.sub(z, norm.to(z.dtype), out=buffers['e']).mul_(p).sum(-1) for (z, p), (_, norm) in zip(sides, norms, strict=True)]
         )
     )
     record(rows, student_entropy=entropies[0])

@@ -126,11 +126,22 @@ def columns(
     kind, w = divergence.form
     if kl_sums or kind in ('forward_kl', 'reverse_kl'):
         log_ratio.clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    torch.abs(log_ratio, out=scratch.e).neg_()
-    torch.expm1(scratch.e, out=scratch.y)
     larger = torch.maximum(student, teacher, out=teacher)
     kls = _both_kl(larger, log_ratio, scratch) if kl_sums else None
+    _exponents(log_ratio, scratch)
     return _FORMS[kind](w, student, larger, log_ratio, scratch), kls
+
+
+def _exponents(log_ratio: Tensor, scratch: Scratch) -> None:
+    """E in `e`, y in `y`."""
+    torch.abs(log_ratio, out=scratch.e).neg_()
+    torch.expm1(scratch.e, out=scratch.y)
+
+
+def _dot(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """Σ a·b [rows]. The products go to `out`, which torch.linalg.vecdot would allocate: on a CPU the page faults of that
+    cost more than the arithmetic."""
+    return torch.mul(a, b, out=out).sum(-1)
 
 
 def _teacher_larger(log_ratio: Tensor, out: Tensor) -> Tensor:
@@ -152,11 +163,13 @@ def _plain_near_and_far(scratch: Scratch) -> tuple[Tensor, Tensor]:
 
 
 def _both_kl(larger: Tensor, log_ratio: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
-    """Forward and reverse KL. Leaves `e` and `y` as they are."""
+    """Forward and reverse KL."""
+    _exponents(log_ratio, scratch)
     teacher_larger = _teacher_larger(log_ratio, scratch.b)
-    near, far = _plain_near_and_far(scratch._replace(e=scratch.e.clone()))
-    forward = torch.linalg.vecdot(larger, torch.lerp(far, near, teacher_larger))
-    return forward, torch.linalg.vecdot(larger, torch.lerp(near, far, teacher_larger))
+    near, far = _plain_near_and_far(scratch)
+    column = scratch.y
+    forward = _dot(larger, torch.lerp(far, near, teacher_larger, out=column), column)
+    return forward, _dot(larger, torch.lerp(near, far, teacher_larger, out=column), column)
 
 
 def _forward_kl(w: float, student: Tensor, larger: Tensor, log_ratio: Tensor, scratch: Scratch) -> Columns:
@@ -168,7 +181,7 @@ def _forward_kl(w: float, student: Tensor, larger: Tensor, log_ratio: Tensor, sc
     """
     teacher_larger = _teacher_larger(log_ratio, scratch.b)
     near, far = _plain_near_and_far(scratch)
-    value = torch.linalg.vecdot(larger, torch.lerp(far, near, teacher_larger, out=far))
+    value = _dot(larger, torch.lerp(far, near, teacher_larger, out=far), far)
     gradient = scratch.y.mul_(larger).mul_(teacher_larger.mul_(2).sub_(1))
     return Columns(value, gradient, gradient.sum(-1), 1.0, weighted=True)
 
@@ -180,8 +193,8 @@ def _reverse_kl(w: float, student: Tensor, larger: Tensor, log_ratio: Tensor, sc
     """
     teacher_larger = _teacher_larger(log_ratio, scratch.b)
     near, far = _plain_near_and_far(scratch)
-    value = torch.linalg.vecdot(larger, torch.lerp(near, far, teacher_larger, out=far))
-    return Columns(value, log_ratio, torch.linalg.vecdot(student, log_ratio), -1.0)
+    value = _dot(larger, torch.lerp(near, far, teacher_larger, out=far), far)
+    return Columns(value, log_ratio, _dot(student, log_ratio, far), -1.0)
 
 
 def _jsd(w: float, student: Tensor, larger: Tensor, log_ratio: Tensor, scratch: Scratch) -> Columns:
@@ -197,9 +210,9 @@ def _jsd(w: float, student: Tensor, larger: Tensor, log_ratio: Tensor, scratch: 
     torch.mul(y, b, out=h).log1p_()
     e.sub_(h)
     y.mul_(e).add_(e).add_(h).mul_(b).sub_(h).relu_()
-    value = torch.linalg.vecdot(larger, y)
+    value = _dot(larger, y, y)
     slope = h.add_(log_ratio.relu_())
-    return Columns(value, slope, torch.linalg.vecdot(student, slope), w - 1.0)
+    return Columns(value, slope, _dot(student, slope, y), w - 1.0)
 
 
 def _weight_of_smaller(w: float, log_ratio: Tensor, out: Tensor) -> Tensor:
@@ -226,9 +239,9 @@ def _skew_forward_kl(w: float, student: Tensor, larger: Tensor, log_ratio: Tenso
     """
     near, far = _mixture_near_and_far(w, log_ratio, scratch)
     teacher_larger = _teacher_larger(log_ratio, scratch.b)
-    value = torch.linalg.vecdot(larger, torch.lerp(far, near, teacher_larger, out=far))
+    value = _dot(larger, torch.lerp(far, near, teacher_larger, out=far), far)
     slope = scratch.h.add_(log_ratio.relu_()).neg_().expm1_()
-    return Columns(value, slope, torch.linalg.vecdot(student, slope), (1 - w) ** 2 / w)
+    return Columns(value, slope, _dot(student, slope, far), (1 - w) ** 2 / w)
 
 
 def _skew_reverse_kl(w: float, student: Tensor, larger: Tensor, log_ratio: Tensor, scratch: Scratch) -> Columns:
@@ -239,17 +252,17 @@ def _skew_reverse_kl(w: float, student: Tensor, larger: Tensor, log_ratio: Tenso
     """
     near, far = _mixture_near_and_far(w, log_ratio, scratch)
     teacher_larger = _teacher_larger(log_ratio, scratch.b)
-    value = torch.linalg.vecdot(larger, torch.lerp(near, far, teacher_larger, out=far))
+    value = _dot(larger, torch.lerp(near, far, teacher_larger, out=far), far)
     slope = scratch.h.add_(log_ratio.relu_())
     slope.add_(torch.neg(slope, out=scratch.b).expm1_(), alpha=1 - w)
-    return Columns(value, slope, torch.linalg.vecdot(student, slope), -1.0)
+    return Columns(value, slope, _dot(student, slope, far), -1.0)
 
 
 def _tvd(w: float, student: Tensor, larger: Tensor, log_ratio: Tensor, scratch: Scratch) -> Columns:
     """½Σ|T - S| = -½ΣP·y. Slope: a = -½·sign(T - S); at T = S the subgradient 0."""
-    value = torch.linalg.vecdot(larger, scratch.y).mul_(-0.5)
+    value = _dot(larger, scratch.y, scratch.y).mul_(-0.5)
     slope = torch.sign(log_ratio, out=log_ratio)
-    return Columns(value, slope, torch.linalg.vecdot(student, slope), -0.5)
+    return Columns(value, slope, _dot(student, slope, scratch.y), -0.5)
 
 
 _FORMS = {

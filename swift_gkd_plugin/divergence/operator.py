@@ -185,7 +185,7 @@ def linear_divergence(
 
 def topk_divergence(
     student_hidden: Tensor,
-    student_weight: Tensor,
+    student_weight: Tensor | None,
     topk_logprobs: Tensor,
     topk_ids: Tensor,
     divergence: Divergence,
@@ -209,6 +209,7 @@ def topk_divergence(
     As `linear_divergence`, with in the teacher's place:
 
     Args:
+        student_weight: None if student_hidden holds ready logits [tokens, vocab] (as in `logits_divergence`).
         topk_logprobs: [tokens, k] natural log-probabilities over the teacher's whole vocabulary. -inf marks an unused
             entry, so rows may be ragged; a row without entries has divergence 0.
         topk_ids: [tokens, k] long, distinct within a row. An id outside [0, vocab_size) counts as tail.
@@ -221,7 +222,12 @@ def topk_divergence(
         vocab_group: as in `linear_divergence`, every rank passing the same topk_logprobs and topk_ids (global ids).
             Collectives per chunk: 1 MAX, 2 SUM; labels and statistics as there.
     """
-    _check_head('student', student_hidden, student_weight, student_bias, student_lora)
+    if student_weight is not None:
+        _check_head('student', student_hidden, student_weight, student_bias, student_lora)
+    elif student_hidden.dim() != 2:
+        raise ValueError(f'student_hidden must be logits [tokens, vocab] without a student_weight, got {list(student_hidden.shape)}')
+    elif vocab_group is not None:
+        raise ValueError('a vocab_group needs the student_weight of its ranks, ready logits are not sharded')
     if topk_logprobs.dim() != 2 or topk_logprobs.shape != topk_ids.shape:
         raise ValueError(f'topk_logprobs {list(topk_logprobs.shape)} and topk_ids {list(topk_ids.shape)} must both be [tokens, k]')
     if len(topk_ids) != len(student_hidden):
@@ -232,7 +238,7 @@ def topk_divergence(
         topk_temperature = divergence.temperature
     elif not 0 < topk_temperature < float('inf'):
         raise ValueError(f'topk_temperature must be positive and finite, got {topk_temperature}')
-    student_vocab, first_id = len(student_weight), 0
+    student_vocab, first_id = student_hidden.shape[1] if student_weight is None else len(student_weight), 0
     if vocab_group is not None:
         widths = [s for s, _ in shard_widths(vocab_group, student_vocab, 0, student_hidden.device)]
         student_vocab = sum(widths)
@@ -242,7 +248,10 @@ def topk_divergence(
     if vocab_group is not None:
         first_id, last = local_span(widths, vocab_size, vocab_group)
         columns_here = last - first_id
-    student = LinearHead(student_hidden, student_weight, student_bias, student_lora, student_transform, columns_here, topk_temperature)
+    if student_weight is None:
+        student = ReadyLogits(student_hidden, columns_here, topk_temperature)
+    else:
+        student = LinearHead(student_hidden, student_weight, student_bias, student_lora, student_transform, columns_here, topk_temperature)
     return _apply(
         student,
         [],
