@@ -60,6 +60,11 @@ class GKDOptions:
         'With --gkd_logits_topk: compare k ids and one bucket with the remaining mass of each side, or '
         'renormalise both sides over the k ids as ms-swift does.',
     )
+    gkd_num_samples: int = option(
+        1,
+        'Responses per prompt that the student or the teacher answers, each with a seed of its own, > 0. Every response takes the place of '
+        'a row in the batch; a response of the dataset is there once.',
+    )
     gkd_eval_source: Literal[SOURCES] = option(
         'dataset',
         'Responses that the evaluation scores: those of the validation set, or ones that the student or '
@@ -77,6 +82,18 @@ class GKDOptions:
     gkd_teacher_max_completion_length: Optional[int] = option(
         None, 'Limit of the answers of the teacher in tokens, > 0. Default: --max_completion_length.'
     )
+    gkd_save_teacher_responses: Optional[str] = option(
+        None,
+        'With --seq_kd: append what the teacher answers to this JSONL file, a dataset for later runs '
+        '(--dataset FILE --lmbda 0 --seq_kd false).',
+    )
+    gkd_server_timeout: float = option(600.0, 'Seconds that one request to a --teacher_model_server may take, > 0.')
+    gkd_server_retry_seconds: float = option(
+        600.0,
+        'How long requests to a --teacher_model_server that fail (no connection, timeout, HTTP 5xx) are tried again, with growing '
+        'pauses, >= 0; then a checkpoint is written and the run ends.',
+    )
+    gkd_server_in_flight: int = option(16, 'Requests to each --teacher_model_server that a rank has in flight, > 0.')
     gkd_detailed_metrics: bool = option(
         False, 'Log forward and reverse KL, entropies and agreement of the two models as well; about 5 % more work per step.'
     )
@@ -150,12 +167,15 @@ def check_values(args: Any) -> None:
         args.teacher_model_server is None or args.gkd_logits_topk is not None,
         '--teacher_model_server without --gkd_logits_topk: a server sends the k largest log-probabilities; say how many.',
     )
+    _require(args.gkd_num_samples > 0, f'--gkd_num_samples {args.gkd_num_samples}: must be > 0 (responses per prompt).')
+    _require(args.gkd_server_timeout > 0, f'--gkd_server_timeout {args.gkd_server_timeout}: must be > 0 seconds.')
+    _require(args.gkd_server_retry_seconds >= 0, f'--gkd_server_retry_seconds {args.gkd_server_retry_seconds}: must be >= 0 (0: never).')
+    _require(args.gkd_server_in_flight > 0, f'--gkd_server_in_flight {args.gkd_server_in_flight}: must be > 0.')
     teacher_answers = args.seq_kd or args.gkd_eval_source == 'teacher'
     flag = '--seq_kd true' if args.seq_kd else '--gkd_eval_source teacher'
     _require(
-        not teacher_answers or args.teacher_model is not None,
-        f'{flag} needs a teacher that can generate: give --teacher_model'
-        + (' (a --teacher_model_server only scores).' if args.teacher_model_server else '.'),
+        not teacher_answers or args.teacher_model is not None or args.teacher_model_server is not None,
+        f'{flag} needs a teacher that can generate: give --teacher_model or --teacher_model_server.',
     )
     _require(
         not (args.truncation_strategy == 'right' and (args.lmbda > 0 or args.seq_kd)),

@@ -38,9 +38,13 @@ def draw_source(u: float, lmbda: float, seq_kd: bool) -> Source:
     return TEACHER if seq_kd else DATASET
 
 
-def sampling_seed(seed: int, epoch: int, row: int, source: Source) -> int:
-    """Seed of the tokens that are sampled for this row, so that a response does not depend on the batch it was sampled in."""
-    return _bits(f'sample {source}', seed, epoch, row)
+def sampling_seed(seed: int, epoch: int, row: int, source: Source, repeat: int = 0) -> int:
+    """Seed of the tokens that are sampled for this row, so that a response does not depend on the batch it was sampled in.
+
+    Args:
+        repeat: Which of several responses to the row.
+    """
+    return _bits(f'sample {source}', seed, epoch, row, *([repeat] if repeat else []))
 
 
 def replacement_row(seed: int, epoch: int, row: int, attempt: int, num_rows: int) -> int:

@@ -19,16 +19,32 @@ from .. import sources
 from ..arguments import OptionError
 from ..responses import Response
 from ..sources import DATASET, STUDENT, TEACHER, Source
+from ..teachers.server import TeacherServerError
 from .data import Row
 from .samples import Sample, SampleEncoder
 
 logger = get_logger()
 
 MAX_REPLACEMENTS = 50
-STATE_VERSION = 1
+STATE_VERSION = 2
+
+# What ms-swift's rollout sets in its samples.
+FROM_ROLLOUT = ('messages', 'response_token_ids', 'response_loss_mask', 'finish_reason', 'add_eos')
 
 # Fills in the responses of samples that all drew the same source; called on every rank, with none on some.
 Answer = Callable[[list[Sample]], None]
+
+
+class Unanswered(Exception):
+    """A teacher server gave up in the middle of a cycle; the cause says why.
+
+    Attributes:
+        samples: The cycle's micro-batches; some samples have their responses.
+    """
+
+    def __init__(self, samples: list[list[Sample]]):
+        super().__init__()
+        self.samples = samples
 
 
 class Cycle:
@@ -50,13 +66,30 @@ class Cycle:
         Args:
             micro_batches: The rows of this rank.
             cycle_key: (optimizer step, number of the cycle in it), for ``--gkd_source_per batch``.
+
+        Raises:
+            Unanswered: On every rank.
         """
-        result = [[self.sample(row, self._source(row, cycle_key)) for row in rows] for rows in micro_batches]
-        everyone = [sample for samples in result for sample in samples if sample.row.counts]
-        for source in (STUDENT, TEACHER):
-            if source in self.answers:
-                self.answers[source]([sample for sample in everyone if sample.source == source])
+        result = [self._drawn(rows, cycle_key) for rows in micro_batches]
+        self.answer(result)
         return result
+
+    def answer(self, micro_batches: list[list[Sample]]) -> None:
+        """Responses for the samples that have none. Every rank calls it, for an answer may be a collective call."""
+        waiting = [s for samples in micro_batches for s in samples if s.row.counts and s.response is None]
+        try:
+            for source in (STUDENT, TEACHER):
+                if source in self.answers:
+                    self.answers[source]([sample for sample in waiting if sample.source == source])
+        except TeacherServerError as error:
+            raise Unanswered(micro_batches) from error
+
+    def _drawn(self, rows: list[Row], cycle_key: tuple[int, int]) -> list[Sample]:
+        """A micro-batch's rows with their sources. A response of the dataset is there once, however often its row comes
+        (``--gkd_num_samples``); a micro-batch without any other row keeps one as a filler."""
+        drawn = [(row, self._source(row, cycle_key)) for row in rows]
+        kept = [(row, source) for row, source in drawn if source != DATASET or row.repeat == 0]
+        return [self.sample(row, source) for row, source in kept or [(rows[0].filler(), DATASET)]]
 
     def _source(self, row: Row, cycle_key: tuple[int, int]) -> Source:
         if not row.counts:
@@ -76,7 +109,7 @@ class Cycle:
             except Exception as error:  # as ms-swift's resampling: templates raise anything on a broken image or an over-long row
                 if not hasattr(self.dataset, '__len__'):
                     logger.warning(f'{sample} is left out, it cannot be encoded: {error}')
-                    return Sample(Row(row.number, row.epoch, row.content, counts=False), row.content)
+                    return Sample(row.filler(), row.content)
                 number = sources.replacement_row(self.args.seed, row.epoch, row.number, attempt, len(self.dataset))
                 logger.info(f'{sample} cannot be encoded, row {number} stands in: {error}')
                 sample = Sample(row, self.dataset[number], source)
@@ -92,13 +125,14 @@ def state_of(ready: list[list[Sample]]) -> dict[str, Any]:
     """What a checkpoint keeps of the micro-batches that wait for their optimizer step."""
 
     def one(sample: Sample) -> dict[str, Any]:
-        state = {'row': sample.row.number, 'epoch': sample.row.epoch, 'counts': sample.row.counts, 'source': sample.source}
+        number, epoch, repeat = sample.row.key
+        state = {'row': number, 'epoch': epoch, 'repeat': repeat, 'counts': sample.row.counts, 'source': sample.source}
         if sample.response is not None:
             state['token_ids'], state['finish_reason'] = sample.response.token_ids, sample.response.finish_reason
+            state['generated_at'] = sample.generated_at
         if sample.generated is not None:
-            state['generated'] = {
-                name: getattr(sample.generated, name) for name in ('messages', 'response_token_ids', 'response_loss_mask', 'finish_reason')
-            }
+            media = [name for name in ('images', 'videos', 'audios') if name in sample.generated.rollout_infos]  # of a scheduler's own
+            state['generated'] = {name: getattr(sample.generated, name) for name in (*FROM_ROLLOUT, *media)}
         return state
 
     return {'version': STATE_VERSION, 'world_size': _world_size(), 'micro_batches': [list(map(one, samples)) for samples in ready]}
@@ -110,26 +144,33 @@ def restored(cycle: Cycle, state: dict[str, Any], micro_batches: list[list[Row]]
     Raises:
         OptionError: The rows are others than those of the checkpoint: the dataset, its order or the batch size changed.
     """
-    kept_rows = [[(one['row'], one['epoch']) for one in kept] for kept in state['micro_batches']]
-    found_rows = [[(row.number, row.epoch) for row in rows] for rows in micro_batches]
-    if kept_rows != found_rows:
+    kept_rows = [[(one['row'], one['epoch'], one['repeat']) for one in kept] for kept in state['micro_batches']]
+    # Rows that were dropped, see Cycle._drawn, are dropped again.
+    found_rows = [[row for row in rows if row.repeat == 0 or row.key in kept] for rows, kept in zip(micro_batches, kept_rows, strict=False)]
+    if kept_rows != [[row.key for row in rows] for rows in found_rows]:
         raise OptionError(
-            f'--resume_from_checkpoint: the checkpoint has responses for (row, epoch) {kept_rows}, the data gives {found_rows}; use '
-            'the same dataset, seeds and batch sizes, or --ignore_data_skip true.'
+            f'--resume_from_checkpoint: the checkpoint has responses for (row, epoch, repeat) {kept_rows}, the data gives '
+            f'{[[row.key for row in rows] for rows in micro_batches]}; use the same dataset, seeds and batch sizes, or '
+            '--ignore_data_skip true.'
         )
     result = []
-    for rows, kept in zip(micro_batches, state['micro_batches'], strict=True):
+    for rows, kept in zip(found_rows, state['micro_batches'], strict=True):
         samples = []
         for row, one in zip(rows, kept, strict=True):
-            sample = cycle.sample(Row(row.number, row.epoch, row.content, one['counts']), one['source'])
+            sample = cycle.sample(row if one['counts'] else row.filler(), one['source'])
             if 'token_ids' in one:
                 sample.response = Response(one['token_ids'], one['finish_reason'])
+                sample.generated_at = one['generated_at']
             if 'generated' in one:
                 sample.generated = cycle.encoder.inner(sample)
                 for name, value in one['generated'].items():
                     setattr(sample.generated, name, value)
             samples.append(sample)
         result.append(samples)
+    # A teacher server may have failed in the middle of the cycle.
+    unanswered = any(s.row.counts and s.source != DATASET and s.response is None for samples in result for s in samples)
+    if total_over_ranks(int(unanswered), cycle.args.device):
+        cycle.answer(result)
     return result
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,16 +26,25 @@ class Row:
         epoch: The pass over the data that it belongs to.
         content: The row itself, as the dataset gives it.
         counts: False for a filler: a copy that keeps the ranks in step and must not weigh anywhere.
+        repeat: Which of the prompt's ``--gkd_num_samples`` responses this is for, from 0.
     """
 
     number: int
     epoch: int
     content: dict[str, Any] = field(repr=False)
     counts: bool = True
+    repeat: int = 0
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        return self.number, self.epoch, self.repeat
+
+    def filler(self) -> Row:
+        return replace(self, counts=False)
 
 
 class NumberedRows(torch.utils.data.Dataset):
-    """A dataset with a length, indexed by (epoch, number, counts)."""
+    """A dataset with a length, indexed by (epoch, number, counts, repeat)."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -43,9 +52,9 @@ class NumberedRows(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int, bool]) -> Row:
-        epoch, number, counts = key
-        return Row(number, epoch, self.dataset[number], counts)
+    def __getitem__(self, key: tuple[int, int, bool, int]) -> Row:
+        epoch, number, counts, repeat = key
+        return Row(number, epoch, self.dataset[number], counts, repeat)
 
 
 def share_out(numbers: list[int], batch_size: int, world_size: int, rank: int) -> list[list[tuple[int, bool]]]:
@@ -69,6 +78,7 @@ class RowBatchSampler:
     Args:
         num_rows: Length of the dataset.
         batch_size: Rows of one micro-batch of one rank.
+        num_samples: How often each row comes, one after the other.
         seed: Seed of the order; None keeps the order of the dataset.
         skip: Micro-batches of the first epoch that are left out (a resumed run).
     """
@@ -79,12 +89,13 @@ class RowBatchSampler:
         batch_size: int,
         *,
         seed: int | None,
+        num_samples: int = 1,
         drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
         skip: int = 0,
     ):
-        self.num_rows, self.batch_size, self.seed = num_rows, batch_size, seed
+        self.num_rows, self.num_samples, self.batch_size, self.seed = num_rows, num_samples, batch_size, seed
         self.drop_last, self.rank, self.world_size, self.skip = drop_last, rank, world_size, skip
         self.epoch = 0
 
@@ -93,20 +104,22 @@ class RowBatchSampler:
 
     def __len__(self) -> int:
         global_batch = self.batch_size * self.world_size
-        total = self.num_rows // global_batch if self.drop_last else -(-self.num_rows // global_batch)
+        rows = self.num_rows * self.num_samples
+        total = rows // global_batch if self.drop_last else -(-rows // global_batch)
         return total - self.skip
 
-    def __iter__(self) -> Iterator[list[tuple[int, int, bool]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int, bool, int]]]:
         if self.seed is None:
             order = list(range(self.num_rows))
         else:
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
             order = torch.randperm(self.num_rows, generator=generator).tolist()
+        order = [number * self.num_samples + repeat for number in order for repeat in range(self.num_samples)]
         if self.drop_last:
             order = order[: len(order) - len(order) % (self.batch_size * self.world_size)]
         batches = share_out(order, self.batch_size, self.world_size, self.rank)
         for batch in batches[self.skip :]:
-            yield [(self.epoch, number, counts) for number, counts in batch]
+            yield [(self.epoch, place // self.num_samples, counts, place % self.num_samples) for place, counts in batch]
 
 
 def _as_it_is(row: dict[str, Any]) -> dict[str, Any]:
@@ -120,23 +133,35 @@ class StreamOfRows(DataLoaderDispatcher):
 
     Args:
         batch_size: Rows of one micro-batch of one rank.
+        num_samples: How often each row comes, one after the other.
         endless: Start again when the stream ends.
         skip: Micro-batches that are left out (a resumed run).
     """
 
     def __init__(
-        self, dataset, batch_size: int, *, rank: int = 0, world_size: int = 1, skip: int = 0, endless: bool = True, **loader_options
+        self,
+        dataset,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        num_samples: int = 1,
+        skip: int = 0,
+        endless: bool = True,
+        **loader_options,
     ):
         loader = DataLoader(dataset, batch_size=None, collate_fn=_as_it_is, **loader_options)
         super().__init__(loader, device=None, skip_batches=skip)
         self.batch_size, self._rank, self._world_size, self._endless = batch_size, rank, world_size, endless
+        self._num_samples = num_samples
 
     def _rows(self) -> Iterator[Row]:
         for epoch in itertools.count() if self._endless else (0,):
             super().set_epoch(epoch)
             number = -1
             for number, content in enumerate(self.base_dataloader):
-                yield Row(number, epoch, content)
+                for repeat in range(self._num_samples):
+                    yield Row(number, epoch, content, repeat=repeat)
             if number < 0:
                 raise ValueError('--streaming: the stream holds no row; check --dataset.')
 
@@ -145,10 +170,7 @@ class StreamOfRows(DataLoaderDispatcher):
         for _, epoch_rows in itertools.groupby(self._rows(), key=lambda row: row.epoch):
             while part := list(itertools.islice(epoch_rows, size)):
                 shares = [share_out(list(range(len(part))), self.batch_size, self._world_size, r)[0] for r in range(self._world_size)]
-                yield [
-                    [part[i] if counts else Row(part[i].number, part[i].epoch, part[i].content, False) for i, counts in share]
-                    for share in shares
-                ]
+                yield [[part[i] if counts else part[i].filler() for i, counts in share] for share in shares]
 
     def set_epoch(self, epoch: int) -> None:
         """The stream counts its own epochs: transformers calls every ``max_steps`` one epoch."""
@@ -175,6 +197,7 @@ def row_loader(
     drop_last: bool,
     rank: int,
     world_size: int,
+    num_samples: int = 1,
     skip: int = 0,
     endless: bool = False,
     **loader_options,
@@ -184,10 +207,22 @@ def row_loader(
     Args:
         dataset: ms-swift's loaded dataset, with or without a length.
         seed: Seed of the order of a dataset with a length; None keeps its order.
+        num_samples: How often each row comes, one after the other.
         skip: Micro-batches of this rank that an earlier run has trained on.
         endless: Start a dataset without a length again when it ends.
     """
     if hasattr(dataset, '__len__'):
-        sampler = RowBatchSampler(len(dataset), batch_size, seed=seed, drop_last=drop_last, rank=rank, world_size=world_size, skip=skip)
+        sampler = RowBatchSampler(
+            len(dataset),
+            batch_size,
+            seed=seed,
+            num_samples=num_samples,
+            drop_last=drop_last,
+            rank=rank,
+            world_size=world_size,
+            skip=skip,
+        )
         return DataLoaderShard(NumberedRows(dataset), batch_sampler=sampler, collate_fn=list, **loader_options)
-    return StreamOfRows(dataset, batch_size, rank=rank, world_size=world_size, skip=skip, endless=endless, **loader_options)
+    return StreamOfRows(
+        dataset, batch_size, rank=rank, world_size=world_size, num_samples=num_samples, skip=skip, endless=endless, **loader_options
+    )

@@ -105,11 +105,12 @@ class DistillationLoss:
                 signal.ids.to(device),
                 options.divergence,
                 tail=options.tail,
+                topk_temperature=signal.temperature,
                 **student,
                 **common,
             )
         if head is None or isinstance(signal, Logits):
-            logits = chosen if head is None else head.logits(chosen)
+            logits = chosen if head is None else head.logits_with_gradient(chosen)
             return logits_divergence(logits, self._teacher_logits(signal, device), options.divergence, **common)
         with self._whole(signal.head):
             teacher = signal.head.tensors(self.teacher_adapter)

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from .. import checks
 from ..arguments import OptionError
+from ..teachers.server import ServerOptions, TeacherServerError, TeacherServers
 
 logger = get_logger()
 
@@ -36,10 +37,15 @@ NOT_USED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda a: not a.seq_kd and a.gkd_eval_source != 'teacher',
         'the teacher answers with --seq_kd or --gkd_eval_source teacher',
     ),
+    ('gkd_save_teacher_responses', lambda a: not a.seq_kd, 'the teacher answers with --seq_kd'),
+    ('gkd_num_samples', lambda a: a.lmbda == 0 and not a.seq_kd, 'a response of the dataset is there once'),
     ('teacher_deepspeed', lambda a: a.teacher_model is None, 'the teacher is the student itself, with its --deepspeed'),
     ('teacher_deepspeed', lambda a: a.teacher_model is not None and not a.deepspeed, 'it needs --deepspeed for the student'),
     ('offload_teacher_model', lambda a: a.teacher_model is None, 'the teacher is the student itself and stays where it is'),
-    ('teacher_tag_key', lambda a: True, 'it routes samples to teacher servers'),
+    ('teacher_tag_key', lambda a: a.teacher_model_server is None, 'it routes samples to teacher servers'),
+    ('gkd_server_timeout', lambda a: a.teacher_model_server is None, 'it belongs to --teacher_model_server'),
+    ('gkd_server_retry_seconds', lambda a: a.teacher_model_server is None, 'it belongs to --teacher_model_server'),
+    ('gkd_server_in_flight', lambda a: a.teacher_model_server is None, 'it belongs to --teacher_model_server'),
     ('router_aux_loss_coef', lambda a: not a.model_info.is_moe_model, 'the student has no router'),
     ('structured_outputs_regex', lambda a: not a.use_vllm, 'it needs --use_vllm true'),
     ('num_beams', lambda a: True, 'responses are sampled, or greedy at --temperature 0'),
@@ -64,6 +70,7 @@ class GKDPipeline(SwiftRLHF):
         self._datasets = self._loaded_datasets()
         self._check_datasets(*self._datasets)
         self._tokens = self._check_tokenizers()
+        self._check_servers()
         super()._prepare_model_tokenizer()
 
     def _loaded_datasets(self):
@@ -95,11 +102,6 @@ class GKDPipeline(SwiftRLHF):
         args = self.args
         if args.multi_turn_scheduler and not args.use_vllm:
             raise OptionError(f'--multi_turn_scheduler {args.multi_turn_scheduler} needs an engine: add --use_vllm true with --vllm_mode.')
-        if args.teacher_model_server is not None:
-            raise OptionError(
-                f'--teacher_model_server {args.teacher_model_server}: this version of the plugin has local teachers only; use '
-                "--teacher_model, or SWIFT_GKD_PLUGIN=0 for ms-swift's own GKD."
-            )
         if args.gkd_logits_topk is not None:
             vocab = AutoConfig.from_pretrained(args.model_dir, trust_remote_code=True).get_text_config().vocab_size
             if args.gkd_logits_topk > vocab:
@@ -110,6 +112,32 @@ class GKDPipeline(SwiftRLHF):
             if value not in (None, [], default.get(name)) and applies(args):
                 shown = '' if isinstance(value, dict) else f' {value}'
                 logger.warning(f'--{name}{shown} is not used as such: {why}.')
+
+    def _check_servers(self) -> None:
+        """One short question to each teacher server: is it there, does it know our tokens, does it send enough of them?
+
+        Raises:
+            OptionError: In one line, what to change.
+        """
+        args = self.args
+        if args.teacher_model_server is None or (args.gkd_loss_weight == 0 and not args.seq_kd):
+            return
+        _, processor = args.get_model_processor(load_model=False)
+        tokenizer = getattr(processor, 'tokenizer', processor)
+        options = ServerOptions(args.gkd_logits_topk, args.gkd_server_timeout, 0, 1)
+        try:
+            servers = TeacherServers(args.teacher_model_server, options).servers
+            rows = [dataset for dataset in self._datasets if dataset is not None]
+            if len(servers) > 1 and any(args.teacher_tag_key not in next(iter(dataset)) for dataset in rows):
+                raise OptionError(
+                    f'--teacher_tag_key {args.teacher_tag_key}: the rows have no such column to choose one of {len(servers)} servers by; '
+                    'add it to the dataset, and --remove_unused_columns false to keep it.'
+                )
+            for server in servers:
+                server.connect()
+                server.check(tokenizer)
+        except TeacherServerError as error:
+            raise OptionError(f'--teacher_model_server: {error}') from None
 
     def _check_tokenizers(self) -> tuple[int, int] | None:
         """Lengths of the student's and the teacher's tokenizer; None if there is no other model."""

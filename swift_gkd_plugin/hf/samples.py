@@ -19,6 +19,8 @@ from swift.utils import get_logger, remove_response
 
 from ..responses import Response
 from ..sources import DATASET, STUDENT, Source
+from ..teachers import TopK
+from ..teachers.server import Question, Scores, as_request
 from .data import Row
 
 logger = get_logger()
@@ -47,6 +49,9 @@ class Sample:
         response: The generated response; None for the dataset's.
         generated: The sample as ms-swift's rollout returned it, for what only that knows (several turns, loss masks, media).
         encoded: The student's view of a dataset response, encoded when it was checked.
+        generated_at: Number of optimizer steps that were done when the response was generated.
+        divergence: Mean over its trained tokens, once its loss was computed; a tensor.
+        scores: What the teacher's server said about each token of the response while it answered.
     """
 
     row: Row
@@ -55,6 +60,9 @@ class Sample:
     response: Response | None = None
     generated: GKDSample | None = field(default=None, repr=False)
     encoded: dict[str, Any] | None = field(default=None, repr=False)
+    generated_at: int | None = None
+    divergence: torch.Tensor | None = field(default=None, repr=False)
+    scores: Scores | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         return f'row {self.row.number} of epoch {self.row.epoch} ({self.source})'
@@ -108,6 +116,9 @@ class MicroBatch:
         labels: [n] int64, the trained tokens.
         weights: [n] float32, ``loss_scale`` of each token (1 without one).
         imitated: [n] float32, 1 where the cross-entropy applies: the student didn't generate the token.
+        lengths: How many of the n tokens each sample has.
+        questions: What a teacher server is asked, one per sample; empty without one.
+        signal: What it said.
     """
 
     samples: list[Sample]
@@ -118,6 +129,9 @@ class MicroBatch:
     labels: torch.Tensor = field(repr=False)
     weights: torch.Tensor = field(repr=False)
     imitated: torch.Tensor = field(repr=False)
+    lengths: list[int] = field(repr=False)
+    questions: list[Question] = field(default_factory=list, repr=False)
+    signal: TopK | None = field(default=None, repr=False)
 
     @property
     def num_tokens(self) -> int:
@@ -131,7 +145,8 @@ class MicroBatch:
                 return type(value)(map(move, value))
             return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
-        return MicroBatch(**{name: move(value) if name != 'samples' else value for name, value in vars(self).items()})
+        stays = ('samples', 'lengths', 'questions', 'signal')
+        return MicroBatch(**{name: value if name in stays else move(value) for name, value in vars(self).items()})
 
 
 class SampleEncoder:
@@ -141,10 +156,11 @@ class SampleEncoder:
         template: The student's template.
         teacher_view: How the teacher's view differs.
         needs_teacher: Whether any teacher looks at the samples.
+        tag_key: The column that tells which of several teacher servers a row belongs to; None without a server.
     """
 
-    def __init__(self, template, teacher_view: TeacherView, needs_teacher: bool = True):
-        self.template, self.teacher_view, self.needs_teacher = template, teacher_view, needs_teacher
+    def __init__(self, template, teacher_view: TeacherView, needs_teacher: bool = True, tag_key: str | None = None):
+        self.template, self.teacher_view, self.needs_teacher, self.tag_key = template, teacher_view, needs_teacher, tag_key
 
     @contextmanager
     def _limit(self, max_length: int | None) -> Iterator[None]:
@@ -207,13 +223,17 @@ class SampleEncoder:
         """``template.encode``, with what the prompt of a generation call ends with (an empty think block, say) untrained."""
         encoded = encode_sample(inner, self.template)
         encoded.pop('_extra_kwargs', None)
-        prefix = get_response_prefix_ids(self.template, chat_template_kwargs=inner.extra.get('chat_template_kwargs') or {})
+        prefix = self._response_prefix(inner)
         if prefix:
             ids, labels = encoded['input_ids'], encoded['labels']
             for start in range(1, len(labels)):
                 if labels[start] != IGNORED and labels[start - 1] == IGNORED and ids[start : start + len(prefix)] == prefix:
                     labels[start : start + len(prefix)] = [IGNORED] * len(prefix)
         return encoded
+
+    def _response_prefix(self, inner: GKDSample) -> list[int] | None:
+        """What the prompt of a generation call ends with, after the header of the answer."""
+        return get_response_prefix_ids(self.template, chat_template_kwargs=inner.extra.get('chat_template_kwargs') or {})
 
     def _response_limit(self, sample: Sample) -> int | None:
         """Length limit under which a generated response is encoded: that of its prompt, and the response on top."""
@@ -267,7 +287,7 @@ class SampleEncoder:
         views = [self.views(sample) for sample in samples]
         student = [dict(s) for s, _ in views]
         teacher = [dict(t or s) for s, t in views] if any(t for _, t in views) else None
-        labels, weights, imitated = [], [], []
+        labels, weights, imitated, lengths = [], [], [], []
         for sample, encoded in zip(samples, student, strict=True):
             scale = encoded.pop('loss_scale', None) or [1.0] * len(encoded['labels'])
             for token, weight in zip(encoded['labels'][1:], scale[1:], strict=True):
@@ -275,8 +295,12 @@ class SampleEncoder:
                     labels.append(token)
                     weights.append(weight)
                     imitated.append(float(sample.source != STUDENT))
+            lengths.append(len(labels) - sum(lengths))
         for encoded in teacher or ():
             encoded.pop('loss_scale', None)
+        questions = []
+        if self.tag_key is not None:
+            questions = [self.question(sample, encoded) for sample, encoded in zip(samples, teacher or student, strict=True)]
         student_inputs, student_index = self._collate(student, samples, len(labels))
         teacher_inputs, teacher_index = self._collate(teacher, samples, len(labels)) if teacher else (None, student_index)
         return MicroBatch(
@@ -288,7 +312,51 @@ class SampleEncoder:
             torch.tensor(labels, dtype=torch.int64),
             torch.tensor(weights, dtype=torch.float32),
             torch.tensor(imitated, dtype=torch.float32),
+            lengths,
+            questions,
         )
+
+    def row_with_response(self, sample: Sample) -> dict[str, Any]:
+        """The row as a row of ms-swift's dataset format, with the response that was generated for it: the text for people, the ids so
+        that training on the row is training on these very tokens."""
+        inner, ids = self.inner(sample), sample.response.token_ids
+        remove_response(inner.messages)
+        media = {kind: values for kind in ('images', 'videos', 'audios') if (values := getattr(inner.to_infer_request(), kind))}
+        text = self.template.safe_decode(ids if sample.response.cut_off else ids[:-1])
+        answered = {'messages': [*inner.messages, {'role': 'assistant', 'content': text}], 'response_token_ids': ids, 'add_eos': False}
+        return {**{k: v for k, v in sample.content.items() if v is not None}, **media, **answered}
+
+    def question(self, sample: Sample, encoded: dict[str, Any], prompt_only: bool = False) -> Question:
+        """A sample as a teacher server is asked about it.
+
+        Args:
+            encoded: The teacher's view, or its prompt.
+            prompt_only: The server is to answer it.
+        """
+        ids, labels = list(encoded['input_ids']), encoded.get('labels') or []
+        positions = [] if prompt_only else [i for i, t in enumerate(labels) if i and t != IGNORED]
+        view = self.teacher_view.of(self._answered(sample))
+        view.request_id = str(sample.row.number)
+        tag = view.get_tag(self.tag_key)
+        request = view.to_infer_request()
+        if prompt_only:
+            remove_response(request.messages)
+        elif positions:
+            start, trained = positions[-1], set(positions)
+            while start - 1 in trained:
+                start -= 1
+            prefix = self._response_prefix(view)
+            if prefix and ids[start - len(prefix) : start] == prefix:  # the server's template takes it as a part of the response
+                start -= len(prefix)
+            # The last response as the ids that are trained, with what follows them; it is not tokenized again.
+            request.messages[-1] = {'role': 'assistant', 'content': {'token_ids': ids[start:]}}
+            request.add_eos = False
+        return Question(ids, positions, self._compact(ids), as_request(request), tag)
+
+    def _compact(self, ids: list[int]) -> list[int]:
+        """One placeholder where the template has put as many as a medium has patches or frames."""
+        placeholders = set(self.template.placeholder_tokens)
+        return [t for i, t in enumerate(ids) if not (t in placeholders and i and ids[i - 1] == t)]
 
     def _collate(self, encoded: list[dict[str, Any]], samples: list[Sample], num_tokens: int) -> tuple[dict[str, Any], torch.Tensor]:
         inputs = self.template.data_collator(encoded)

@@ -1,4 +1,4 @@
-"""Local teachers of the transformers back end: a separate model, the student's base with its adapter off, the live student.
+"""Teachers of the transformers back end: a separate model, the student's base with its adapter off, the live student, a server.
 
 Each says which model it is, in what state it has to be while it looks at the samples, and which output head belongs to it; the
 forward itself is the same for all.
@@ -11,13 +11,16 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from ..responses import SamplingOptions
 from ..responses.local import evaluation_mode
 from ..teachers import HiddenStates, Logits, Signal, TopK
+from ..teachers.server import Question, Scores, TeacherServers
 from .head import OutputHead
-from .samples import MicroBatch
+from .samples import MicroBatch, Sample
 
 
 @contextmanager
@@ -128,3 +131,60 @@ class LiveStudent(LocalTeacher):
     """The student itself, as it is at this step; it teaches by what only its own prompt or images tell (``teacher_prompt``)."""
 
     description = 'the live student'
+
+
+class RemoteTeacher:
+    """A teacher behind a server. It is asked before the step begins, so that a failure finds every rank at the same place.
+
+    Args:
+        servers: Connected.
+        topk: Log-probabilities per token.
+    """
+
+    adapter = True
+    model = bare = None
+
+    def __init__(self, servers: TeacherServers, topk: int):
+        self.servers, self.topk = servers, topk
+        self.description = ' and '.join(f'the server {server.url}' for server in servers.servers)
+
+    def ask(self, batches: list[MicroBatch]) -> None:
+        """Give each micro-batch its signal. What a server said while it answered is not asked for again.
+
+        Raises:
+            TeacherServerError: A server gave up.
+        """
+        asked, found = [], {}
+        for number, batch in enumerate(batches):
+            for place, (sample, question) in enumerate(zip(batch.samples, batch.questions, strict=True)):
+                known = self._known(sample, question)
+                if known is None:
+                    asked.append((number, place, question))
+                else:
+                    found[number, place] = known
+        scores = self.servers.each(lambda server, question: server.score(question), [(q, q) for *_, q in asked])
+        found |= {(number, place): one for (number, place, _), one in zip(asked, scores, strict=True)}
+        for number, batch in enumerate(batches):
+            parts = [found[number, place] for place in range(len(batch.samples))] or [Scores.empty(0, self.topk)]
+            logprobs, ids = (torch.from_numpy(np.concatenate([getattr(part, name) for part in parts])) for name in ('logprobs', 'ids'))
+            batch.signal = TopK(logprobs, ids, temperature=1.0)
+
+    def _known(self, sample: Sample, question: Question) -> Scores | None:
+        """The scores that came with the answer, if every one of its tokens is trained and no other."""
+        trained = [question.ids[position] for position in question.positions]
+        return sample.scores if sample.scores is not None and trained == sample.response.token_ids else None
+
+    def answer(
+        self, samples: list[Sample], prompts: list[Question], seeds: list[int], options: SamplingOptions, stop_ids: list[int]
+    ) -> None:
+        """Give each sample the response of its server.
+
+        Raises:
+            TeacherServerError: A server gave up; samples that were answered have their responses.
+        """
+
+        def one(server, argument):
+            sample, question, seed = argument
+            sample.response, sample.scores = server.answer(question, options, seed, stop_ids)
+
+        self.servers.each(one, [(q, (s, q, seed)) for s, q, seed in zip(samples, prompts, seeds, strict=True)])

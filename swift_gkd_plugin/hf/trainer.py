@@ -9,18 +9,16 @@ the number of trained tokens of the whole step, over all ranks, is known before 
 
 from __future__ import annotations
 
-import copy
 import itertools
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
-from swift.rlhf_trainers.rollout_mixin import RolloutTrainerMixin
 from swift.template import update_generation_config_eos_token
 from swift.trainers import SwiftMixin
 from swift.utils import HfConfigFactory, JsonlWriter, get_logger, unwrap_model_for_generation
@@ -32,31 +30,36 @@ from .. import activation, checks, sources
 from ..arguments import OptionError
 from ..divergence import Divergence, TokenStats
 from ..metrics import Metrics
-from ..responses import Response, SamplingOptions
+from ..responses import SamplingOptions
 from ..responses.local import LocalGenerator, evaluation_mode
 from ..sources import DATASET, STUDENT, TEACHER, Source
+from ..teachers.server import ServerOptions, TeacherServerError, TeacherServers
 from . import cycle as cycles
 from .cycle import Cycle
 from .data import Row, row_loader
+from .engine import EngineRollout
 from .head import OutputHead
 from .loss import DistillationLoss, LossOptions
 from .samples import MicroBatch, Sample, SampleEncoder, TeacherView
-from .teachers import LiveStudent, LocalTeacher, SharedBase, TopKOptions
+from .teachers import LiveStudent, LocalTeacher, RemoteTeacher, SharedBase, TopKOptions
 
 logger = get_logger()
 
 
-class StopOnNaN(TrainerCallback):
-    """Ends the run before an optimizer step whose loss is not a number, so that no weight and no checkpoint takes part in it."""
+class BeforeUpdate(TrainerCallback):
+    """Between a step's last backward pass and its update: writes its responses down, and ends the run if its loss is not a number, so
+    that no weight and no checkpoint takes part in it."""
 
     def __init__(self, trainer: GKDTrainer):
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        if args.log_completions:
+            self.trainer.write_completions()
         self.trainer.stop_on_nan()
 
 
-class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
+class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
     """Generalized Knowledge Distillation (Agarwal et al., 2024, arXiv 2306.13649) for ms-swift.
 
     Args:
@@ -72,21 +75,26 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
         self._teacher_is_start = kwargs.pop('teacher_is_start', False)
         self._topk = kwargs.pop('gkd_logits_topk', None)
         self._pop_teacher_kwargs(kwargs)
+        # ms-swift would make its own client of it, on rank 0 and with vLLM installed.
+        self._server_urls, self.teacher_model_server = self.teacher_model_server, None
         super().__init__(model, None, *_args, **kwargs)
         args = self.args
         logger.info(activation.banner(type(self)))
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole step
-        args.logging_nan_inf_filter = False  # it would hide what StopOnNaN is there to find
-        self.add_callback(StopOnNaN(self))
+        args.logging_nan_inf_filter = False  # it would hide what BeforeUpdate is there to find
+        self.add_callback(BeforeUpdate(self))
         self.metrics = Metrics(args.device)
         self.completions = JsonlWriter(os.path.join(args.output_dir, 'completions.jsonl'))
+        if args.gkd_save_teacher_responses:
+            self.teacher_responses = JsonlWriter(args.gkd_save_teacher_responses)
 
         self._setup_teacher()
         self.teacher = self._resolve_teacher() if args.gkd_loss_weight > 0 or args.seq_kd or args.gkd_eval_source == TEACHER else None
         self.loss = DistillationLoss(self._loss_options(), OutputHead(self._bare()), self.teacher.adapter if self.teacher else True)
         self._heads_verified = False
         view = TeacherView(args.gkd_teacher_system, args.gkd_teacher_enable_thinking)
-        self.encoder = SampleEncoder(self.template, view, needs_teacher=self.teacher is not None)
+        tag_key = args.teacher_tag_key if isinstance(self.teacher, RemoteTeacher) else None
+        self.encoder = SampleEncoder(self.template, view, self.teacher is not None, tag_key)
         if args.use_vllm:
             self.prepare_rollout()
         self.cycle = Cycle(args, self.train_dataset, self.encoder, self._answers())
@@ -104,8 +112,10 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
     def _bare(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model)
 
-    def _resolve_teacher(self) -> LocalTeacher:
-        if self.teacher_model is not None:
+    def _resolve_teacher(self) -> LocalTeacher | RemoteTeacher:
+        if self._server_urls is not None:
+            teacher = self._remote_teacher()
+        elif self.teacher_model is not None:
             bare = self.accelerator.unwrap_model(self.teacher_model)
             update_generation_config_eos_token(bare.generation_config, self.template)
             teacher = LocalTeacher(self.teacher_model, bare, self.load_teacher_model_context)
@@ -115,12 +125,21 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
         logger.info(f'Student: {type(self._bare()).__name__}; teacher: {teacher.description}.')
         return teacher
 
+    def _remote_teacher(self) -> RemoteTeacher:
+        args = self.args
+        options = ServerOptions(self._topk, args.gkd_server_timeout, args.gkd_server_retry_seconds, args.gkd_server_in_flight)
+        servers = TeacherServers(self._server_urls, options, lambda: str(self.state.global_step + 1))
+        servers.connect(args.gkd_server_retry_seconds)
+        if args.seq_kd and not servers.sends_scores_with_answers:
+            logger.info('swift deploy sends no log-probabilities with its answers: each of them takes a second, scoring request.')
+        return RemoteTeacher(servers, self._topk)
+
     def _loss_options(self) -> LossOptions:
         args = self.args
         temperature = args.temperature if args.gkd_temperature is None else args.gkd_temperature
         weight = args.gkd_loss_weight * (temperature**2 if args.gkd_temperature_squared else 1)
         columns = None
-        if self.teacher is not None and self._tokenizer_lengths is not None:
+        if self.teacher is not None and self.teacher.bare is not None and self._tokenizer_lengths is not None:
             student, teacher = (OutputHead(model).columns for model in (self._bare(), self.teacher.bare))
             columns = checks.compared_columns(student, teacher, *self._tokenizer_lengths)
             if columns < max(student, teacher):
@@ -135,7 +154,7 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
         args = self.args
         if hasattr(self.train_dataset, '__len__'):
             parts = f'{args.per_device_train_batch_size} per device x {args.steps_per_generation} steps x {args.world_size} ranks'
-            checks.check_size(len(self.train_dataset), args.generation_batch_size, parts)
+            checks.check_size(len(self.train_dataset), -(-args.generation_batch_size // args.gkd_num_samples), parts)
 
     def _warn_if_nothing_to_learn(self) -> None:
         """A teacher that is the student, asked the same question, has nothing to say."""
@@ -167,7 +186,8 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
         if args.lmbda > 0 or args.gkd_eval_source == STUDENT:
             answers[STUDENT] = self._engine_answers if args.use_vllm else self._student_answers
         if args.seq_kd or args.gkd_eval_source == TEACHER:
-            answers[TEACHER] = self._teacher_answers
+            answer = self._server_answers if isinstance(self.teacher, RemoteTeacher) else self._teacher_answers
+            answers[TEACHER] = self._kept(answer) if args.gkd_save_teacher_responses else answer
         return answers
 
     def _sampling_options(self, source: Source) -> SamplingOptions:
@@ -199,6 +219,61 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
 
         self._generate(samples, TEACHER, lend, [self.encoder.teacher_prompt(sample) for sample in samples])
 
+    def _server_answers(self, samples: list[Sample]) -> None:
+        """A teacher server answers. Every rank calls it, and all of them stop if one has no answer."""
+        seeds = [self._seed(s) for s in samples]
+        prompts = [self.encoder.question(s, p, prompt_only=True) for s, p in zip(samples, self._encoded_prompts(samples), strict=True)]
+        stop_ids = sorted(self._stop_ids())
+        with self.metrics.seconds('seconds/generation'):
+            self._together(lambda: self.teacher.answer(samples, prompts, seeds, self._sampling_options(TEACHER), stop_ids))
+
+    def _kept(self, answer: cycles.Answer) -> cycles.Answer:
+        """``answer``, and what was answered in training goes to ``--gkd_save_teacher_responses``."""
+
+        def kept(samples: list[Sample]) -> None:
+            try:
+                answer(samples)
+            except TeacherServerError:  # on every rank; some samples may have their answers
+                self._keep(samples)
+                raise
+            self._keep(samples)
+
+        return kept
+
+    def _keep(self, samples: list[Sample]) -> None:
+        """Append rows with the teacher's answers to a dataset on disk. A collective call."""
+        if self._cycle_key[0] < 0:  # an evaluation
+            return
+        lines = [self.encoder.row_with_response(sample) for sample in samples if sample.response is not None]
+        self.teacher_responses.append(gather_object(lines))
+
+    def _seed(self, sample: Sample) -> int:
+        return sources.sampling_seed(self.args.seed, sample.row.epoch, sample.row.number, sample.source, sample.row.repeat)
+
+    def _encoded_prompts(self, samples: list[Sample]) -> list[dict[str, Any]]:
+        with self.template.generate_context():
+            return [self.template.encode(self.encoder.teacher_prompt(sample)) for sample in samples]
+
+    def _stop_ids(self) -> set[int]:
+        """The ids that end an answer: those of the student's generation config, which ms-swift has brought in line with the template."""
+        eos = self._bare().generation_config.eos_token_id
+        return set(eos if isinstance(eos, list) else [eos]) - {None}
+
+    def _together(self, ask: Callable[[], None]) -> None:
+        """Ask a server on every rank, and raise on every rank if one of them fails. A collective call.
+
+        Raises:
+            TeacherServerError: With this rank's reason, or naming the number of other ranks that failed.
+        """
+        error = None
+        try:
+            ask()
+        except TeacherServerError as caught:
+            error = caught
+        failed = cycles.total_over_ranks(int(error is not None), self.args.device)
+        if failed:
+            raise error or TeacherServerError(f'The teacher server of {failed} other ranks gave up at step {self.state.global_step + 1}.')
+
     def _generate(self, samples: list[Sample], source: Source, lend, prompts: list[dict[str, Any]]) -> None:
         """Generate with transformers. Where ranks share the weights, all of them take part if one has a prompt."""
         lockstep = self.accelerator.num_processes > 1 and (self.is_deepspeed_enabled or self.is_fsdp_enabled)
@@ -206,52 +281,11 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
             return
         if lockstep and not prompts:
             prompts = [{'messages': [{'role': 'user', 'content': 'a'}]}]
-        seeds = [sources.sampling_seed(self.args.seed, s.row.epoch, s.row.number, source) for s in samples] or [0] * len(prompts)
+        seeds = [self._seed(s) for s in samples] or [0] * len(prompts)
         with self.metrics.seconds('seconds/generation'):
             responses = LocalGenerator(self.template, lend, self.args.device, lockstep)(prompts, seeds, self._sampling_options(source))
         for sample, response in zip(samples, responses, strict=False):  # a rank's stand-in prompt has no sample
             sample.response = response
-
-    def _engine_answers(self, samples: list[Sample]) -> None:
-        """The student answers through ms-swift's rollout (vLLM). Every rank calls it, even with nothing to generate."""
-        with self.metrics.seconds('seconds/generation'):
-            generated = self._fast_infer(self._preprocess_inputs([self.encoder.inner(sample) for sample in samples]))
-        for sample, result in zip(samples, generated, strict=True):
-            ids = result.response_token_ids
-            flat = list(itertools.chain.from_iterable(ids)) if ids and isinstance(ids[0], list) else list(ids)
-            sample.generated, sample.response = result, Response(flat, result.finish_reason or 'stop')
-
-    def _get_request_config(self):
-        """The engine's sampling options with a seed of this cycle and this engine; ms-swift adds the request's number to it."""
-        config = copy.copy(self.request_config)
-        engine = 0 if self.vllm_mode == 'server' else self.accelerator.process_index // self.vllm_tensor_parallel_size
-        step, number = self._cycle_key
-        config.seed = sources.sampling_seed(self.args.seed, step, 1000 * number + engine, STUDENT) % 2**31
-        return config
-
-    def _add_prompt_id_to_inputs(self, samples):
-        """Name the requests. ms-swift gathers all prompts to number equal ones, which GRPO needs; and skips the call on a rank without
-        samples (4.6.0, rollout_mixin.py:1236), on which the others then wait forever."""
-        for sample in samples:
-            sample.prompt_id = sample.request_id = f'gkd-{self.accelerator.process_index}-{id(sample)}'
-        return samples
-
-    @contextmanager
-    def offload_context(self) -> Iterator[None]:
-        """The student and its optimizer away from the device while ms-swift's colocated engine generates."""
-        model = self._bare()
-        optimizer = self.args.offload_optimizer and getattr(self, 'optimizer', None)
-        if self.args.offload_model:
-            self.offload_model(model)
-        if optimizer:
-            self.offload_optimizer()
-        try:
-            yield
-        finally:
-            if self.args.offload_model:
-                self.load_model(model)
-            if optimizer:
-                self.load_optimizer()
 
     # -- rows to micro-batches -----------------------------------------------------------------------------------------------------
 
@@ -272,6 +306,7 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
             self.train_dataset,
             self._train_batch_size,
             seed=seed if args.train_dataloader_shuffle else None,
+            num_samples=args.gkd_num_samples,
             drop_last=args.dataloader_drop_last,
             skip=skip_batches,
             endless=True,
@@ -289,6 +324,8 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
         A generation cycle (``steps_per_generation`` micro-batches) may serve several steps, or a step may need several cycles; either
         way the weights do not change between the first cycle of a step and its last.
         """
+        if self._resumed is not None:
+            self._ready.extend(self._resumed_cycle(epoch_iterator))
         for number in itertools.count():
             if len(self._ready) >= num_batches:
                 break
@@ -298,20 +335,60 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
             self._ready.extend(cycle)
         samples = [self._ready.popleft() for _ in range(min(num_batches, len(self._ready)))]
         batches = [self.encoder.micro_batch(one) for one in samples]
+        if isinstance(self.teacher, RemoteTeacher) and self.args.gkd_loss_weight > 0:
+            try:
+                self._ask_teacher(batches)
+            except TeacherServerError:
+                self._ready.extendleft(reversed(samples))
+                self._save_before_leaving()
+                raise
         self._count(batches)
         return batches, None
 
+    def _ask_teacher(self, batches: list[MicroBatch]) -> None:
+        with self.metrics.seconds('seconds/teacher'):
+            self._together(lambda: self.teacher.ask(batches))
+
+    def _save_before_leaving(self) -> None:
+        """A checkpoint of the last finished step, with the responses that exist. A collective call."""
+        checkpoint = os.path.join(self.args.output_dir, f'checkpoint-{self.state.global_step}')
+        complete = os.path.isfile(os.path.join(checkpoint, 'trainer_state.json'))
+        if self.accelerator.num_processes > 1:
+            complete = bool(cycles.total_over_ranks(int(complete), self.args.device))
+        if complete and not self.args.save_only_model:
+            cycles.save(checkpoint, list(self._ready))
+        elif not complete:
+            self._save_checkpoint(self.model_wrapped, None)
+        logger.error(f'The run ends here. To go on: --resume_from_checkpoint {checkpoint}')
+
     def _next_cycle(self, epoch_iterator: Iterator[list[Row]], number: int) -> list[list[Sample]]:
-        """A cycle's samples with their responses; first what a checkpoint has kept of one. Empty at the end of an epoch."""
-        if self._resumed is not None:
-            state, self._resumed = self._resumed, None
-            return cycles.restored(self.cycle, state, list(itertools.islice(epoch_iterator, len(state['micro_batches']))))
+        """A cycle's samples with their responses. Empty at the end of an epoch."""
         rows = list(itertools.islice(epoch_iterator, self.args.steps_per_generation))
         self._cycle_key = self.state.global_step, number
-        samples = self.cycle.samples(rows, self._cycle_key)
-        if self.args.log_completions:
-            self._write_completions([sample for one in samples for sample in one])
-        return samples
+        return self._noted(self._with_responses(lambda: self.cycle.samples(rows, self._cycle_key)))
+
+    def _resumed_cycle(self, epoch_iterator: Iterator[list[Row]]) -> list[list[Sample]]:
+        """What a checkpoint has kept of one."""
+        state, self._resumed = self._resumed, None
+        rows = list(itertools.islice(epoch_iterator, len(state['micro_batches'])))
+        return self._noted(self._with_responses(lambda: cycles.restored(self.cycle, state, rows)))
+
+    def _noted(self, cycle: list[list[Sample]]) -> list[list[Sample]]:
+        """The cycle; what was generated for it just now is dated and counted."""
+        new = [s for samples in cycle for s in samples if s.response is not None and s.generated_at is None]
+        for sample in new:
+            sample.generated_at = self.state.global_step
+        self.metrics.total('tokens/generated', sum(len(sample.response.token_ids) for sample in new))
+        return cycle
+
+    def _with_responses(self, make: Callable[[], list[list[Sample]]]) -> list[list[Sample]]:
+        """A cycle; if the teacher's server fails while it is made, what exists of it is in the checkpoint that is left behind."""
+        try:
+            return make()
+        except cycles.Unanswered as failure:
+            self._ready.extend(failure.samples)
+            self._save_before_leaving()
+            raise failure.__cause__ from None
 
     def _count(self, batches: list[MicroBatch]) -> None:
         """The step's denominator."""
@@ -344,6 +421,9 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
         if aux is not None and self.aux_loss_enabled:
             loss = loss + self.aux_loss_coef * aux.to(loss.device) * (inputs.num_tokens / self._step_tokens)
         self._add_token_metrics(inputs, stats)
+        if self.args.log_completions and stats.divergence is not None:
+            for sample, divergence in zip(inputs.samples, stats.divergence.split(inputs.lengths), strict=True):
+                sample.divergence = divergence.mean() if len(divergence) else None
         self._step_losses.append((loss.detach(), inputs.samples))
         loss = loss.to(self.args.device) * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
@@ -353,7 +433,9 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
         self._verify_heads(model, batch)
         stats = TokenStats(detail=self.args.gkd_detailed_metrics and self.teacher is not None)
         signal = None
-        if self.teacher is not None and self.args.gkd_loss_weight > 0:
+        if batch.signal is not None:
+            signal = batch.signal
+        elif self.teacher is not None and self.args.gkd_loss_weight > 0:
             with self.metrics.seconds('seconds/teacher'):
                 signal = self.teacher.signal(batch, self._call, self._topk_options())
         with self.metrics.seconds('seconds/student'):
@@ -378,7 +460,7 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
         self._heads_verified = True
         index = torch.linspace(0, batch.student_inputs['input_ids'].numel() - 1, 8, device=self.args.device).long()
         heads = [('student', self.loss.head, lambda: self._call(model, batch.student_inputs), evaluation_mode(self._bare()))]
-        if self.teacher is not None and self.teacher.model is not self.model:
+        if self.teacher is not None and self.teacher.model not in (None, self.model):
             heads.append(('teacher', self.teacher.head, lambda: self._call(self.teacher.model, batch.student_inputs), self.teacher.ready()))
         for name, head, forward, ready in heads:
             with ready:  # eval mode in both: dropout would draw from the random numbers of the step
@@ -445,6 +527,8 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
             if source in (STUDENT, TEACHER):
                 self.cycle.answers[source]([sample for sample in samples if sample.row.counts])
             batch = self.encoder.micro_batch(samples).to(self.args.device)
+            if isinstance(self.teacher, RemoteTeacher) and self.args.gkd_loss_weight > 0:
+                self._ask_teacher([batch])
             with torch.no_grad(), self.template.forward_context(self.model, batch.student_inputs):
                 total, _, stats = self._sum_over_tokens(model, batch)
             counted = [sums.new_tensor(batch.num_tokens), sums.new_tensor(sum(sample.row.counts for sample in samples))]
@@ -473,7 +557,7 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
                 self.encoder.check(sample)
             except Exception as error:  # see Cycle.sample
                 logger.warning(f'evaluation: {sample} cannot be encoded: {error}')
-                sample = Sample(Row(row.number, row.epoch, row.content, counts=False), row.content)
+                sample = Sample(row.filler(), row.content)
         return sample
 
     # -- metrics ---------------------------------------------------------------------------------------------------------------------
@@ -512,11 +596,12 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
                 self.metrics.add('response/length', len(sample.response.token_ids))
                 self.metrics.add('response/cut_off', sample.response.cut_off)
 
-    def _write_completions(self, samples: list[Sample]) -> None:
-        """One line per generated response into completions.jsonl. A collective call."""
+    def write_completions(self) -> None:
+        """One line per generated response of this step into completions.jsonl. A collective call."""
         lines = [
             {
                 'step': self.state.global_step + 1,
+                'generated_at': sample.generated_at,
                 'row': sample.row.number,
                 'epoch': sample.row.epoch,
                 'source': sample.source,
@@ -524,7 +609,9 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
                 'completion': self.template.safe_decode(sample.response.token_ids),
                 'length': len(sample.response.token_ids),
                 'finish_reason': sample.response.finish_reason,
+                'divergence': None if sample.divergence is None else sample.divergence.item(),
             }
+            for _, samples in self._step_losses
             for sample in samples
             if sample.row.counts and sample.response is not None
         ]
@@ -532,7 +619,12 @@ class GKDTrainer(RolloutTrainerMixin, SwiftMixin, Trainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if 'loss' in logs:
-            logs.update(self.metrics.pop())
+            metrics = self.metrics.pop()
+            tokens = metrics.pop('tokens/generated', 0)
+            if tokens:
+                seconds = metrics['seconds/generation'] - metrics.get('seconds/weight_sync', 0)
+                metrics['generation/tokens_per_second'] = tokens / seconds
+            logs.update(metrics)
         super().log(logs, *args, **kwargs)
 
     def floating_point_ops(self, inputs: MicroBatch) -> int:

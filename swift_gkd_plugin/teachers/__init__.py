@@ -35,13 +35,15 @@ class Logits:
 @dataclass(frozen=True)
 class TopK:
     """Attributes:
-    logprobs: [n, k] float32, at the temperature of the divergence and normalised over the whole common vocabulary;
-        -inf fills ragged rows.
+    logprobs: [n, k] float32; -inf fills ragged rows.
     ids: [n, k] int64.
+    temperature: At which they were taken; None for that of the divergence. A local teacher's are normalised over the common
+        vocabulary, a server's (at 1) over its own.
     """
 
     logprobs: torch.Tensor
     ids: torch.Tensor
+    temperature: float | None = None
 
 
 Signal = HiddenStates | Logits | TopK

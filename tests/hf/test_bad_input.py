@@ -32,7 +32,7 @@ REFUSED = {
     'right truncation': ({'lmbda': 0.5, 'truncation_strategy': 'right'}, ['--truncation_strategy right', 'delete']),
     'server': (
         {'teacher_model': None, 'teacher_model_type': None, 'teacher_model_server': 'http://127.0.0.1:9', 'gkd_logits_topk': 4},
-        ['--teacher_model_server', 'SWIFT_GKD_PLUGIN=0'],
+        ['--teacher_model_server', 'http://127.0.0.1:9', 'no connection'],
     ),
     'multi turn': ({'lmbda': 1, 'multi_turn_scheduler': 'math_tip_trick', 'max_turns': 2}, ['--multi_turn_scheduler', '--use_vllm']),
     'empty dataset': ({'dataset': 'EMPTY'}, ['--dataset', '0 rows']),

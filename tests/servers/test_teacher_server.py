@@ -1,0 +1,142 @@
+"""A teacher behind a server is the teacher: the same numbers as in the process, whatever the network does."""
+
+from __future__ import annotations
+
+import json
+
+import job_runs
+import proxy as faults
+import pytest
+from proxy import KEY
+
+K = 16
+STEP = {
+    'tuner_type': 'full',
+    'max_steps': 3,
+    'lmbda': 0,
+    'learning_rate': 1e-3,
+    'per_device_train_batch_size': 2,
+    'gradient_accumulation_steps': 2,
+    'gkd_logits_topk': K,
+    'callbacks': 'recorder',
+    'temperature': 1,
+    'max_grad_norm': 1e6,
+}
+MIXED = {
+    **STEP,
+    'lmbda': 0.5,
+    'seq_kd': 'true',
+    'temperature': 0.7,
+    'top_p': 0.8,
+    'gkd_temperature': 1,
+    'save_strategy': 'steps',
+    'save_steps': 1,
+}
+
+
+def asks(url: str, **options) -> dict:
+    return {'teacher_model': None, 'teacher_model_type': None, 'teacher_model_server': url, 'gkd_server_retry_seconds': 20, **options}
+
+
+def dies_after(proxy: faults.FaultyProxy, requests: int) -> faults.FaultyProxy:
+    proxy.faults, proxy.afterwards = [None] * requests, faults.dead
+    return proxy
+
+
+@pytest.fixture(scope='module')
+def spoilt(vllm_server, proxies):
+    proxy = proxies(vllm_server)
+    kinds = (faults.error_500, faults.late(3), faults.cut, faults.dead, faults.short, faults.missing, faults.not_a_number, faults.too_few)
+    proxy.faults = [None, *(one for kind in kinds for one in (kind, None))]  # the start-up's question; then one fault per question
+    return proxy
+
+
+@pytest.fixture(scope='module')
+def runs(run_jobs, tiny_models, vllm_server, deploy_server, proxies, spoilt, tmp_path_factory):
+    kept = tmp_path_factory.mktemp('kept') / 'answers.jsonl'
+    gone = dies_after(proxies(vllm_server), 1 + 2 * 4)
+    gone_answering = dies_after(proxies(vllm_server), 1 + 4 + 1)
+    nonsense, foreign = proxies(vllm_server), proxies(vllm_server)
+    nonsense.faults, nonsense.afterwards = [None] * 5, faults.not_a_number
+    foreign.faults, foreign.afterwards = [None] * 5, faults.other_tokens
+    root = tmp_path_factory.mktemp('outputs')
+    tags = json.dumps([{'url': vllm_server, 'tags': ['even']}, {'url': deploy_server, 'tags': ['odd']}])
+    rows = [json.loads(line) for line in tiny_models.train.read_text().splitlines()]
+    tagged = root / 'tagged.jsonl'
+    tagged.write_text(''.join(json.dumps({**row, 'kind': ('even', 'odd')[i % 2]}) + '\n' for i, row in enumerate(rows)))
+    found = run_jobs(
+        {
+            'local': STEP,
+            'vllm': {**STEP, **asks(vllm_server)},
+            'deploy': {**STEP, **asks(deploy_server)},
+            'two servers': {**STEP, **asks(tags), 'dataset': tagged, 'teacher_tag_key': 'kind', 'remove_unused_columns': 'false'},
+            'spoilt': {**STEP, **asks(spoilt.url, gkd_server_timeout=2, gkd_server_in_flight=1)},
+            'gone': {**STEP, **asks(gone.url, gkd_server_retry_seconds=2), 'output_dir': root / 'gone'},
+            'gone, resumed': {**STEP, **asks(vllm_server), 'resume_from_checkpoint': root / 'gone' / 'checkpoint-2'},
+            'nonsense': {**STEP, **asks(nonsense.url)},
+            'foreign': {**STEP, **asks(foreign.url)},
+            'mixed': {**MIXED, **asks(vllm_server), 'gkd_save_teacher_responses': kept, 'log_completions': 'true'},
+            'mixed, gone': {**MIXED, **asks(gone_answering.url, gkd_server_retry_seconds=2), 'output_dir': root / 'mixed gone'},
+            'mixed, resumed': {**MIXED, **asks(vllm_server), 'resume_from_checkpoint': root / 'mixed gone' / 'checkpoint-1'},
+            'mixed, deploy': {**MIXED, **asks(deploy_server)},
+        },
+        timeout=900,
+    )
+    return found, root, kept
+
+
+@pytest.mark.parametrize('name', ['vllm', 'deploy', 'two servers'])
+def test_equals_the_local_teacher(runs, name):
+    found, local = runs[0][name].ok(), runs[0]['local'].ok()
+    assert found.losses == pytest.approx(local.losses, rel=1e-5)
+    for step in (1, 2, 3):
+        assert job_runs.relative(found.gradients(step), local.gradients(step)) < 1e-4 if step > 1 else 1e-5
+
+
+def test_failures_that_pass_cost_only_time(runs, spoilt):
+    run = runs[0]['spoilt'].ok()
+    assert run.losses == pytest.approx(runs[0]['vllm'].losses, rel=1e-6)
+    assert not spoilt.faults  # each of them happened
+    for reason in ('HTTP 500 {"message": "out of memory"}', 'no answer within 2 s', 'no connection', 'next try in 1 s', 'is back after'):
+        assert reason in run.output
+
+
+def test_a_server_that_is_gone(runs):
+    """A checkpoint first, then server, step and reason; and the resumed run is the one that was never interrupted."""
+    found, root, _ = runs
+    error = found['gone'].error
+    assert error.startswith('TeacherServerError') and '127.0.0.1' in error and 'step 3' in error and 'no connection' in error
+    assert (root / 'gone' / 'checkpoint-2' / 'trainer_state.json').exists()
+    resumed = found['gone, resumed'].ok()
+    assert resumed.losses == pytest.approx(found['vllm'].losses[2:], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('name', 'reason'), [('nonsense', 'NaN'), ('foreign', 'another tokenizer or another template')], ids=['nonsense', 'foreign']
+)
+def test_replies_that_stay_unusable(runs, name, reason):
+    found = runs[0][name]
+    assert found.error.startswith('TeacherServerError') and reason in found.error and 'step 2' in found.error
+    assert (found.output_dir / 'checkpoint-1' / 'trainer_state.json').exists()
+
+
+def test_answers_of_the_server(runs):
+    """Ids and scores in one request: as many requests as answers and other samples, and the loss of a scoring pass."""
+    mixed, deploy = runs[0]['mixed'].ok(), runs[0]['mixed, deploy'].ok()
+    assert {line['source'] for line in mixed.completions} == {'student', 'teacher'}
+    assert all(0 < loss < 6 for loss in mixed.losses + deploy.losses)
+
+
+def test_nothing_generated_is_lost(runs):
+    found, root, _ = runs
+    assert 'TeacherServerError' in found['mixed, gone'].error and 'step 2' in found['mixed, gone'].error
+    (cycle,) = json.loads((root / 'mixed gone' / 'checkpoint-1' / 'gkd_cycle_rank0.json').read_text())['micro_batches'][:1]
+    assert any('token_ids' in sample for sample in cycle)
+    assert found['mixed, resumed'].ok().losses[-1] == pytest.approx(found['mixed'].losses[-1], rel=1e-5)
+
+
+def test_no_key_anywhere(runs):
+    for run in runs[0].values():
+        assert KEY not in run.output
+        for path in run.output_dir.rglob('*'):
+            assert path.is_dir() or KEY.encode() not in path.read_bytes(), path
