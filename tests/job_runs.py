@@ -63,7 +63,8 @@ Jobs = Mapping[str, Mapping[str, Any]]
 class JobRunner:
     """Runs several configurations and returns them by name.
 
-    A configuration is a mapping of options on top of ``helpers.QUICK`` and the tiny models; the key ``stop_at`` kills it after a step.
+    A configuration is a mapping of options on top of ``helpers.QUICK`` and the tiny models. Other keys: ``stop_at`` kills it after a
+    step, ``dense`` forces whole logits, ``evaluate_first`` evaluates before training.
 
     Args:
         tmp_path_factory: pytest's.
@@ -83,7 +84,7 @@ class JobRunner:
         listed = []
         for name, options in jobs.items():
             options = dict(options)
-            stop_at = options.pop('stop_at', -1)
+            hooks = {key: options.pop(key) for key in ('stop_at', 'dense', 'evaluate_first') if key in options}
             output_dir = Path(options.pop('output_dir', root / name))
             output_dir.mkdir(parents=True, exist_ok=True)
             ranks = {'ddp_backend': 'gloo'} if nproc > 1 else {}
@@ -96,7 +97,7 @@ class JobRunner:
                 **ranks,
                 **options,
             }
-            listed.append({'argv': helpers.command_line(merged), 'output_dir': str(output_dir), 'stop_at': stop_at, 'name': name})
+            listed.append({'argv': helpers.command_line(merged), 'output_dir': str(output_dir), 'name': name, **hooks})
         path = root / 'jobs.json'
         path.write_text(json.dumps(listed))
         argv = [sys.executable, self.script, path]

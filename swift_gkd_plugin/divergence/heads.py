@@ -27,7 +27,7 @@ class LogitTransform:
         logits = softcap · tanh(scale · z / softcap)        or scale · z without a softcap
 
     Gemma 2, 3n and 4: softcap = `final_logit_softcapping`. Cohere: scale = `logit_scale`. Granite:
-    scale = 1 / `logits_scaling`.
+    scale = 1 / `logits_scaling`. docs_en/loss.md lists the families.
     """
 
     scale: float = 1.0
@@ -133,6 +133,27 @@ class LinearHead:
                 w = converted[: len(part)].copy_(part)
                 p = product[: len(x) * len(part)].view(len(x), len(part))
                 torch.mul(torch.mm(x, w.t(), out=p), alpha, out=out[:, start : start + len(part)])
+
+
+def linear_logits(
+    hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None, lora=None, transform: LogitTransform | None = None
+) -> Tensor:
+    """The logits as a whole, [tokens, vocab] in fp32 (fp64 from fp64); for few tokens. They carry no gradient.
+
+    Args:
+        hidden: [tokens, dim].
+        weight: [vocab, dim].
+        bias: [vocab], added to the products.
+        lora: (A [rank, dim], B [vocab, rank], scaling), a low-rank term of the head.
+        transform: what the model does to its logits after the head.
+    """
+    head = LinearHead(hidden, weight, bias, lora, transform, len(weight), temperature=1.0)
+    logits = torch.empty(len(hidden), len(weight), dtype=head.dtype, device=hidden.device)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        head.logits(slice(None), logits)
+        if bias is not None and not head.softcap:
+            logits.masked_fill_(bias == -torch.inf, -torch.inf)
+    return logits
 
 
 class HeadGradients:

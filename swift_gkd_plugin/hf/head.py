@@ -9,6 +9,7 @@ module outputs, and a value carried out by a closure would miss them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..divergence import LogitTransform
+from ..divergence import LogitTransform, linear_logits
 
 
 @dataclass(frozen=True)
@@ -26,24 +27,57 @@ class PostProcessing:
     """What a family of models does to the logits after the head, and the value that switches it off.
 
     Attributes:
-        owner: ``config`` (the text model's configuration) or ``model`` (the module itself).
+        owner: ``config`` (the text model's configuration), ``model`` (the module itself) or ``base`` (the model without its head).
         attribute: Where the number is.
         neutral: The value with which nothing happens.
         transform: The operator's counterpart, from the number.
+        only, never: ``model_type`` of the configuration or of its text model, where other families give the attribute another meaning.
     """
 
     owner: str
     attribute: str
     neutral: float | None
     transform: Callable[[float], LogitTransform]
+    only: tuple[str, ...] = ()
+    never: tuple[str, ...] = ()
+
+    def concerns(self, model_types: set[str]) -> bool:
+        return model_types.isdisjoint(self.never) and (not self.only or not model_types.isdisjoint(self.only))
 
 
-# Read off transformers 5.19; a family that is not in the list is found out by OutputHead.verify().
+# Families that cap without asking whether there is a cap get one that is far away. A power of two: dividing and multiplying by it is
+# exact, and tanh(x) is x so close to 0.
+FAR_AWAY = 2.0**40
+
+_CAPS_ALWAYS = ('muse_glimmer', 'muse_glimmer_text')
+_MULTIPLIES = ('hyperclovax', 'hyperclovax_vision_v2')
+
+# Read off transformers 5.19 and listed in docs_en/loss.md; a family that is not in the list is found out by OutputHead.verify().
 POST_PROCESSING = (
-    PostProcessing('config', 'final_logit_softcapping', None, lambda cap: LogitTransform(softcap=cap)),  # Gemma 2, 3, 3n, 4
-    PostProcessing('model', 'logit_scale', 1.0, lambda scale: LogitTransform(scale=scale)),  # Cohere
-    PostProcessing('config', 'logits_scaling', 1.0, lambda scaling: LogitTransform(scale=1.0 / scaling)),  # Granite
+    PostProcessing(
+        'config',
+        'final_logit_softcapping',
+        None,
+        lambda cap: LogitTransform(softcap=cap),
+        never=(*_CAPS_ALWAYS, 'paligemma'),  # PaliGemma 2 doesn't apply its text model's cap
+    ),
+    PostProcessing('config', 'final_logit_softcapping', FAR_AWAY, lambda cap: LogitTransform(softcap=cap), only=_CAPS_ALWAYS),
+    PostProcessing('config', 'logits_soft_cap', FAR_AWAY, lambda cap: LogitTransform(softcap=cap)),
+    PostProcessing('config', 'output_multiplier', 1.0, lambda scale: LogitTransform(scale=scale)),
+    PostProcessing('model', 'logit_scale', 1.0, lambda scale: LogitTransform(scale=scale)),
+    PostProcessing(
+        'config',
+        'logits_scaling',
+        1.0,
+        lambda scaling: LogitTransform(scale=1.0 / scaling),
+        never=(*_MULTIPLIES, 'minicpm3'),  # MiniCPM 3 divides the hidden states, in front of the head
+    ),
+    PostProcessing('config', 'logits_scaling', 1.0, lambda scale: LogitTransform(scale=scale), only=_MULTIPLIES),
+    PostProcessing('base', 'lm_head_multiplier', 1.0, lambda scale: LogitTransform(scale=scale)),
 )
+
+# Size of the logits, and of the value in the place of logits, with which OutputHead.verify() looks for post-processing.
+_PROBE = 1000.0
 
 
 @dataclass(frozen=True)
@@ -56,11 +90,15 @@ class HeadTensors:
     lora: tuple[torch.Tensor, torch.Tensor, float] | None = None
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, dim] -> [n, vocab], the plain way; for a few tokens."""
-        logits = F.linear(hidden, self.weight, self.bias).float()
+        """[n, dim] -> [n, vocab] in fp32 from inputs of any precision; for a few tokens, and without a gradient."""
+        return linear_logits(hidden, self.weight, bias=self.bias, lora=self.lora, transform=self.transform)
+
+    def logits_with_gradient(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The same by autograd, through fp32 copies of the tensors."""
+        logits = F.linear(hidden.float(), self.weight.float(), None if self.bias is None else self.bias.float())
         if self.lora is not None:
             a, b, scaling = self.lora
-            logits = logits + (hidden.to(a.dtype) @ a.t() @ b.t()).float() * scaling
+            logits = logits + hidden.float() @ a.float().t() @ b.float().t() * scaling
         if self.transform is not None:
             logits = logits * self.transform.scale
             if self.transform.softcap is not None:
@@ -85,12 +123,15 @@ class OutputHead:
     """The output head of one transformers (or PEFT) model.
 
     Attributes:
+        transform: What the model does to its logits after the head; None if nothing.
         dense: Why the head can't be intercepted, one line; None if it can.
     """
 
     def __init__(self, model: nn.Module):
-        self.model = unwrap_peft(model)
+        self.outer, self.model = model, unwrap_peft(model)
         self.module: nn.Module | None = self.model.get_output_embeddings()
+        self.post_processing = self._post_processing()
+        self.transform = self._transform()  # now: while the head is replaced, the model's attributes say that nothing happens
         self.dense = self._why_dense()
 
     @property
@@ -137,13 +178,22 @@ class OutputHead:
         )
 
     def _post_processing(self) -> list[tuple[Any, PostProcessing, float]]:
-        owners = {'config': self.model.config.get_text_config(), 'model': self.model}
+        config = self.model.config.get_text_config()
+        owners = {'config': config, 'model': self.model, 'base': self.model.base_model}
         found = []
         for item in POST_PROCESSING:
-            value = getattr(owners[item.owner], item.attribute, item.neutral)
-            if value != item.neutral and value is not None:
-                found.append((owners[item.owner], item, value))
+            if item.concerns({self.model.config.model_type, config.model_type}):
+                value = getattr(owners[item.owner], item.attribute, item.neutral)
+                if value != item.neutral and value is not None:
+                    found.append((owners[item.owner], item, value))
         return found
+
+    def _transform(self) -> LogitTransform | None:
+        transforms = [item.transform(value) for _, item, value in self.post_processing]
+        if not transforms:
+            return None
+        # MuseGlimmer scales and then caps, the other families do one of the two.
+        return LogitTransform(math.prod(t.scale for t in transforms), next((t.softcap for t in transforms if t.softcap), None))
 
     def tensors(self, adapter: bool = True) -> HeadTensors:
         """The head's tensors, to be read while they are whole: inside the head's own forward or inside :meth:`gathered`."""
@@ -153,8 +203,7 @@ class OutputHead:
         if hasattr(executed, 'lora_A') and adapter and not executed.disable_adapters:
             (name,) = (name for name in executed.active_adapters if name in executed.lora_A)
             lora = (executed.lora_A[name].weight, executed.lora_B[name].weight, executed.scaling[name])
-        transforms = [item.transform(value) for _, item, value in self._post_processing()]
-        return HeadTensors(_autocast(base.weight), _autocast(base.bias), transforms[0] if transforms else None, lora)
+        return HeadTensors(_autocast(base.weight), _autocast(base.bias), self.transform, lora)
 
     @contextmanager
     def replaced(self, forward: Callable[[torch.Tensor], torch.Tensor], adapter: bool = True, raw: bool = True) -> Iterator[None]:
@@ -166,7 +215,7 @@ class OutputHead:
             raw: Switch the model's own post-processing of logits off, since the result is something else.
         """
         executed = self.executed(adapter)
-        changed = self._post_processing() if raw else []
+        changed = self.post_processing if raw else []
         before = executed.__dict__.get('forward')
         executed.forward = forward
         for owner, item, _ in changed:
@@ -184,19 +233,20 @@ class OutputHead:
     def gathered(self, adapter: bool = True):
         """A context in which :meth:`tensors` are whole outside the head's forward, for a model whose weights are sharded."""
         executed = self.executed(adapter)
-        weight = getattr(executed, 'base_layer', executed).weight
-        if hasattr(weight, 'ds_id'):
+        # Not the attribute weight: read in the middle of a forward, ZeRO-3 would give it to the module that runs, for good.
+        parameters = list(executed.parameters())
+        if hasattr(parameters[0], 'ds_id'):
             import deepspeed
 
-            return deepspeed.zero.GatheredParameters(list(executed.parameters()))
-        if hasattr(weight, 'full_tensor'):
+            return deepspeed.zero.GatheredParameters(parameters)
+        if hasattr(parameters[0], 'full_tensor'):
             return self._unsharded(executed)
         return nullcontext()
 
     @contextmanager
     def _unsharded(self, executed: nn.Module) -> Iterator[None]:
-        """FSDP2: the head has a group of its own or belongs to the root's."""
-        owner = executed if hasattr(executed, 'unshard') else self.model
+        """FSDP2: the head is in a group with its neighbours (accelerate puts it into one with the last norm) or in the root's."""
+        owner = next(m for m in (executed, self.module, self.model, self.outer) if hasattr(m, 'unshard'))
         owner.unshard()
         try:
             yield
@@ -208,7 +258,8 @@ class OutputHead:
 
         Args:
             forward: Runs the model on one micro-batch and returns its output.
-            index: Positions in the flattened [batch * sequence] to compare, at least one.
+            index: Positions in the flattened [batch * sequence] to compare, at least one. Each is compared as it is and scaled up to
+                logits of 1000, so that a soft cap shows that hardly bends the logits of this batch.
 
         Returns:
             Why the head can't be intercepted, one line; None if the logits agree.
@@ -220,8 +271,11 @@ class OutputHead:
         ours: dict[str, torch.Tensor] = {}
 
         def few(hidden: torch.Tensor) -> torch.Tensor:
-            chosen = hidden.reshape(-1, hidden.shape[-1])[index.to(hidden.device)]
-            ours['logits'] = self.tensors().logits(_autocast(chosen))
+            chosen = _autocast(hidden.reshape(-1, hidden.shape[-1])[index.to(hidden.device)])
+            head = self.tensors()
+            largest = head.logits(chosen).nan_to_num(0, 0, 0).abs().amax(-1, keepdim=True)
+            chosen = torch.cat([chosen, (chosen * (_PROBE / largest.clamp_min(1e-3))).to(chosen.dtype)])
+            ours['logits'] = head.logits(chosen)
             return original(chosen)[None]
 
         with torch.no_grad(), self.replaced(few, raw=False):
@@ -234,9 +288,17 @@ class OutputHead:
         else:
             theirs = theirs.reshape(mine.shape).float()
             finite = theirs.isfinite() & mine.isfinite()
-            scale = theirs[finite].abs().max().clamp_min(1e-6) if finite.any() else theirs.new_ones(())
-            error = ((mine - theirs)[finite].abs().max() / scale).item() if finite.any() else 0.0
+            scale = theirs.masked_fill(~finite, 0).abs().amax(-1, keepdim=True).clamp_min(1e-6)
+            error = ((mine - theirs).masked_fill(~finite, 0).abs() / scale).max().item()
             # bf16 rounds a logit to 1/256 of itself; a missing scale or cap is off by far more.
             if error > 2e-2 or not torch.equal(theirs.isfinite(), mine.isfinite()):
                 self.dense = f'the model post-processes its logits in a way that is not in the list (relative difference {error:.2g})'
+            elif self.post_processing:
+                self.dense = self._not_switched_off(forward)
         return self.dense
+
+    def _not_switched_off(self, forward: Callable[[], Any]) -> str | None:
+        """Whether the post-processing still happens to what is returned in the place of logits."""
+        with torch.no_grad(), self.replaced(lambda hidden: hidden.new_full((), _PROBE, dtype=torch.float32)):
+            returned = forward().logits.item()
+        return None if returned == _PROBE else f"the model's post-processing can't be switched off ({_PROBE} became {returned:.6g})"

@@ -9,6 +9,7 @@ the number of trained tokens of the whole step, over all ranks, is known before 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 from collections import deque
@@ -19,10 +20,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
+from swift.rlhf_trainers.utils import prepare_fsdp
 from swift.template import update_generation_config_eos_token
 from swift.trainers import SwiftMixin
 from swift.utils import HfConfigFactory, JsonlWriter, get_logger, unwrap_model_for_generation
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -88,6 +91,8 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         if args.gkd_save_teacher_responses:
             self.teacher_responses = JsonlWriter(args.gkd_save_teacher_responses)
 
+        if self.is_fsdp_enabled:
+            self._keep_dtype_of_outputs()
         self._setup_teacher()
         self.teacher = self._resolve_teacher() if args.gkd_loss_weight > 0 or args.seq_kd or args.gkd_eval_source == TEACHER else None
         self.loss = DistillationLoss(self._loss_options(), OutputHead(self._bare()), self.teacher.adapter if self.teacher else True)
@@ -112,12 +117,20 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
     def _bare(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model)
 
+    def _keep_dtype_of_outputs(self) -> None:
+        """In mixed precision accelerate lets FSDP2 cast what every sharded module returns; here one of them returns the loss."""
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.mixed_precision_policy is not None:
+            plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
+
     def _resolve_teacher(self) -> LocalTeacher | RemoteTeacher:
         if self._server_urls is not None:
             teacher = self._remote_teacher()
         elif self.teacher_model is not None:
             bare = self.accelerator.unwrap_model(self.teacher_model)
             update_generation_config_eos_token(bare.generation_config, self.template)
+            if self.is_fsdp_enabled:
+                dist.fsdp.register_fsdp_forward_method(bare, 'generate')  # PEFT's goes past the root's forward
             teacher = LocalTeacher(self.teacher_model, bare, self.load_teacher_model_context)
         else:
             kind = SharedBase if self._teacher_use_disable_adapter else LiveStudent
@@ -425,6 +438,8 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
             for sample, divergence in zip(inputs.samples, stats.divergence.split(inputs.lengths), strict=True):
                 sample.divergence = divergence.mean() if len(divergence) else None
         self._step_losses.append((loss.detach(), inputs.samples))
+        if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
+            self.stop_on_nan()  # its backward pass takes the optimizer step too
         loss = loss.to(self.args.device) * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
@@ -499,6 +514,9 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
             sums, left_out = self._evaluated(model, dataloader)
         finally:
             self.metrics = training
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()  # the root stays whole until a backward pass; an optimizer made now would get those tensors
         if left_out:
             logger.warning(
                 f'{left_out} rows of the evaluation set cannot be encoded (--max_length {self.template.max_length}) and are left out.'
@@ -540,12 +558,15 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
     def _prepared_for_evaluation(self) -> nn.Module:
         """The wrapped model in eval mode; prepared here if evaluation comes before any training."""
         if len(self.accelerator._models) == 0:
-            prepare = (
-                self.accelerator.prepare
-                if self.is_deepspeed_enabled or self.is_fsdp_enabled
-                else (lambda model: self.accelerator.prepare_model(model, evaluation_mode=True))
-            )
-            self.model_wrapped = prepare(self.model)
+            if self.is_fsdp_enabled:
+                # accelerate's prepare() wants an optimizer with it.
+                self.model_wrapped = prepare_fsdp(self.model, self.accelerator, evaluation_mode=False)
+                dist.fsdp.register_fsdp_forward_method(self.model, 'generate')
+                self.accelerator._models.append(self.model)
+            elif self.is_deepspeed_enabled:
+                self.model_wrapped = self.accelerator.prepare(self.model)
+            else:
+                self.model_wrapped = self.accelerator.prepare_model(self.model, evaluation_mode=True)
         self.model.eval()
         return self.model_wrapped
 

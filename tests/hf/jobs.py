@@ -10,9 +10,11 @@ import json
 import os
 import sys
 import traceback
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainerCallback
 
 
@@ -20,17 +22,19 @@ class Recorder(TrainerCallback):
     """Keeps what a run saw beside its logs.
 
     ``gradients-<step>.pt``: each step's gradient, before clipping. ``seen.json``: the longest input of the student in tokens, on which
-    sides its batches were padded, the largest dropout, and how often the template's forward context was entered.
+    sides its batches were padded, the largest dropout, how often the template's forward context was entered, and how many parameters
+    are spread over the ranks.
     """
 
     def __init__(self, args, trainer):
         super().__init__()
         self.trainer = trainer
-        self.seen = {'longest': 0, 'padded_left': False, 'padded_right': False, 'dropout': 0.0, 'forward_contexts': 0}
+        self.seen = {'longest': 0, 'padded_left': False, 'padded_right': False, 'dropout': 0.0, 'forward_contexts': 0, 'sharded': 0}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         seen, template = self.seen, self.trainer.template
         seen['dropout'] = max((m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)), default=0.0)
+        seen['sharded'] = sum(isinstance(p, DTensor) or getattr(p, 'ds_persist', True) is False for p in model.parameters())
         forward_context = template.forward_context
 
         def counted(*args):
@@ -46,16 +50,41 @@ class Recorder(TrainerCallback):
 
         template.forward_context = counted
         model.get_input_embeddings().register_forward_pre_hook(look)
+        if self.trainer.is_deepspeed_enabled:
+            engine = self.trainer.model_wrapped
+            step = engine.step
+
+            def record_first():  # it steps inside the backward pass, before on_pre_optimizer_step
+                self.record()
+                step()
+
+            engine.step = record_first
 
     def on_train_end(self, args, state, control, **kwargs):
         if args.process_index == 0:
             Path(args.output_dir, 'seen.json').write_text(json.dumps(self.seen))
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        gradients = {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
-        if args.process_index == 0:
-            torch.save(gradients, Path(args.output_dir) / f'gradients-{state.global_step + 1}.pt')
+        if not self.trainer.is_deepspeed_enabled:
+            self.record()
+
+    def record(self):
+        trainer = self.trainer
+        gradients = {}
+        for name, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
+            gradient = self.whole_gradient(p) if p.requires_grad else None
+            if gradient is not None:
+                gradients[name.replace('_checkpoint_wrapped_module.', '')] = gradient.detach().clone()
+        if trainer.args.process_index == 0:
+            torch.save(gradients, Path(trainer.args.output_dir) / f'gradients-{trainer.state.global_step + 1}.pt')
+
+    def whole_gradient(self, p):
+        """Of all ranks; every rank calls it."""
+        if self.trainer.is_deepspeed_enabled:
+            from deepspeed.utils import safe_get_full_grad
+
+            return safe_get_full_grad(p)
+        return p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
 
 
 class StopAt(TrainerCallback):
@@ -67,6 +96,45 @@ class StopAt(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == int(os.environ['STOP_AT']):
             raise KeyboardInterrupt
+
+
+def allow_fsdp_on_cpu() -> None:
+    """accelerate turns FSDP on for a list of accelerators (state.py, next to MULTI_GPU); torch's FSDP2 runs on gloo too."""
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
+
+    init = AcceleratorState.__init__
+
+    def with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
+        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = PartialState._shared_state['distributed_type'] = DistributedType.FSDP
+            if self._mixed_precision != 'no':
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            self.fsdp_plugin = fsdp_plugin
+
+    AcceleratorState.__init__ = with_fsdp
+
+
+@contextmanager
+def forced(job):
+    """What a job asks for beside its options: ``dense``, whole logits for every model; ``evaluate_first``, before any training."""
+    from swift_gkd_plugin.hf.head import OutputHead
+    from swift_gkd_plugin.hf.trainer import GKDTrainer
+
+    why_dense, train = OutputHead._why_dense, GKDTrainer.train
+
+    def evaluate_and_train(self, *args, **kwargs):
+        self.evaluation_loop(self.get_eval_dataloader(), 'before')  # evaluate() logs, which ms-swift can't before training
+        return train(self, *args, **kwargs)
+
+    if job.get('dense'):
+        OutputHead._why_dense = lambda self: 'the test wants it'
+    if job.get('evaluate_first'):
+        GKDTrainer.train = evaluate_and_train
+    try:
+        yield
+    finally:
+        OutputHead._why_dense, GKDTrainer.train = why_dense, train
 
 
 def main(path: str) -> None:
@@ -88,6 +156,7 @@ def main(path: str) -> None:
         self.padding_free = self.padding_free or self.packing
 
     SftArguments._check_padding_free = allow_sdpa
+    allow_fsdp_on_cpu()
     loaded = []
     from_pretrained = PreTrainedModel.from_pretrained.__func__
 
@@ -105,7 +174,8 @@ def main(path: str) -> None:
         error, trace = None, ''
         loaded.clear()
         try:
-            rlhf_main(job['argv'])
+            with forced(job) if job.get('dense') or job.get('evaluate_first') else nullcontext():
+                rlhf_main(job['argv'])
         except BaseException as e:
             error = f'{type(e).__name__}: {e}'
             trace = traceback.format_exc()
