@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any
 
+from swift.dataset import RowPreprocessor
 from swift.pipelines.train.rlhf import SwiftRLHF
 from swift.utils import get_logger
 from transformers import AutoConfig
@@ -13,6 +14,7 @@ from transformers import AutoConfig
 from .. import checks
 from ..arguments import OptionError
 from ..teachers.server import ServerOptions, TeacherServerError, TeacherServers
+from .samples import RESPONSE_COLUMNS
 
 logger = get_logger()
 
@@ -76,10 +78,24 @@ class GKDPipeline(SwiftRLHF):
     def _loaded_datasets(self):
         if not (self.args.dataset or self.args.val_dataset):
             return None, None  # cached ones are loaded by ms-swift
+        args, removes = self.args, self.args.remove_unused_columns
+        args.remove_unused_columns = False  # ms-swift's default would drop columns of ours
         try:
-            return super()._get_dataset()
+            datasets = super()._get_dataset()
         except StopIteration:  # what ms-swift makes of a file without a row
             return None, None
+        finally:
+            args.remove_unused_columns = removes
+        return tuple(map(self._used_columns, datasets)) if removes else datasets
+
+    def _used_columns(self, dataset):
+        """The columns of ms-swift's format, those of saved responses, and the tags of teacher servers."""
+        columns = getattr(dataset, 'column_names', None)
+        if not columns:
+            return dataset
+        used = {*RowPreprocessor.standard_keys, *RESPONSE_COLUMNS, self.args.teacher_tag_key}
+        kept = [name for name in columns if name in used]
+        return dataset if kept == list(columns) else dataset.select_columns(kept)
 
     def _get_dataset(self):
         return self._datasets
@@ -131,7 +147,7 @@ class GKDPipeline(SwiftRLHF):
             if len(servers) > 1 and any(args.teacher_tag_key not in next(iter(dataset)) for dataset in rows):
                 raise OptionError(
                     f'--teacher_tag_key {args.teacher_tag_key}: the rows have no such column to choose one of {len(servers)} servers by; '
-                    'add it to the dataset, and --remove_unused_columns false to keep it.'
+                    'add it to the dataset.'
                 )
             for server in servers:
                 server.connect()

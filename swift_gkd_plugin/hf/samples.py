@@ -25,6 +25,9 @@ from .data import Row
 
 logger = get_logger()
 
+# What `SampleEncoder.row_with_response` writes beside ms-swift's columns.
+RESPONSE_COLUMNS = ('response_token_ids', 'add_eos')
+
 IGNORED = -100  # label of a token that isn't trained, as everywhere in transformers
 
 
@@ -323,8 +326,9 @@ class SampleEncoder:
         remove_response(inner.messages)
         media = {kind: values for kind in ('images', 'videos', 'audios') if (values := getattr(inner.to_infer_request(), kind))}
         text = self.template.safe_decode(ids if sample.response.cut_off else ids[:-1])
-        answered = {'messages': [*inner.messages, {'role': 'assistant', 'content': text}], 'response_token_ids': ids, 'add_eos': False}
-        return {**{k: v for k, v in sample.content.items() if v is not None}, **media, **answered}
+        messages = [*inner.messages, {'role': 'assistant', 'content': text}]
+        kept = {k: v for k, v in sample.content.items() if v is not None}
+        return {**kept, **media, 'messages': messages, **dict(zip(RESPONSE_COLUMNS, (ids, False), strict=True))}
 
     def question(self, sample: Sample, encoded: dict[str, Any], prompt_only: bool = False) -> Question:
         """A sample as a teacher server is asked about it.

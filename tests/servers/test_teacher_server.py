@@ -69,7 +69,7 @@ def runs(run_jobs, tiny_models, vllm_server, deploy_server, proxies, spoilt, tmp
             'local': STEP,
             'vllm': {**STEP, **asks(vllm_server)},
             'deploy': {**STEP, **asks(deploy_server)},
-            'two servers': {**STEP, **asks(tags), 'dataset': tagged, 'teacher_tag_key': 'kind', 'remove_unused_columns': 'false'},
+            'two servers': {**STEP, **asks(tags), 'dataset': tagged, 'teacher_tag_key': 'kind'},
             'spoilt': {**STEP, **asks(spoilt.url, gkd_server_timeout=2, gkd_server_in_flight=1)},
             'gone': {**STEP, **asks(gone.url, gkd_server_retry_seconds=2), 'output_dir': root / 'gone'},
             'gone, resumed': {**STEP, **asks(vllm_server), 'resume_from_checkpoint': root / 'gone' / 'checkpoint-2'},
