@@ -24,5 +24,5 @@ fi
 .venv/bin/python -m pip install --quiet --upgrade pip
 # torch first and alone, so that nothing that follows brings another version of it.
 .venv/bin/python -m pip install --quiet 'torch==2.13.0'
-.venv/bin/python -m pip install --quiet --editable '.[dev,deepspeed]'
+.venv/bin/python -m pip install --quiet --editable '.[dev,deepspeed,megatron]'
 echo "$wanted" > "$stamp"

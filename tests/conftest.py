@@ -18,6 +18,7 @@ os.environ.update(helpers.OFFLINE)
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line('markers', 'e2e: runs whole commands of ms-swift in processes of their own (10 seconds and more each)')
     config.addinivalue_line('markers', 'vllm: runs the real vLLM on a CPU')
+    config.addinivalue_line('markers', 'megatron: runs megatron-core on CPU and gloo, in process groups of up to four ranks')
 
 
 @pytest.fixture(scope='session')

@@ -1,7 +1,6 @@
 """Everything that the plugin changes in ms-swift for ``megatron rlhf --rlhf_type gkd``, read and tested with ms-swift 4.6.0.
 
-``SEAMS`` works as in ``hf/host.py``. The plugin has no Megatron trainer yet: its options are parsed and checked, one that would have no
-effect is refused, and the trainer of ms-swift runs.
+``SEAMS`` works as in ``hf/host.py``.
 """
 
 from __future__ import annotations
@@ -10,9 +9,10 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from .. import __version__
-from ..arguments import OPTION_NAMES, GKDOptions, OptionError, check_values
+from ..arguments import check_values
+from ..checks import same_weights
 from ..seams import Renamed, extended, for_gkd, forget_external_plugin, modern_command_line, option_fields, option_value, take_options
+from .options import check_layout, check_supported
 
 # Options of Megatron-SWIFT 3.x that command lines for gkd still carry.
 RENAMED = {
@@ -32,11 +32,12 @@ RENAMED = {
 
 
 def take_over_arguments(module: ModuleType) -> dict[str, Any]:
-    """``swift.megatron.arguments.rlhf_args``: our options, checked first."""
+    """``swift.megatron.arguments.rlhf_args``: our options, checked before anything else happens."""
     cls = module.MegatronRLHFArguments
 
     @for_gkd(cls, '__post_init__')
     def check_first(self: Any, stock: Callable[[], None]) -> None:
+        # Stock sets up torch.distributed before it knows whether the layout fits the ranks.
         _check_options(self)
         stock()
 
@@ -47,45 +48,44 @@ def take_over_arguments(module: ModuleType) -> dict[str, Any]:
         _check_options(self)
         forget_external_plugin(self)
 
+    @for_gkd(cls, '_check_teacher')
+    def recognise_shared_base(self: Any, stock: Callable[[], None]) -> None:
+        # Stock compares two strings and ignores the revisions.
+        teacher = self.teacher_model
+        stock()
+        if teacher is None:
+            return
+        shared = self.tuner_type == 'lora' and same_weights(self, teacher)
+        self._teacher_use_disable_adapter = shared
+        self.teacher_model = None if shared else teacher
+
+    @for_gkd(cls, 'init_iters')
+    def count_every_row(self: Any, stock: Callable[..., None], train_dataset: Any, val_dataset: Any) -> None:
+        # Stock drops what is left of an epoch and of the evaluation set. Ours is a shorter last step.
+        evaluates = val_dataset is not None and self.eval_iters != 0
+        stock(train_dataset, val_dataset)
+        steps, eval_steps = (-(-len(rows or ()) // self.global_batch_size) for rows in (train_dataset, val_dataset))
+        if self.num_train_epochs is not None:
+            self.train_iters = steps * self.num_train_epochs
+        if self.save_strategy == 'epoch':
+            self.save_steps = self.eval_steps = steps
+        self.eval_iters = eval_steps if evaluates else 0
+
     return {'MegatronRLHFArguments': extended(cls, option_fields())}
 
 
 def _check_options(args: Any) -> None:
     take_options(args)
     check_values(args)
-    default = GKDOptions()
-    for name in OPTION_NAMES:
-        value = getattr(args, name)
-        if value != getattr(default, name):
-            raise OptionError(
-                f'--{name} {value}: the plugin has no Megatron trainer yet and the one of ms-swift does not know this option; '
-                'leave it out, or train with `swift rlhf`.'
-            )
-
-
-def take_over_trainer(module: ModuleType) -> None:
-    """``swift.megatron.trainers.gkd_trainer``: where the plugin's trainer will be put in."""
-    cls = module.MegatronGKDTrainer
-    stock = cls.__init__
-
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        from swift.utils import get_logger
-        from swift.version import __version__ as host
-
-        get_logger().warning(
-            f'swift-gkd-plugin {__version__} has no Megatron trainer yet: {cls.__name__} of ms-swift {host} runs. '
-            f'Without effect: {", ".join(f"--{name}" for name in OPTION_NAMES)}.'
-        )
-        stock(self, *args, **kwargs)
-
-    cls.__init__ = __init__
+    check_supported(args)
+    check_layout(args)
 
 
 def take_over_pipeline(module: ModuleType) -> None:
-    """``swift.megatron.pipelines.train.rlhf``: old command lines are rewritten before parsing."""
+    """``swift.megatron.pipelines.train.rlhf``: old command lines are rewritten before parsing, our pipeline runs after it."""
     cls = module.MegatronRLHF
     cls.args_class = module.MegatronRLHFArguments
-    parse = cls._parse_args
+    parse, set_seed = cls._parse_args, cls._set_seed
 
     def _parse_args(self: Any, args: Any = None) -> Any:
         argv = modern_command_line(args, RENAMED, self.args_class)
@@ -93,21 +93,31 @@ def take_over_pipeline(module: ModuleType) -> None:
             argv = _without_vllm_unless_asked_for(argv)
         return parse(self, argv)
 
-    cls._parse_args = _parse_args
+    def _set_seed(self: Any) -> None:
+        # See hf/host.py.
+        if self.args.rlhf_type == 'gkd' and type(self) is cls:
+            from .pipeline import GKDPipeline
+
+            self.__class__ = GKDPipeline
+        set_seed(self)
+
+    cls._parse_args, cls._set_seed = _parse_args, _set_seed
 
 
 def _without_vllm_unless_asked_for(argv: list[str]) -> list[str]:
     """Stock turns vLLM on for every rlhf_type and then stops, because --vllm_mode has no default. 3.x had it off."""
     if option_value(argv, '--use_vllm') is not None or option_value(argv, '--vllm_mode') is not None:
         return argv
-    from swift.utils import get_logger
+    argv = [*argv, '--use_vllm', 'false']
+    if option_value(argv, '--lmbda') is None:
+        from swift.utils import get_logger
 
-    get_logger().warning('Neither --use_vllm nor --vllm_mode is given: without vLLM all responses come from the dataset.')
-    return [*argv, '--use_vllm', 'false']
+        get_logger().warning('None of --lmbda, --use_vllm and --vllm_mode is given: --lmbda is 0, all responses come from the dataset.')
+        argv += ['--lmbda', '0']
+    return argv
 
 
 SEAMS = {
     'swift.megatron.arguments.rlhf_args': take_over_arguments,
-    'swift.megatron.trainers.gkd_trainer': take_over_trainer,
     'swift.megatron.pipelines.train.rlhf': take_over_pipeline,
 }

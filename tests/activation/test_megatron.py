@@ -1,4 +1,4 @@
-"""``megatron rlhf``: options, old command lines and the notice that the trainer is ms-swift's, on stand-ins for megatron-core."""
+"""``megatron rlhf``: options, old command lines and what is refused, on stand-ins for megatron-core."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from swift_gkd_plugin.arguments import OPTION_NAMES
 
-STAND_INS = {'PYTHONPATH': str(Path(__file__).parent / 'stand_ins')}
+STAND_INS = {'PYTHONPATH': str(Path(__file__).parent / 'stand_ins'), 'WORLD_SIZE': '2'}
 
 # The commands of the document that users come with, models and data aside.
 SEED_000 = """megatron rlhf --rlhf_type gkd --model {student} --teacher_model {teacher} --load_safetensors true --save_safetensors true
@@ -28,32 +28,32 @@ def test_commands_of_earlier_versions_run_as_they_are(all_finished):
     off_policy, on_policy = all_finished
     args = off_policy.probe['args']
     assert Path(args['output_dir']).name == 'megatron_output'
-    assert (args['num_train_epochs'], args['save_steps'], args['use_vllm']) == (1, 100, False)
+    assert (args['num_train_epochs'], args['save_steps'], args['use_vllm'], args['lmbda']) == (1, 100, False, 0)
     assert (on_policy.probe['args']['use_vllm'], on_policy.probe['args']['vllm_mode']) == (True, 'colocate')
     for notice in (
         "--max_epochs is spelled --num_train_epochs in today's ms-swift",
         "--save is spelled --output_dir in today's ms-swift",
         "--save_interval is spelled --save_steps in today's ms-swift",
         "--load_safetensors is no option of today's ms-swift and is left out: the weights of --model",
-        'Neither --use_vllm nor --vllm_mode is given',
+        'None of --lmbda, --use_vllm and --vllm_mode is given: --lmbda is 0',
     ):
         assert off_policy.output.count(notice) == 1
-    assert 'Neither --use_vllm' not in on_policy.output
+    assert 'None of --lmbda' not in on_policy.output and on_policy.probe['args']['lmbda'] == 0.5
 
 
-@pytest.mark.command(f'{OFF_POLICY} {TINY}', env=STAND_INS)
-def test_stock_trainer_runs_and_says_so(finished):
-    assert finished.returncode == 0
-    (line,) = [line for line in finished.output.splitlines() if 'has no Megatron trainer yet' in line]
-    assert 'MegatronGKDTrainer of ms-swift 4.6.0 runs' in line
-    for name in OPTION_NAMES:
-        assert f'--{name}' in line
-
-
-@pytest.mark.command(f'{OFF_POLICY} {TINY} --gkd_divergence tvd', env=STAND_INS)
-def test_option_without_effect_is_refused(finished):
-    last = finished.output.splitlines()[-1]
-    assert last.startswith('swift-gkd-plugin: --gkd_divergence tvd: the plugin has no Megatron trainer yet'), finished.output[-3000:]
+@pytest.mark.command(f'{OFF_POLICY} {TINY} --lmbda 0.5', env=STAND_INS)
+@pytest.mark.command(f'{OFF_POLICY} {TINY} --tensor_model_parallel_size 3', env=STAND_INS)
+@pytest.mark.command(f'{OFF_POLICY} {TINY} --beta 1.5', env=STAND_INS)
+def test_refusals_are_one_line(all_finished):
+    starts = (
+        '--lmbda 0.5: the student generates with vLLM only',
+        '--tensor_model_parallel_size 3 x --pipeline_model_parallel_size 1 x --context_parallel_size 1 = 3 does not divide the 2 ranks',
+        '--beta 1.5: must be in [0, 1]',
+    )
+    for finished, start in zip(all_finished, starts, strict=True):
+        assert finished.returncode == 1
+        assert finished.output.splitlines()[-1].startswith(f'swift-gkd-plugin: {start}'), finished.output[-3000:]
+        assert 'Traceback' not in finished.output
 
 
 @pytest.mark.command('swift/cli/_megatron/rlhf.py --rlhf_type dpo --help', env={'SWIFT_GKD_PLUGIN': '0', **STAND_INS})

@@ -1,4 +1,4 @@
-"""Stand-ins for megatron-core and its bridge: enough to import Megatron-SWIFT's options and pipeline where neither is installed."""
+"""Stand-ins for megatron-core and its bridge: enough to import Megatron-SWIFT's options and pipeline, quickly."""
 
 import importlib.machinery
 import importlib.util
@@ -39,4 +39,4 @@ class Finder:
         pass
 
 
-sys.meta_path.append(Finder)
+sys.meta_path.insert(0, Finder)  # before the real ones, where they are installed

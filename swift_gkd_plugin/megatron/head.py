@@ -1,0 +1,98 @@
+"""The output head belongs to the loss, as in ``hf/head.py``: the head module returns something else while the forward runs.
+
+Megatron's head is split over the tensor-parallel ranks, each with consecutive rows of the vocabulary, and stays so. With sequence
+parallelism its input is split over the same ranks, and is gathered here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mcore_bridge.model import GPTModel
+from megatron.core import mpu
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from torch import nn
+
+from ..arguments import OptionError
+
+
+@dataclass(frozen=True)
+class HeadTensors:
+    """This rank's rows of an output head: logits = hidden @ weight.T + bias."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, dim] -> [n, rows] in fp32, the plain way; for a few tokens."""
+        return torch.nn.functional.linear(hidden, self.weight, self.bias).float()
+
+
+class OutputHead:
+    """The output head of one model, on the ranks of the last pipeline stage.
+
+    Args:
+        chunks: The model's chunks on this rank, without wrappers: one, or several with virtual pipeline stages.
+
+    Raises:
+        OptionError: The model does something to its logits that the operator would miss.
+    """
+
+    def __init__(self, chunks: list[nn.Module]):
+        self.config = chunks[0].config
+        self.model = next((getattr(m, 'language_model', m) for m in chunks if m.post_process), None)
+        language_model = getattr(chunks[0], 'language_model', chunks[0])
+        own_way = getattr(type(language_model), '_forward_output_layer', None)
+        if own_way not in (None, GPTModel._forward_output_layer):
+            raise OptionError(
+                f'{type(chunks[0]).__name__} changes its logits after the output head (a soft-cap, say), which the Megatron back end '
+                'does not know yet; train it with `swift rlhf`.'
+            )
+
+    @property
+    def columns(self) -> int:
+        """Rows of the whole head, without those that fill up the last shard."""
+        return self.config.padded_vocab_size
+
+    def executed(self, adapter: bool) -> nn.Module:
+        """The module whose forward runs: PEFT's ``modules_to_save`` keeps the trained copy and the original side by side."""
+        module = self.model.output_layer
+        if not hasattr(module, 'modules_to_save'):
+            return module
+        return module.modules_to_save['default'] if adapter else module.original_module
+
+    def tensors(self, adapter: bool = True) -> HeadTensors:
+        executed = self.executed(adapter)
+        tied = self.model.share_embeddings_and_output_weights
+        return HeadTensors(self.model.shared_embedding_or_output_weight() if tied else executed.weight, executed.bias)
+
+    @contextmanager
+    def replaced(self, forward: Callable[[torch.Tensor], torch.Tensor], adapter: bool = True) -> Iterator[None]:
+        """Let the head return ``forward(hidden)`` instead of logits; nothing happens where this rank has no head.
+
+        Args:
+            forward: Takes the head's whole input [sequence, batch, dim] and returns [a, b, …], which the model hands out as [b, a, …].
+            adapter: Whether the adapter is on in this forward.
+        """
+        if self.model is None:
+            yield
+            return
+        executed = self.executed(adapter)
+
+        def instead(hidden: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
+            if self.config.sequence_parallel:
+                # Every rank's loss is that of the whole vocabulary, so its gradient is whole too and not to be summed over the ranks.
+                hidden = gather_from_sequence_parallel_region(
+                    hidden, tensor_parallel_output_grad=False, group=mpu.get_tensor_model_parallel_group()
+                )
+            return forward(hidden), None
+
+        executed.forward = instead
+        try:
+            yield
+        finally:
+            del executed.forward

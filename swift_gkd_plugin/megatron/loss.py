@@ -1,0 +1,78 @@
+"""The loss of a micro-batch, computed inside the student's wrapped forward on vocabulary shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core import mpu
+
+from ..divergence import TokenStats, linear_divergence, topk_divergence
+from ..hf.loss import LossOptions
+from ..hf.samples import MicroBatch
+from ..teachers import Signal, TopK
+from .head import OutputHead
+from .views import LocalView
+
+
+class DistillationLoss:
+    """The loss, for one student.
+
+    Args:
+        options: What is minimised.
+        head: The student's output head.
+        teacher_adapter: Whether the teacher's head is read with its adapter on.
+    """
+
+    def __init__(self, options: LossOptions, head: OutputHead, teacher_adapter: bool = True):
+        self.options, self.head, self.teacher_adapter = options, head, teacher_adapter
+
+    def __call__(
+        self, forward: Callable[[dict[str, Any]], Any], batch: MicroBatch, view: LocalView, signal: Signal | None, stats: TokenStats
+    ) -> torch.Tensor:
+        """Run this rank's part of the student and sum the loss over the tokens that are here.
+
+        Args:
+            forward: Runs the wrapped student on keyword arguments.
+            signal: What the teacher says about the tokens that are here; None without a teacher.
+            stats: Filled with per-token values.
+
+        Returns:
+            The sum (fp32, connected to the student's parameters even without a trained token); before the last stage, the model's output.
+        """
+
+        def in_head(states: torch.Tensor) -> torch.Tensor:
+            return self._sum(states.flatten(0, 1)[view.index], batch, view, signal, stats).view(1, 1)
+
+        with self.head.replaced(in_head):
+            return forward(view.inputs)
+
+    def _sum(self, chosen: torch.Tensor, batch: MicroBatch, view: LocalView, signal: Signal | None, stats: TokenStats) -> torch.Tensor:
+        options, device = self.options, chosen.device
+        head = self.head.tensors()
+        labels, weights, imitated = (view.of(x).to(device) for x in (batch.labels, batch.weights, batch.imitated))
+        common = dict(
+            token_weights=weights * options.weight,
+            labels=labels,
+            label_weights=weights * imitated * options.alpha,
+            reduction='sum',
+            student_bias=head.bias,
+            vocab_size=options.vocab_size,
+            vocab_group=mpu.get_tensor_model_parallel_group() if mpu.get_tensor_model_parallel_world_size() > 1 else None,
+            stats=stats,
+        )
+        if signal is None:
+            return linear_divergence(chosen, head.weight, None, None, options.divergence, **common)
+        if isinstance(signal, TopK):
+            return topk_divergence(chosen, head.weight, signal.logprobs, signal.ids, options.divergence, tail=options.tail, **common)
+        teacher = signal.head.tensors(self.teacher_adapter)
+        return linear_divergence(
+            chosen,
+            head.weight,
+            signal.hidden,
+            teacher.weight.detach(),
+            options.divergence,
+            teacher_bias=None if teacher.bias is None else teacher.bias.detach(),
+            **common,
+        )

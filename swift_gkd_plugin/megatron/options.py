@@ -1,0 +1,149 @@
+"""What the Megatron back end cannot do, or not in this layout, is said in one line before a process group or a model exists."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from ..arguments import OptionError
+
+# Options that are refused: name, when, and what to do instead.
+REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ('seq_kd', lambda a: a.seq_kd, 'the teacher cannot generate in the Megatron back end; pre-generate its answers, or use `swift rlhf`'),
+    (
+        'gkd_eval_source',
+        lambda a: a.gkd_eval_source == 'teacher',
+        'the teacher cannot generate in the Megatron back end; use dataset or student',
+    ),
+    (
+        'gkd_eval_source',
+        lambda a: a.gkd_eval_source == 'student' and not a.use_vllm,
+        'the student generates with vLLM only: add --use_vllm true --vllm_mode colocate',
+    ),
+    (
+        'lmbda',
+        lambda a: a.lmbda > 0 and not a.use_vllm,
+        'the student generates with vLLM only: add --use_vllm true --vllm_mode colocate (or server), or set --lmbda 0',
+    ),
+    ('vllm_mode', lambda a: a.use_vllm and a.vllm_mode is None, 'give colocate or server, or --use_vllm false with --lmbda 0'),
+    (
+        'teacher_model_server',
+        lambda a: a.teacher_model_server is not None,
+        'the Megatron back end has local teachers only; use --teacher_model, or `swift rlhf`',
+    ),
+    ('streaming', lambda a: a.streaming, 'the Megatron back end needs a dataset with a length'),
+    ('use_megatron_fsdp', lambda a: a.use_megatron_fsdp, "use megatron-core's own data parallelism with --use_distributed_optimizer"),
+    ('bridge_backend', lambda a: a.bridge_backend != 'mcore-bridge', 'use mcore-bridge'),
+    ('mtp_num_layers', lambda a: bool(a.mtp_num_layers), 'distillation has no loss for them; leave it out'),
+    ('router_replay_mode', lambda a: a.router_replay_mode != 'disabled', 'use disabled'),
+    ('sequence_packing_scheduler', lambda a: a.sequence_packing_scheduler is not None, 'leave it out'),
+    ('task_type', lambda a: a.task_type not in (None, 'causal_lm'), 'use causal_lm'),
+    ('tuner_type', lambda a: a.tuner_type == 'lora_llm', 'use lora or full'),
+    # The bridge adds a router's low-rank term with the adapter off as well (mcore-bridge 1.6.5, tuners/lora.py).
+    (
+        'target_modules',
+        lambda a: a.teacher_model == a.model and a.tuner_type == 'lora' and 'all-router' in a.target_modules,
+        "the adapter of a router can't be switched off for the teacher; leave all-router out",
+    ),
+)
+
+
+def check_supported(args: Any) -> None:
+    """Raises:
+    OptionError: An option that the Megatron back end does not know what to do with.
+    """
+    for name, applies, instead in REFUSED:
+        if applies(args):
+            raise OptionError(f'--{name} {getattr(args, name)}: {instead}.')
+
+
+def check_layout(args: Any) -> None:
+    """Raises:
+    OptionError: The ranks cannot be arranged as asked, or the batch not be shared out over them.
+    """
+    world_size = int(os.environ.get('WORLD_SIZE', 1))
+    tp, pp, cp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
+    ep, etp = args.expert_model_parallel_size, args.expert_tensor_parallel_size
+    names = (
+        ('tensor_model_parallel_size', tp),
+        ('pipeline_model_parallel_size', pp),
+        ('context_parallel_size', cp),
+        ('expert_model_parallel_size', ep),
+        ('expert_tensor_parallel_size', etp),
+    )
+    for name, size in names:
+        if size < 1:
+            raise OptionError(f'--{name} {size}: must be at least 1.')
+    if world_size % (tp * pp * cp):
+        raise OptionError(
+            f'--tensor_model_parallel_size {tp} x --pipeline_model_parallel_size {pp} x --context_parallel_size {cp} = {tp * pp * cp} '
+            f'does not divide the {world_size} ranks; change one of them or the number of ranks.'
+        )
+    if world_size % (ep * etp * pp):
+        raise OptionError(
+            f'--expert_model_parallel_size {ep} x --expert_tensor_parallel_size {etp} x --pipeline_model_parallel_size {pp} = '
+            f'{ep * etp * pp} does not divide the {world_size} ranks; change one of them or the number of ranks.'
+        )
+    dp = world_size // (tp * pp * cp)
+    if args.global_batch_size % (args.micro_batch_size * dp):
+        raise OptionError(
+            f'--global_batch_size {args.global_batch_size}: must be a multiple of --micro_batch_size {args.micro_batch_size} x {dp} '
+            'data-parallel ranks.'
+        )
+    vp = args.virtual_pipeline_model_parallel_size
+    if vp is not None and vp > 1:
+        if pp == 1:
+            raise OptionError(f'--virtual_pipeline_model_parallel_size {vp}: needs --pipeline_model_parallel_size of at least 2.')
+        micro_batches = args.global_batch_size // (args.micro_batch_size * dp)
+        if micro_batches % pp:
+            raise OptionError(
+                f'--virtual_pipeline_model_parallel_size {vp}: the interleaved schedule needs a multiple of '
+                f'--pipeline_model_parallel_size {pp} micro-batches per step, and --global_batch_size gives {micro_batches}.'
+            )
+
+
+def check_model(side: str, name: str, config: Any, args: Any) -> None:
+    """Check that a model splits as the layout asks.
+
+    Args:
+        side: ``--model`` or ``--teacher_model``, for the message.
+        name: The model.
+        config: Its configuration of transformers.
+
+    Raises:
+        OptionError: Layers, heads or experts that cannot be split evenly.
+    """
+    text = config.get_text_config()
+    tp, pp, ep = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.expert_model_parallel_size
+    stages = pp * (args.virtual_pipeline_model_parallel_size or 1)
+    uneven = (
+        args.pipeline_model_parallel_layout,
+        args.decoder_first_pipeline_num_layers,
+        args.decoder_last_pipeline_num_layers,
+    )
+    if all(value is None for value in uneven) and text.num_hidden_layers % stages:
+        raise OptionError(
+            f'{side} {name}: its {text.num_hidden_layers} layers do not split into {stages} pipeline stages; choose other '
+            '--pipeline_model_parallel_size and --virtual_pipeline_model_parallel_size, or give --decoder_first_pipeline_num_layers.'
+        )
+    if text.num_attention_heads % tp:
+        raise OptionError(
+            f'{side} {name}: its {text.num_attention_heads} attention heads do not split over --tensor_model_parallel_size {tp}.'
+        )
+    experts = next((n for n in (getattr(text, k, None) for k in ('num_experts', 'num_local_experts', 'n_routed_experts')) if n), None)
+    if experts and experts % ep:
+        raise OptionError(f'{side} {name}: its {experts} experts do not split over --expert_model_parallel_size {ep}.')
+    if experts and tp > 1 and not args.sequence_parallel:
+        raise OptionError(
+            f'{side} {name}: has experts, which megatron-core trains with --tensor_model_parallel_size {tp} only under '
+            '--sequence_parallel true.'
+        )
+    if experts and ep == 1 and args.expert_tensor_parallel_size != tp:
+        # megatron-core 0.16.1 sums such gradients over the data-parallel ranks only, although each tensor-parallel rank has seen other
+        # tokens (extensions/transformer_engine.py: `allreduce` looks at the expert-parallel size alone).
+        raise OptionError(
+            f'{side} {name}: with --tensor_model_parallel_size {tp}, --expert_tensor_parallel_size {args.expert_tensor_parallel_size} '
+            'and --expert_model_parallel_size 1 megatron-core gets wrong gradients for the experts; use '
+            f'--expert_tensor_parallel_size {tp}, or --expert_model_parallel_size of 2 and more.'
+        )

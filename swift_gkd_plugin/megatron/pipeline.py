@@ -1,0 +1,97 @@
+"""``megatron rlhf --rlhf_type gkd`` before the trainer: what can be wrong is found before any weights load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from typing import Any
+
+from swift.megatron.pipelines.train.rlhf import MegatronRLHF
+from swift.utils import get_logger
+from transformers import AutoConfig
+
+from .. import checks
+from ..arguments import OptionError
+from .options import check_model
+from .trainer import GKDTrainer
+
+logger = get_logger()
+
+# Options of ms-swift and of ours that do nothing, or not what they say, in some configuration: name, when, why. Said if they were given.
+NOT_USED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ('packing', lambda a: True, 'responses change with every step, so rows are not packed beforehand; it works as --padding_free'),
+    ('group_by_length', lambda a: True, 'the length of a response is not known before it is generated; rows come in random order'),
+    ('data_sharding', lambda a: True, 'consecutive rows go to the ranks in turn, so that every layout trains on the same steps'),
+    ('cached_dataset', lambda a: True, 'rows are encoded again, their cached lengths are not used'),
+    ('cached_val_dataset', lambda a: True, 'rows are encoded again, their cached lengths are not used'),
+    ('beta', lambda a: a.gkd_divergence != 'jsd' and a.beta != 0.5, 'it belongs to --gkd_divergence jsd'),
+    ('gkd_skew', lambda a: 'skew' not in a.gkd_divergence, 'it belongs to the skewed divergences'),
+    ('gkd_tail', lambda a: a.gkd_logits_topk is None, 'it belongs to --gkd_logits_topk'),
+    ('gkd_logits_topk', lambda a: a.gkd_loss_weight == 0, 'at --gkd_loss_weight 0 no teacher looks at the responses'),
+    ('gkd_teacher_temperature', lambda a: True, 'the teacher does not generate here'),
+    ('gkd_teacher_max_completion_length', lambda a: True, 'the teacher does not generate here'),
+    ('offload_teacher_model', lambda a: a.teacher_model is None, 'the teacher is the student itself and stays where it is'),
+    ('teacher_tag_key', lambda a: True, 'it routes samples to teacher servers'),
+    ('loss_type', lambda a: True, '--gkd_divergence chooses the loss'),
+    ('enable_dft_loss', lambda a: True, 'it belongs to SFT'),
+    ('enable_channel_loss', lambda a: True, 'it belongs to SFT'),
+    ('label_smoothing', lambda a: True, 'it belongs to DPO'),
+    ('eval_iters', lambda a: a.eval_iters > 0, 'the whole evaluation set is evaluated; 0 switches evaluation off'),
+)
+
+
+class GKDPipeline(MegatronRLHF):
+    """ms-swift's pipeline, with start-up checks in front of the models."""
+
+    def run(self) -> dict[str, Any]:
+        self._check_options()
+        self._tokens = self._check_tokenizers()
+        return super().run()
+
+    def prepare_trainer(self) -> GKDTrainer:
+        return GKDTrainer(self.args, self.template, vllm_client=self._prepare_vllm_client(), tokenizer_lengths=self._tokens)
+
+    def _get_dataset(self):
+        args = self.args
+        try:
+            train_dataset, val_dataset = super()._get_dataset()
+        except StopIteration:  # what ms-swift makes of a file without a row
+            train_dataset, val_dataset = None, None
+        needed = None if args.lmbda == 1 else f'--lmbda {args.lmbda} trains on responses of the dataset'
+        checks.check_rows(train_dataset if train_dataset is not None else [], '--dataset', needed, 'let the student answer: --lmbda 1')
+        if val_dataset is not None:
+            needed = '--gkd_eval_source dataset scores responses of the dataset' if args.gkd_eval_source == 'dataset' else None
+            checks.check_rows(val_dataset, '--val_dataset', needed, 'score generated ones: --gkd_eval_source student')
+        return train_dataset, val_dataset
+
+    def _check_options(self) -> None:
+        args = self.args
+        student = AutoConfig.from_pretrained(args.model_dir, trust_remote_code=True)
+        check_model('--model', args.model, student, args)
+        if args.teacher_model is not None:
+            teacher = AutoConfig.from_pretrained(args.teacher_model_dir, trust_remote_code=True)
+            check_model('--teacher_model', args.teacher_model, teacher, args)
+        vocab = student.get_text_config().vocab_size
+        if args.gkd_logits_topk is not None and args.gkd_logits_topk > vocab:
+            raise OptionError(f'--gkd_logits_topk {args.gkd_logits_topk}: the student has {vocab} token ids; choose fewer.')
+        default = {f.name: f.default for f in fields(args) if f.default is not MISSING}
+        for name, applies, why in NOT_USED:
+            value = getattr(args, name, None)
+            if value not in (None, [], default.get(name)) and applies(args):
+                logger.warning(f'--{name} {value} is not used as such: {why}.')
+
+    def _check_tokenizers(self) -> tuple[int, int] | None:
+        """Lengths of the student's and the teacher's tokenizer; None if there is no other model."""
+        args = self.args
+        if args.teacher_model is None:
+            return None
+        _, teacher = args.get_model_processor(
+            model=args.teacher_model, model_type=args.teacher_model_type, revision=args.teacher_model_revision, load_model=False
+        )
+        student, teacher = (getattr(processor, 'tokenizer', processor) for processor in (self.processor, teacher))
+        common = checks.common_vocabulary(student, teacher, args.model, args.teacher_model)
+        if len(student) != len(teacher):
+            logger.info(
+                f'The tokenizers share their first {common} ids (student {len(student)}, teacher {len(teacher)}); only those are compared.'
+            )
+        return len(student), len(teacher)

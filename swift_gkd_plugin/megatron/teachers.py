@@ -1,0 +1,181 @@
+"""Local teachers of the Megatron back end: a separate model, the student's base with its adapter off, the live student.
+
+A teacher looks at all micro-batches of an optimizer step in one pass of the pipeline schedule, before the student's first forward. What
+stays of it are the hidden states of the trained tokens, on the ranks of the last stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import mpu
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from swift.utils import get_current_device
+from torch import nn
+
+from ..hf.samples import MicroBatch
+from ..hf.teachers import TopKOptions, adapters_off
+from ..responses.local import evaluation_mode
+from ..teachers import HiddenStates, Signal, TopK
+from .head import OutputHead
+from .views import local_view
+
+
+class HostCopy:
+    """Frozen weights that live on the host and visit the device.
+
+    One pinned copy, made once; on the way back nothing is copied, for the weights have not changed. The output head stays on the device:
+    the student's loss needs it after the visit.
+
+    Args:
+        chunks: The model's chunks on this rank.
+        head: Its output head.
+    """
+
+    def __init__(self, chunks: list[nn.Module], head: OutputHead):
+        stays = {id(head.tensors().weight)} if head.model is not None else set()
+        self.params = [p for chunk in chunks for p in chunk.parameters() if id(p) not in stays]
+        self.copies = [p.detach().to('cpu').pin_memory() for p in self.params]
+        self.bytes = sum(p.numel() * p.element_size() for p in self.params)
+        self._leave()
+
+    def _leave(self) -> None:
+        for p, copy in zip(self.params, self.copies, strict=True):
+            p.data = copy
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        device = get_current_device()
+        for p, copy in zip(self.params, self.copies, strict=True):
+            p.data = copy.to(device, non_blocking=True)
+        try:
+            yield
+        finally:
+            self._leave()
+
+
+class LocalTeacher:
+    """A separate, frozen model.
+
+    Args:
+        args: ms-swift's arguments.
+        chunks: The model's chunks on this rank.
+        offload: Keep the weights on the host between its visits.
+    """
+
+    adapter = True
+    description = 'a separate model'
+
+    def __init__(self, args, chunks: list[nn.Module], offload: bool = False):
+        self.args, self.chunks = args, chunks
+        self.head = OutputHead(chunks)
+        self.host_copy = HostCopy(chunks, self.head) if offload else None
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """The model in the state in which it teaches: on its device, no dropout, no recomputation, no gradient."""
+        with ExitStack() as stack:
+            if self.host_copy is not None:
+                stack.enter_context(self.host_copy.on_device())
+            for chunk in self.chunks:
+                stack.enter_context(evaluation_mode(chunk))
+            stack.enter_context(torch.no_grad())
+            yield
+
+    def signals(self, batches: list[MicroBatch], topk: TopKOptions | None = None) -> list[Signal | None]:
+        """What the teacher says about the trained tokens of each micro-batch that are on this rank. A collective call.
+
+        Args:
+            topk: Reduce it to the k largest log-probabilities.
+
+        Returns:
+            One signal per micro-batch; None before the last stage.
+        """
+        args = self.args
+        with self.ready():
+            found = get_forward_backward_func()(
+                forward_step_func=self._forward_step,
+                # Every virtual stage reads the same micro-batches.
+                data_iterator=[iter(batches) for _ in self.chunks],
+                model=self.chunks,
+                num_microbatches=len(batches),
+                seq_length=args.seq_length,
+                micro_batch_size=args.micro_batch_size,
+                forward_only=True,
+                collect_non_loss_data=True,
+            )
+            if self.head.model is None:
+                return [None] * len(batches)
+            return [self._reduced(states, topk) if topk else HiddenStates(states, self.head) for states in found]
+
+    def _forward_step(self, data_iterator: Iterator[MicroBatch], chunk: nn.Module) -> tuple[torch.Tensor, Any]:
+        batch = next(data_iterator)
+        view = local_view(self.args, batch.teacher_inputs or batch.student_inputs, batch.teacher_index, chunk.vp_stage)
+
+        def chosen(states: torch.Tensor) -> torch.Tensor:
+            return states.flatten(0, 1)[view.index][:, None]
+
+        def collect(output: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
+            states = output[0]
+            if batch.teacher_inputs is None:
+                return states
+            # Under its own prompt a token can lie on another context-parallel rank than under the student's.
+            student = local_view(self.args, batch.student_inputs, batch.student_index, chunk.vp_stage)
+            return student.of(view.whole(states))
+
+        with self.head.replaced(chosen, self.adapter):
+            return chunk(**view.inputs), collect
+
+    def _reduced(self, hidden: torch.Tensor, topk: TopKOptions, chunk_tokens: int = 256) -> TopK:
+        """The k largest log-probabilities over all vocabulary shards, a chunk of tokens at a time."""
+        logprobs = hidden.new_empty(len(hidden), topk.k, dtype=torch.float32)
+        ids = torch.empty(len(hidden), topk.k, dtype=torch.int64, device=hidden.device)
+        group, size = mpu.get_tensor_model_parallel_group(), mpu.get_tensor_model_parallel_world_size()
+        head = self.head.tensors(self.adapter)
+        first_id = mpu.get_tensor_model_parallel_rank() * len(head.weight)
+        columns = min(max(topk.vocab_size - first_id, 0), len(head.weight))
+        for start in range(0, len(hidden), chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            softened = head.logits(hidden[rows])[:, :columns] / topk.temperature
+            here = min(topk.k, columns)
+            # [rows, k + 1]: the largest logits of this shard, and the logarithm of its mass.
+            mine = softened.new_full((len(softened), topk.k + 1), -torch.inf)
+            mine[:, :here], best = softened.topk(here, dim=-1)
+            mine[:, -1] = softened.logsumexp(-1)
+            mine_ids = torch.zeros_like(ids[rows])
+            mine_ids[:, :here] = best + first_id
+            values, value_ids = [mine], [mine_ids]
+            if size > 1:
+                values, value_ids = ([torch.empty_like(x) for _ in range(size)] for x in (mine, mine_ids))
+                dist.all_gather(values, mine, group=group)
+                dist.all_gather(value_ids, mine_ids, group=group)
+            mass = torch.stack([x[:, -1] for x in values]).logsumexp(0)
+            largest, place = torch.cat([x[:, :-1] for x in values], -1).topk(topk.k, dim=-1)
+            logprobs[rows] = largest - mass[:, None]
+            ids[rows] = torch.cat(value_ids, -1).gather(-1, place)
+        return TopK(logprobs, ids)
+
+
+class SharedBase(LocalTeacher):
+    """The student's own base: one copy of the weights, the adapter off while it teaches."""
+
+    adapter = False
+    description = "the student's base with its adapter off"
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for chunk in self.chunks:
+                stack.enter_context(adapters_off(chunk))
+            with super().ready():
+                yield
+
+
+class LiveStudent(LocalTeacher):
+    """The student itself, as it is at this step; it teaches by what only its own prompt or images tell (``teacher_prompt``)."""
+
+    description = 'the live student'

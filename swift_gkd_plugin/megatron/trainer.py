@@ -1,0 +1,464 @@
+"""GKD on megatron-core. One optimizer step, from top to bottom:
+
+    rows -> sources -> responses -> encode -> teacher -> divergence -> one number
+
+:meth:`GKDTrainer._replace_data_iterator` brings an optimizer step's rows to the point where every response exists, is encoded and has
+been looked at by the teacher. :meth:`GKDTrainer.forward_step` runs inside megatron-core's schedule and sums each micro-batch's loss;
+megatron-core divides the gradient by the trained tokens of the whole step, over all data- and context-parallel ranks: the step is the
+same however it is split.
+
+Ranks that differ in tensor, context or pipeline parallelism alone work on the same rows. Each of them draws, encodes and numbers the rows
+itself, which is cheaper than sending them around.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+from collections import deque
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import mpu
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from swift.megatron.model import get_mcore_model
+from swift.megatron.trainers.gkd_trainer import MegatronGKDTrainer
+from swift.megatron.trainers.rlhf_mixin import MegatronRLHFTrainer
+from swift.megatron.trainers.rollout_mixin import MegatronRolloutMixin
+from swift.megatron.utils import get_padding_to
+from swift.utils import JsonlWriter, get_current_device, get_logger
+from torch import nn
+from transformers import AutoConfig
+
+from .. import activation, checks, sources
+from ..arguments import OptionError
+from ..divergence import Divergence, TokenStats
+from ..hf import cycle as cycles
+from ..hf.cycle import Cycle
+from ..hf.data import Row, row_loader
+from ..hf.loss import LossOptions
+from ..hf.samples import MicroBatch, Sample, SampleEncoder, TeacherView
+from ..hf.teachers import TopKOptions
+from ..metrics import Metrics
+from ..responses import Response
+from ..sources import DATASET, STUDENT, Source
+from ..teachers import Signal
+from .head import OutputHead
+from .loss import DistillationLoss
+from .teachers import LiveStudent, LocalTeacher, SharedBase
+from .views import LocalView, local_view
+
+logger = get_logger()
+
+# A micro-batch on its way through the schedule, with what the teacher says about it.
+Step = tuple[MicroBatch, Signal | None]
+
+
+class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
+    """Generalized Knowledge Distillation (Agarwal et al., 2024, arXiv 2306.13649) for Megatron-SWIFT.
+
+    Args:
+        args: ms-swift's arguments, which Megatron-SWIFT hands over whole.
+        template: The student's template.
+        kwargs: What ms-swift's pipeline passes to its own trainer, and ``tokenizer_lengths``, the lengths of the student's and the
+            teacher's tokenizer (None if there is no other model).
+    """
+
+    sample_cls = MegatronGKDTrainer.sample_cls
+
+    def __init__(self, args, template, **kwargs):
+        self.vllm_client = kwargs.pop('vllm_client', None)
+        self._tokenizer_lengths = kwargs.pop('tokenizer_lengths', None)
+        self.args = args
+        self.steps_per_generation = args.steps_per_generation
+        self._setup_teacher()
+        super().__init__(args, template, **kwargs)
+        logger.info(activation.banner(type(self)))
+        self.device = get_current_device()
+        self.metrics = Metrics(torch.device(self.device))
+        self.completions = JsonlWriter(os.path.join(args.output_dir, 'completions.jsonl'), write_on_rank='last')
+        # Sequence and context parallelism cut sequences into equal parts.
+        template.data_collator = partial(template.data_collator, padding_to=get_padding_to(args))
+
+        self.teacher = self._resolve_teacher() if args.gkd_loss_weight > 0 else None
+        head = OutputHead(self.unwrapped_models)
+        self.loss = DistillationLoss(self._loss_options(head), head, self.teacher.adapter if self.teacher else True)
+        view = TeacherView(args.gkd_teacher_system, args.gkd_teacher_enable_thinking)
+        self.encoder = SampleEncoder(template, view, needs_teacher=self.teacher is not None)
+        self._init_rollout_engine()
+
+        self._ready: deque[list[Sample]] = deque()  # micro-batches that have their responses and wait for their optimizer step
+        self._resumed: dict[str, Any] | None = None  # what the checkpoint has kept of those
+        self._cycle_key = 0, 0  # optimizer step and number of the cycle in it
+        self._step_losses: list[tuple[torch.Tensor, list[Sample]]] = []
+
+    # -- what is trained, and by whom ------------------------------------------------------------------------------------------
+
+    def prepare_model(self) -> None:
+        super().prepare_model()
+        self.teacher_models = None
+        if self.args.teacher_model is not None and self.args.gkd_loss_weight > 0:
+            self.teacher_models = self._load_teacher_model()
+
+    def _load_teacher_model(self) -> list[nn.Module]:
+        """The teacher in the student's layout, built from its own family and configuration."""
+        args = copy.copy(self.args)
+        args.model, args.model_dir, args.model_type = args.teacher_model, args.teacher_model_dir, args.teacher_model_type
+        args.model_info, args.model_meta = args.teacher_model_info, args.teacher_model_meta
+        args.megatron_model_meta = args.teacher_megatron_model_meta
+        args.is_multimodal = args.teacher_model_meta.is_multimodal
+        args.rope_scaling = None  # the student's, and the teacher's configuration has its own
+        chunks = get_mcore_model(args, AutoConfig.from_pretrained(args.teacher_model_dir, trust_remote_code=True))
+        for chunk in chunks:
+            if not args.use_cpu_initialization:
+                chunk.to(get_current_device())
+            chunk.requires_grad_(False).eval()
+        chunks[0].config.bridge.load_weights(chunks, args.teacher_model_dir)
+        return chunks
+
+    def _resolve_teacher(self) -> LocalTeacher:
+        if self.teacher_models is not None:
+            teacher = LocalTeacher(self.args, self.teacher_models, self.args.offload_teacher_model)
+        else:
+            kind = SharedBase if self._teacher_use_disable_adapter else LiveStudent
+            teacher = kind(self.args, self.unwrapped_models)
+        logger.info(f'Student: {type(self.unwrapped_models[0]).__name__}; teacher: {teacher.description}.')
+        return teacher
+
+    def _loss_options(self, student: OutputHead) -> LossOptions:
+        args = self.args
+        temperature = args.temperature if args.gkd_temperature is None else args.gkd_temperature
+        weight = args.gkd_loss_weight * (temperature**2 if args.gkd_temperature_squared else 1)
+        columns = student.columns
+        if self.teacher is not None and self._tokenizer_lengths is not None:
+            teacher = self.teacher.head.columns
+            columns = checks.compared_columns(student.columns, teacher, *self._tokenizer_lengths)
+            if columns < max(student.columns, teacher):
+                logger.info(
+                    f'Output heads with {student.columns} (student) and {teacher} (teacher) columns: the first {columns} are compared.'
+                )
+        if args.gkd_logits_topk is not None and args.gkd_logits_topk > columns:
+            raise OptionError(f'--gkd_logits_topk {args.gkd_logits_topk}: the models have {columns} token ids in common; choose fewer.')
+        return LossOptions(
+            Divergence(args.gkd_divergence, args.beta, temperature, args.gkd_skew), weight, args.sft_alpha, args.gkd_tail, columns
+        )
+
+    # -- who answers -------------------------------------------------------------------------------------------------------------
+
+    def _answers(self) -> dict[Source, cycles.Answer]:
+        if self.args.lmbda > 0 or self.args.gkd_eval_source == STUDENT:
+            return {STUDENT: self._engine_answers}
+        return {}
+
+    def _engine_answers(self, samples: list[Sample]) -> None:
+        """The student answers through ms-swift's rollout (vLLM). Every rank calls it, even with nothing to generate.
+
+        Ranks with the same rows share the prompts out, any number of them.
+        """
+        group = self._get_rollout_group()
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        with self.metrics.seconds('seconds/generation'):
+            mine = self._generate_completions([self.encoder.inner(sample) for sample in samples[rank::size]])
+            everyone: list[Any] = [None] * size
+            dist.all_gather_object(everyone, mine, group=group)
+        for number, sample in enumerate(samples):
+            result = everyone[number % size][number // size]
+            ids = result.response_token_ids
+            flat = list(itertools.chain.from_iterable(ids)) if ids and isinstance(ids[0], list) else list(ids)
+            sample.generated, sample.response = result, Response(flat, result.finish_reason or 'stop')
+
+    def _get_request_config(self):
+        """The engine's sampling options with a seed of this cycle and this engine; ms-swift adds the request's number to it."""
+        config = copy.copy(self.request_config)
+        engine = 0 if self.vllm_mode == 'server' else self.process_index // self.vllm_tensor_parallel_size
+        step, number = self._cycle_key
+        config.seed = sources.sampling_seed(self.args.seed, step, 1000 * number + engine, STUDENT) % 2**31
+        return config
+
+    # -- rows to micro-batches -----------------------------------------------------------------------------------------------------
+
+    def _row_loader(self, dataset, **how):
+        args = self.args
+        options = {'num_workers': args.dataloader_num_workers}
+        if args.dataloader_num_workers > 0:
+            options |= {'persistent_workers': args.dataloader_persistent_workers, 'prefetch_factor': args.dataloader_prefetch_factor}
+        rank, world_size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+        return row_loader(dataset, args.micro_batch_size, drop_last=False, rank=rank, world_size=world_size, **how, **options)
+
+    def _training_rows(self, dataset) -> Iterator[list[Row]]:
+        """Micro-batches without end. The schedule wants the same number in every step, so the last step of an epoch gets fillers."""
+        args, per_step = self.args, self.args.num_microbatches
+        loader = self._row_loader(dataset, seed=args.data_seed if args.train_dataloader_shuffle else None)
+        steps = -(-len(loader) // per_step)
+        first, skipped = divmod(self.state.iteration, steps)
+        loader.batch_sampler.skip = skipped * per_step
+        for epoch in itertools.count(first):
+            loader.set_epoch(epoch)
+            yield from _filled_up(loader, per_step)
+            loader.batch_sampler.skip = 0
+
+    def setup_training(self, train_dataset, val_dataset) -> tuple[Iterator[list[Row]], Any]:
+        args = self.args
+        self.setup_model_training()
+        self.config.finalize_model_grads_func = self._finalize_model_grads
+        parts = f'{args.micro_batch_size} per micro-batch x {args.generation_batch_size // args.micro_batch_size} of all ranks'
+        checks.check_size(len(train_dataset), args.generation_batch_size, parts)
+        self.cycle = Cycle(args, train_dataset, self.encoder, self._answers())
+        checkpoint = args.mcore_model or args.mcore_adapter
+        if checkpoint and not args.finetune:
+            self._resumed = cycles.load(checkpoint)
+        return self._training_rows(train_dataset), val_dataset
+
+    def _replace_data_iterator(self, rows: Iterator[list[Row]]) -> list[Iterator[Step]]:
+        """The micro-batches of one optimizer step, encoded, every response in place, with what the teacher says about them.
+
+        A generation cycle is ``steps_per_generation`` optimizer steps long. The teacher looks at one step at a time: its weights can be
+        those of the student, and its hidden states take room.
+        """
+        self._step = self.state.iteration
+        if not self._ready:
+            self._ready.extend(self._next_cycle(rows))
+        batches = [self.encoder.micro_batch(self._ready.popleft()) for _ in range(self.args.num_microbatches)]
+        self._count(batches)
+        return self._asked(batches)
+
+    def _next_cycle(self, rows: Iterator[list[Row]]) -> list[list[Sample]]:
+        """A cycle's samples with their responses; first what a checkpoint has kept of one."""
+        if self._resumed is not None:
+            state, self._resumed = self._resumed, None
+            return cycles.restored(self.cycle, state, list(itertools.islice(rows, len(state['micro_batches']))))
+        cycle = list(itertools.islice(rows, self.args.num_microbatches * self.steps_per_generation))
+        self._cycle_key = self.state.iteration, 0
+        samples = self.cycle.samples(cycle, self._cycle_key)
+        if self.args.log_completions:
+            self._write_completions([sample for one in samples for sample in one])
+        return samples
+
+    def _asked(self, batches: list[MicroBatch]) -> list[Iterator[Step]]:
+        """One iterator per virtual stage: all of them run every micro-batch."""
+        signals: list[Signal | None] = [None] * len(batches)
+        if self.teacher is not None:
+            with self.metrics.seconds('seconds/teacher'):
+                signals = self.teacher.signals(batches, self._topk_options())
+        return [iter(list(zip(batches, signals, strict=True))) for _ in self.unwrapped_models]
+
+    def _topk_options(self) -> TopKOptions | None:
+        options, k = self.loss.options, self.args.gkd_logits_topk
+        return None if k is None else TopKOptions(k, options.divergence.temperature, options.vocab_size)
+
+    def _count(self, batches: list[MicroBatch]) -> None:
+        tokens = torch.tensor(sum(batch.num_tokens for batch in batches), device=self.device)
+        dist.all_reduce(tokens, group=mpu.get_data_parallel_group())
+        self._step_losses.clear()
+        if not tokens:
+            logger.warning(
+                f'Step {self.state.iteration + 1}: no token of the whole step is trained '
+                f'({", ".join(str(s) for batch in batches for s in batch.samples)}); its gradient is 0.'
+            )
+        self._add_sample_metrics([sample for batch in batches for sample in batch.samples])
+        self.metrics.add('tokens/trained', tokens)
+
+    # -- the loss --------------------------------------------------------------------------------------------------------------------
+
+    def forward_step(self, data_iterator: Iterator[Step], model: nn.Module):
+        """One micro-batch through one chunk of the student. The second value turns its output into the step's sums, on the last stage."""
+        batch, signal = next(data_iterator)
+        view, output, stats = self._sum_over_tokens(batch, signal, model)
+        return output, partial(self.loss_func, batch=batch, view=view, stats=stats)
+
+    def _sum_over_tokens(self, batch: MicroBatch, signal: Signal | None, model: nn.Module) -> tuple[LocalView, torch.Tensor, TokenStats]:
+        chunk = self.unwrapped_models[self.wrapped_models.index(model)]
+        stats = TokenStats(detail=self.args.gkd_detailed_metrics and self.teacher is not None)
+        with self.metrics.seconds('seconds/student'):
+            view = local_view(self.args, batch.student_inputs, batch.student_index, chunk.vp_stage)
+            output = self.loss(lambda inputs: model(**inputs), batch, view, signal, stats)
+        return view, output, stats
+
+    def loss_func(self, output: torch.Tensor, *, batch: MicroBatch, view: LocalView, stats: TokenStats):
+        """(sum of the loss, number of trained tokens) of what is here of a micro-batch; megatron-core adds both up and divides."""
+        total = output.sum()
+        self._add_token_metrics(batch, view, stats)
+        self.metrics.add('loss', total.detach(), len(view.index))
+        self._step_losses.append((total.detach(), batch.samples))
+        return total, torch.tensor(len(view.index), dtype=torch.int, device=total.device), {}
+
+    def _finalize_model_grads(self, *args: Any, **kwargs: Any) -> None:
+        self._stop_on_nan()
+        finalize_model_grads(*args, **kwargs)
+
+    def _stop_on_nan(self) -> None:
+        """Raise if this step's loss is not finite on any rank, before any weight takes part in it.
+
+        Raises:
+            FloatingPointError: Names the step and this rank's samples.
+        """
+        mine = [str(sample) for loss, samples in self._step_losses if not loss.isfinite() for sample in samples]
+        bad = torch.tensor(len(mine), device=self.device)
+        dist.all_reduce(bad)
+        if not bad:
+            return
+        step = self.state.iteration
+        raise FloatingPointError(
+            f'The loss of step {step + 1} is not finite'
+            + (f', here with {", ".join(mine)}' if mine else ' on other ranks')
+            + f'. The weights are those of step {step}; the last checkpoint is {self.state.last_model_checkpoint or "not written yet"}. '
+            'Look at these rows, or lower --lr.'
+        )
+
+    # -- evaluation ------------------------------------------------------------------------------------------------------------------
+
+    def evaluate(self, dataset) -> dict[str, float]:
+        """The mean over all trained tokens of the whole set, the same for any batch size and layout: no coin is tossed."""
+        for model in self.wrapped_models:
+            model.eval()
+        self.call_event('on_eval_begin')
+        training, self.metrics = self.metrics, Metrics(torch.device(self.device))
+        try:
+            rows, left_out = self._evaluated(dataset)
+            sums = self.metrics.pop()
+        finally:
+            self.metrics = training
+        if left_out:
+            logger.warning(
+                f'{left_out} rows of the evaluation set cannot be encoded (--max_length {self.template.max_length}) and are left out.'
+            )
+        metrics = {'loss': sums.get('loss', 0.0), 'n_steps': 1}
+        if self.teacher is not None:
+            metrics['divergence'] = sums.get('divergence', 0.0)
+        metrics['cross_entropy'] = sums.get('all_cross_entropy', 0.0)
+        metrics['tokens'], metrics['rows'] = int(sums.get('tokens/trained', 0)), rows
+        self.on_log(logs=metrics, prefix='eval_')
+        self.call_event('on_eval_end')
+        return metrics
+
+    def _evaluated(self, dataset) -> tuple[int, int]:
+        """Numbers of rows, over all ranks, that were evaluated and that were left out."""
+        args, source = self.args, self.args.gkd_eval_source
+        counts = torch.zeros(2, dtype=torch.int64, device=self.device)
+        tokens = 0
+        loader = iter(_filled_up(self._row_loader(dataset, seed=None), args.num_microbatches))
+        for number in itertools.count():
+            micro_batches = list(itertools.islice(loader, args.num_microbatches))
+            if not micro_batches:
+                break
+            self._step, self._cycle_key = self.state.iteration, (-1, number)
+            samples = [[self._eval_sample(row, source) for row in rows] for rows in micro_batches]
+            everyone = [sample for one in samples for sample in one if sample.row.counts]
+            if source == STUDENT:
+                self._engine_answers(everyone)
+            batches = [self.encoder.micro_batch(one) for one in samples]
+            counted = sum(row.counts for rows in micro_batches for row in rows)
+            counts += torch.tensor([len(everyone), counted - len(everyone)], device=self.device)
+            tokens += sum(batch.num_tokens for batch in batches)
+            with torch.no_grad():
+                get_forward_backward_func()(
+                    forward_step_func=self.forward_step,
+                    data_iterator=self._asked(batches),
+                    model=self.wrapped_models,
+                    num_microbatches=args.num_microbatches,
+                    seq_length=args.seq_length,
+                    micro_batch_size=args.micro_batch_size,
+                    forward_only=True,
+                )
+            self.call_event('on_eval_step')
+        everything = torch.cat([counts, counts.new_tensor([tokens])])
+        dist.all_reduce(everything, group=mpu.get_data_parallel_group())
+        rows, left_out, total = everything.tolist()
+        self.metrics.add('tokens/trained', total)
+        return rows, left_out
+
+    def _eval_sample(self, row: Row, source: Source) -> Sample:
+        """No row stands in for another here: the set stays what it is."""
+        sample = Sample(row, row.content, source if row.counts else DATASET)
+        if row.counts:
+            try:
+                self.encoder.check(sample)
+            except Exception as error:  # see Cycle.sample
+                logger.warning(f'evaluation: {sample} cannot be encoded: {error}')
+                sample = Sample(Row(row.number, row.epoch, row.content, counts=False), row.content)
+        return sample
+
+    # -- metrics ---------------------------------------------------------------------------------------------------------------------
+
+    def _add_token_metrics(self, batch: MicroBatch, view: LocalView, stats: TokenStats) -> None:
+        count = len(view.index)
+
+        def total(values: torch.Tensor) -> torch.Tensor:
+            return values.double().sum()
+
+        if stats.divergence is not None:
+            self.metrics.add('divergence', total(stats.divergence), count)
+        imitated = view.of(batch.imitated).to(self.device)
+        if stats.cross_entropy is not None:
+            self.metrics.add('cross_entropy', total(stats.cross_entropy * imitated), imitated.sum())
+            if not self.unwrapped_models[0].training:
+                self.metrics.add('all_cross_entropy', total(stats.cross_entropy), count)
+        if stats.detail:
+            for name in (
+                'forward_kl',
+                'reverse_kl',
+                'student_entropy',
+                'teacher_entropy',
+                'top1_agreement',
+                'teacher_prob_of_label',
+                'student_mass_on_topk',
+            ):
+                values = getattr(stats, name)
+                if values is not None:
+                    self.metrics.add(name, total(values), count)
+
+    def _add_sample_metrics(self, samples: list[Sample]) -> None:
+        samples = [sample for sample in samples if sample.row.counts]
+        for source in sources.ALL_SOURCES:
+            self.metrics.add(f'source/{source}', sum(sample.source == source for sample in samples), len(samples))
+        for sample in samples:
+            if sample.response is not None:
+                self.metrics.add('response/length', len(sample.response.token_ids))
+                self.metrics.add('response/cut_off', sample.response.cut_off)
+
+    def _write_completions(self, samples: list[Sample]) -> None:
+        """One line per generated response into completions.jsonl. A collective call."""
+        lines = [
+            {
+                'step': self.state.iteration + 1,
+                'row': sample.row.number,
+                'epoch': sample.row.epoch,
+                'source': sample.source,
+                'prompt': self.encoder.student_prompt(sample)['messages'],
+                'completion': self.template.safe_decode(sample.response.token_ids),
+                'length': len(sample.response.token_ids),
+                'finish_reason': sample.response.finish_reason,
+            }
+            for sample in samples
+            if sample.row.counts and sample.response is not None
+        ]
+        everyone: list[Any] = [None] * mpu.get_data_parallel_world_size()
+        dist.all_gather_object(everyone, lines, group=mpu.get_data_parallel_group())
+        self.completions.append(list(itertools.chain.from_iterable(everyone)))
+
+    def on_log(self, logs: dict[str, Any], prefix: str = '') -> None:
+        if not prefix:
+            logs.update(self.metrics.pop())
+        super().on_log(logs, prefix)
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self) -> None:
+        # Before the rest: a checkpoint that looks complete has to be.
+        cycles.save(os.path.join(self.args.output_dir, f'checkpoint-{self.state.iteration}'), list(self._ready))
+        super().save_checkpoint()
+
+
+def _filled_up(micro_batches: Iterator[list[Row]], multiple: int) -> Iterator[list[Row]]:
+    """Micro-batches, and after the last one as many fillers as it takes to a multiple."""
+    count = 0
+    for rows in micro_batches:
+        yield rows
+        count += 1
+    for _ in range(-count % multiple):
+        yield [Row(rows[0].number, rows[0].epoch, rows[0].content, counts=False)]

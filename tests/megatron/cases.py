@@ -1,0 +1,123 @@
+"""The runs whose loss and gradients must not depend on the layout, and plain transformers with autograd to hold them against."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import helpers
+import torch
+from runs import Run, relative
+from torch.nn.functional import cross_entropy, log_softmax
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+LORA = {'tuner_type': 'lora', 'adapters': 'adapter', 'target_modules': 'all-linear', 'lora_rank': 4, 'lora_alpha': 8}
+MOE = {'model': 'moe', 'teacher_model': 'moe_teacher'}
+# `privileged`: 6 rows of unequal length of which the teacher sees more; `ten`: 10 rows, so that the last step has micro-batches without
+# a trained token.
+CASES: dict[str, dict[str, Any]] = {
+    'dense beta 0.5': {},
+    'dense beta 0': {'beta': 0},
+    'dense beta 1': {'beta': 1},
+    'three steps, fillers': {'dataset': 'ten', 'train_iters': 3},
+    'packed rows, sft_alpha': {'micro_batch_size': 2, 'sft_alpha': 0.5},
+    'padded rows': {'micro_batch_size': 2, 'padding_free': 'false'},
+    'unequal vocabularies': {'teacher_model': 'wide', 'beta': 0},
+    'unequal vocabularies, tied': {'model': 'tied', 'teacher_model': 'wide'},
+    'top-k': {'gkd_logits_topk': 8},
+    'top-k renormalised': {'gkd_logits_topk': 8, 'gkd_tail': 'renormalize', 'teacher_model': 'wide'},
+    'LoRA beta 0': {**LORA, 'beta': 0},
+    'LoRA, shared base, beta 1': {**LORA, 'teacher_model': 'student', 'beta': 1},
+    'LoRA, live student, privileged': {**LORA, 'teacher_model': None, 'dataset': 'privileged'},
+    'separate teacher, privileged': {'dataset': 'privileged', 'micro_batch_size': 2},
+    'MoE beta 0.5': MOE,
+    'MoE beta 1, recomputed': {
+        **MOE,
+        'beta': 1,
+        'recompute_granularity': 'full',
+        'recompute_method': 'uniform',
+        'recompute_num_layers': 1,
+    },
+    'no teacher': {'gkd_loss_weight': 0, 'sft_alpha': 1},
+}
+
+# megatron-core trains experts under tensor parallelism only with sequence parallelism.
+DENSE_ONLY = ('TP2', 'TP2xPP2')
+
+
+def cases_of(layout: str) -> dict[str, dict[str, Any]]:
+    chosen = {name: case for name, case in CASES.items() if layout not in DENSE_ONLY or case.get('model') != 'moe'}
+    if layout == 'EP2':
+        chosen = {name: case for name, case in chosen.items() if case.get('model') == 'moe'}
+    if layout == 'PP2xVPP2':  # the experts' models have 2 layers
+        chosen = {name: case for name, case in chosen.items() if case.get('model') != 'moe'}
+    return chosen
+
+
+def make_datasets(train: Path, directory: Path) -> dict[str, Path]:
+    lines = train.read_text().splitlines(True)
+    ten = directory / 'ten.jsonl'
+    ten.write_text(''.join(lines[:10]))
+    rows = []
+    for n in range(8):
+        answer = ' '.join(f'{n} plus {i} is {n + i} .' for i in range(n % 3 + 1))
+        messages = [{'role': 'user', 'content': f'what is {n} plus ?'}, {'role': 'assistant', 'content': answer}]
+        rows.append({'messages': messages, 'teacher_prompt': f'what is {n} plus ? think of the numbers {" ".join(map(str, range(n + 4)))}'})
+    return {'ten': ten, 'privileged': helpers.write_rows(directory / 'privileged.jsonl', rows)}
+
+
+def _sequences(inputs: Mapping[str, Any], index: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(ids, places of the predicting states) of each row of a micro-batch, packed or padded."""
+    ids, found = inputs['input_ids'], []
+    if len(ids) > 1:
+        for number, row in enumerate(ids):
+            here = index[index // ids.shape[1] == number]
+            found.append((row[: inputs['seq_lens'][number]], here - number * ids.shape[1]))
+        return found
+    starts = [*(inputs['position_ids'][0] == 0).nonzero().flatten().tolist(), ids.shape[1]]
+    for first, last in itertools.pairwise(starts):
+        here = index[(index >= first) & (index < last)]
+        if len(here):
+            found.append((ids[0, first:last], here - first))
+    return found
+
+
+def plain(run: Run, case: Mapping[str, Any], models: Mapping[str, Path]) -> tuple[float, dict[str, torch.Tensor]]:
+    """The first step's loss and gradients by transformers: whole logits, textbook formulas, autograd. Full training only."""
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(models[case.get(key, default)], dtype=torch.float32, attn_implementation='eager')
+        for key, default in (('model', 'student'), ('teacher_model', 'teacher'))
+    )
+    temperature, beta, columns = 0.9, case.get('beta', 0.5), None
+    if student.config.vocab_size != teacher.config.vocab_size:
+        columns = len(AutoTokenizer.from_pretrained(models['student']))
+    total, tokens = 0.0, 0
+    for batch in run.saved('batches'):
+        labels, weights, imitated = batch['labels'], batch['weights'], batch['imitated']
+        views = [_sequences(batch['student_inputs'], batch['student_index'])]
+        views.append(_sequences(batch['teacher_inputs'], batch['teacher_index']) if batch['teacher_inputs'] else views[0])
+        ours, theirs = (
+            torch.cat([model(input_ids=ids[None]).logits[0, here] for ids, here in view])
+            for model, view in zip((student, teacher), views, strict=True)
+        )
+        s = log_softmax(ours[:, :columns] / temperature, -1)
+        t = log_softmax(theirs[:, :columns] / temperature, -1).detach()
+        if beta in (0, 1):
+            value = (t.exp() * (t - s) if beta == 0 else s.exp() * (s - t)).sum(-1)
+        else:
+            mixture = torch.logaddexp(t + torch.tensor(beta).log(), s + torch.tensor(1 - beta).log())
+            value = (beta * t.exp() * (t - mixture) + (1 - beta) * s.exp() * (s - mixture)).sum(-1)
+        # The cross-entropy is over the ids that both have, too.
+        value = value * weights + case.get('sft_alpha', 0) * weights * imitated * cross_entropy(ours[:, :columns], labels, reduction='none')
+        total, tokens = total + value.sum(), tokens + len(labels)
+    loss = total / tokens
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+
+
+def compared(run: Run, other: Run) -> tuple[float, float]:
+    """(largest difference of the losses, worst relative difference of a gradient)."""
+    assert len(run.losses) == len(other.losses)
+    return max(abs(a - b) for a, b in zip(run.losses, other.losses, strict=True)), relative(run.gradients, other.gradients)

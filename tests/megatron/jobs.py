@@ -1,0 +1,136 @@
+"""Many training runs in one process group: ``torchrun jobs.py jobs.json``.
+
+Each job is an argument list for ``megatron_rlhf_main``, the function behind ``megatron rlhf``. All jobs of one call have the same layout:
+megatron-core sets up its process groups once per process.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def exported_gradients(trainer) -> dict[str, torch.Tensor]:
+    """The gradients under the names of transformers, put together from all ranks: the bridge exports them in place of the weights."""
+    trained = [p for model in trainer.unwrapped_models for p in model.parameters() if p.requires_grad]
+    weights = [p.data for p in trained]
+    lora = trainer.args.tuner_type == 'lora'
+    for p in trained:
+        p.data = p.main_grad.to(p.dtype).view(p.shape).clone()
+    try:
+        exported = trainer.bridge.export_weights(trainer.unwrapped_models, peft_format=lora)
+        return {name: value.detach().clone() for name, value in exported}
+    finally:
+        for p, data in zip(trained, weights, strict=True):
+            p.data = data
+
+
+def make_recorder():
+    from swift.megatron.callbacks.base import MegatronCallback
+
+    class Recorder(MegatronCallback):
+        """``gradients.pt``: the first step's gradient. ``batches.pt``: its micro-batches, of a run with one data-parallel rank.
+        ``seen.json``: the largest tensor that was saved for a backward pass, in elements, and what the teacher left behind."""
+
+        def on_train_begin(self) -> None:
+            trainer, step = self.trainer, self.trainer.optimizer.step
+            self.batches: list[dict[str, Any]] = []
+            self.seen = {'payload': 0, 'payload_dtype': None}
+            encode = trainer.encoder.micro_batch
+
+            def remembered(samples):
+                batch = encode(samples)
+                if trainer.state.iteration == 0:
+                    self.batches.append({k: v for k, v in vars(batch).items() if k != 'samples'})
+                return batch
+
+            trainer.encoder.micro_batch = remembered
+            if trainer.teacher is not None:
+                signals = trainer.teacher.signals
+
+                def weighed(*args, **kwargs):
+                    found = signals(*args, **kwargs)
+                    states = [s.hidden for s in found if hasattr(s, 'hidden')]
+                    self.seen['payload'] = max(self.seen['payload'], sum(s.numel() for s in states))
+                    if states:
+                        self.seen['payload_dtype'] = str(states[0].dtype)
+                    return found
+
+                trainer.teacher.signals = weighed
+
+            def recorded():
+                if trainer.state.iteration == 0 and not self.args.use_distributed_optimizer:
+                    gradients = exported_gradients(trainer)
+                    if dist.get_rank() == 0:
+                        torch.save(gradients, Path(self.args.output_dir) / 'gradients.pt')
+                        torch.save(self.batches, Path(self.args.output_dir) / 'batches.pt')
+                return step()
+
+            trainer.optimizer.step = recorded
+
+        def on_step_end(self) -> None:
+            if os.environ['SAVE'] == '0':
+                self.state.should_save = False  # stock saves after the last step, whatever --save_steps says
+
+        def on_train_end(self) -> None:
+            if dist.get_rank() == dist.get_world_size() - 1:
+                Path(self.args.output_dir, 'seen.json').write_text(json.dumps(self.seen))
+            if os.environ['EXPORT'] == '1':
+                weights = {k: v.clone() for k, v in self.trainer.bridge.export_weights(self.trainer.unwrapped_models)}
+                if dist.get_rank() == 0:
+                    torch.save(weights, Path(self.args.output_dir) / 'weights.pt')
+
+    return Recorder
+
+
+def main(path: str) -> None:
+    from swift_gkd_plugin import register
+
+    register()
+    from swift.megatron import megatron_rlhf_main
+    from swift.megatron.callbacks import megatron_callbacks_map
+
+    megatron_callbacks_map['recorder'] = make_recorder()
+    dist.destroy_process_group = lambda *args: None  # at the end of every run; the next one needs it
+    loaded = []
+    from mcore_bridge import GPTBridge
+    from mcore_bridge.bridge import gpt_bridge
+
+    load = GPTBridge.load_weights
+
+    def counted(*args, **kwargs):
+        loaded.append(1)
+        return load(*args, **kwargs)
+
+    GPTBridge.load_weights = counted
+    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    for job in json.loads(Path(path).read_text()):
+        os.environ['EXPORT'], os.environ['SAVE'] = str(int(job['export'])), str(int(job['save']))
+        error, trace = None, ''
+        loaded.clear()
+        # The bridge remembers the groups of the first model in the process, be it one without experts.
+        gpt_bridge.EP_PP_SIZE = gpt_bridge.EP_PP_GROUP = gpt_bridge.EP_PP_RANK = None
+        try:
+            megatron_rlhf_main(job['argv'])
+        except BaseException as e:
+            error, trace = f'{type(e).__name__}: {e}', traceback.format_exc()
+            print(trace, flush=True)
+        if rank == world_size - 1:
+            Path(job['output_dir'], 'outcome.json').write_text(json.dumps({'error': error, 'loaded': len(loaded), 'traceback': trace}))
+        if dist.is_initialized():
+            dist.barrier()
+    sys.stdout.flush()
+    atexit._run_exitfuncs()  # those of multiprocessing end the processes that wrote checkpoints
+    os._exit(0)  # gloo's threads would keep the interpreter
+
+
+if __name__ == '__main__':
+    main(sys.argv[1])

@@ -1,0 +1,128 @@
+"""Tiny models whose layers, heads, experts and vocabularies split over two ranks each way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import helpers
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoTokenizer,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+VOCAB = 512
+
+
+def make_models(directory: Path, tiny: helpers.TinyModels) -> dict[str, Path]:
+    """Students and teachers with the tokenizer of the other tests. The same seeds give the same files.
+
+    ``student`` and ``teacher`` have 4 layers; ``wide`` is a teacher with 24 more padding rows, so that its shards and the student's hold
+    different tokens; ``tied`` shares embedding and head, and its 511 rows are no multiple of 2; ``qwen2`` is a teacher of another family;
+    ``moe`` and ``moe_teacher`` have 4 experts; ``adapter`` is a LoRA of ``student`` that has an effect: a fresh one would be drawn
+    differently in each layout.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(tiny.student)
+    common = dict(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        bos_token_id=None,
+        eos_token_id=tokenizer.convert_tokens_to_ids('<|im_end|>'),
+        pad_token_id=0,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+        vocab_size=VOCAB,
+    )
+    qwen3 = dict(common, head_dim=16)
+    teacher = dict(hidden_size=64, intermediate_size=96)
+    moe = dict(
+        qwen3,
+        num_hidden_layers=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        decoder_sparse_step=1,
+        norm_topk_prob=True,
+        router_aux_loss_coef=0.0,
+    )
+    made = {
+        'student': (Qwen3ForCausalLM, Qwen3Config, qwen3),
+        'teacher': (Qwen3ForCausalLM, Qwen3Config, qwen3 | teacher),
+        'wide': (Qwen3ForCausalLM, Qwen3Config, qwen3 | teacher | {'vocab_size': VOCAB + 24}),
+        'tied': (Qwen3ForCausalLM, Qwen3Config, qwen3 | {'vocab_size': VOCAB - 1, 'tie_word_embeddings': True}),
+        'qwen2': (Qwen2ForCausalLM, Qwen2Config, common | {'num_hidden_layers': 2}),
+        'moe': (Qwen3MoeForCausalLM, Qwen3MoeConfig, moe),
+        'moe_teacher': (Qwen3MoeForCausalLM, Qwen3MoeConfig, moe | {'hidden_size': 64}),
+    }
+    paths: dict[str, Path] = {}
+    for seed, (name, (model, config, values)) in enumerate(made.items()):
+        torch.manual_seed(seed)
+        paths[name] = directory / name
+        model(config(**values)).save_pretrained(paths[name])
+        tokenizer.save_pretrained(paths[name])
+    paths['adapter'] = make_adapter(paths['student'], directory / 'adapter')
+    return paths
+
+
+def make_adapter(student: Path, path: Path) -> Path:
+    torch.manual_seed(100)
+    targets = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
+    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets, task_type='CAUSAL_LM')
+    model = get_peft_model(Qwen3ForCausalLM.from_pretrained(student), config)
+    weights = dict(model.named_parameters())
+    for name, weight in weights.items():
+        if 'lora_B' in name:
+            torch.nn.init.normal_(weight, std=0.1)
+        # Megatron's fused layers have one A.
+        for fused, first in (('k_proj', 'q_proj'), ('v_proj', 'q_proj'), ('up_proj', 'gate_proj')):
+            if 'lora_A' in name and fused in name:
+                weight.data.copy_(weights[name.replace(fused, first)].data)
+    model.save_pretrained(path)
+    return path
+
+
+# On top of every job. The last step of an epoch of 10 rows has two fillers: micro-batches without a trained token.
+QUICK: dict[str, Any] = {
+    'rlhf_type': 'gkd',
+    'model_type': 'qwen3',
+    'template': 'qwen3',
+    'ddp_backend': 'gloo',
+    'torch_dtype': 'float32',
+    'bf16': 'false',
+    'fp16': 'false',
+    'tuner_type': 'full',
+    'micro_batch_size': 1,
+    'global_batch_size': 4,
+    'train_iters': 1,
+    'logging_steps': 1,
+    'save_steps': 1000,
+    'lr': 1e-3,
+    'lr_decay_style': 'constant',
+    'max_length': 128,
+    'bias_dropout_fusion': 'false',
+    'lora_dropout': 0,
+    'use_distributed_optimizer': 'false',
+    'recompute_granularity': 'none',
+    'no_save_optim': 'true',
+    'save_safetensors': 'false',
+    'report_to': 'recorder',
+    'use_vllm': 'false',
+    'lmbda': 0,
+    'check_model': 'false',
+    'load_from_cache_file': 'false',
+    'dataset_num_proc': 1,
+    'dataloader_num_workers': 0,
+    'split_dataset_ratio': 0,
+    'add_version': 'false',
+}

@@ -1,0 +1,127 @@
+"""What the Megatron back end refuses, option by option; tests/activation runs a few of these as commands."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from swift_gkd_plugin.arguments import OptionError
+from swift_gkd_plugin.megatron.options import check_layout, check_model, check_supported
+
+DEFAULTS = dict(
+    model='student',
+    teacher_model='teacher',
+    tuner_type='full',
+    target_modules=['all-linear'],
+    seq_kd=False,
+    gkd_eval_source='dataset',
+    lmbda=0.0,
+    use_vllm=False,
+    vllm_mode=None,
+    teacher_model_server=None,
+    streaming=False,
+    use_megatron_fsdp=False,
+    bridge_backend='mcore-bridge',
+    mtp_num_layers=None,
+    router_replay_mode='disabled',
+    sequence_packing_scheduler=None,
+    task_type=None,
+    micro_batch_size=1,
+    global_batch_size=16,
+    tensor_model_parallel_size=1,
+    pipeline_model_parallel_size=1,
+    context_parallel_size=1,
+    expert_model_parallel_size=1,
+    expert_tensor_parallel_size=1,
+    virtual_pipeline_model_parallel_size=None,
+    pipeline_model_parallel_layout=None,
+    decoder_first_pipeline_num_layers=None,
+    decoder_last_pipeline_num_layers=None,
+    sequence_parallel=False,
+)
+
+
+def options(**given) -> SimpleNamespace:
+    return SimpleNamespace(**{**DEFAULTS, **given})
+
+
+@pytest.mark.parametrize(
+    'given',
+    [
+        dict(seq_kd=True),
+        dict(gkd_eval_source='teacher'),
+        dict(gkd_eval_source='student'),
+        dict(lmbda=0.1),
+        dict(use_vllm=True),
+        dict(teacher_model_server='http://localhost:1'),
+        dict(streaming=True),
+        dict(use_megatron_fsdp=True),
+        dict(bridge_backend='megatron-bridge'),
+        dict(mtp_num_layers=1),
+        dict(router_replay_mode='R2'),
+        dict(sequence_packing_scheduler='dp_balanced'),
+        dict(task_type='seq_cls'),
+        dict(tuner_type='lora_llm'),
+        dict(tuner_type='lora', target_modules=['all-router'], teacher_model='student'),
+    ],
+    ids=str,
+)
+def test_refused(given):
+    name = 'target_modules' if 'target_modules' in given else 'vllm_mode' if 'use_vllm' in given else next(iter(given))
+    with pytest.raises(OptionError, match=f'^--{name} [^\n]*$'):
+        check_supported(options(**given))
+
+
+@pytest.mark.parametrize(
+    'given', [{}, dict(lmbda=0.5, use_vllm=True, vllm_mode='colocate'), dict(tuner_type='lora', teacher_model='student')]
+)
+def test_supported(given):
+    check_supported(options(**given))
+
+
+@pytest.mark.parametrize(
+    ('given', 'message'),
+    [
+        (dict(tensor_model_parallel_size=3), r'= 3 does not divide the 8 ranks'),
+        (dict(tensor_model_parallel_size=4, context_parallel_size=4), r'= 16 does not divide the 8 ranks'),
+        (dict(expert_model_parallel_size=3), r'--expert_model_parallel_size 3 x .* = 3 does not divide the 8 ranks'),
+        (dict(pipeline_model_parallel_size=0), r'--pipeline_model_parallel_size 0: must be at least 1'),
+        (dict(global_batch_size=12), r'--global_batch_size 12: must be a multiple of --micro_batch_size 1 x 8'),
+        (dict(virtual_pipeline_model_parallel_size=2), r'needs --pipeline_model_parallel_size of at least 2'),
+        (
+            dict(virtual_pipeline_model_parallel_size=2, pipeline_model_parallel_size=4, global_batch_size=12),
+            r'a multiple of --pipeline_model_parallel_size 4 micro-batches per step, and --global_batch_size gives 6',
+        ),
+    ],
+    ids=str,
+)
+def test_layout_that_does_not_fit_the_ranks(given, message, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '8')
+    with pytest.raises(OptionError, match=message):
+        check_layout(options(**given))
+
+
+def test_layouts_that_fit(monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '8')
+    for given in ({}, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, context_parallel_size=2)):
+        check_layout(options(**given))
+
+
+@pytest.mark.parametrize(
+    ('given', 'message'),
+    [
+        (dict(pipeline_model_parallel_size=4), 'its 6 layers do not split into 4 pipeline stages'),
+        (dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2), 'its 6 layers do not split into 4 pipeline stages'),
+        (dict(tensor_model_parallel_size=3), 'its 4 attention heads do not split'),
+        (dict(expert_model_parallel_size=3), 'its 8 experts do not split'),
+        (dict(tensor_model_parallel_size=2), 'has experts, which megatron-core trains with --tensor_model_parallel_size 2 only'),
+        (dict(tensor_model_parallel_size=2, sequence_parallel=True), 'with .* megatron-core gets wrong gradients for the experts'),
+    ],
+    ids=str,
+)
+def test_model_that_does_not_fit_the_layout(given, message):
+    config = SimpleNamespace(num_hidden_layers=6, num_attention_heads=4, num_experts=8)
+    config.get_text_config = lambda: config
+    with pytest.raises(OptionError, match=f'^--model m: {message}'):
+        check_model('--model', 'm', config, options(**given))
