@@ -14,12 +14,12 @@ from swift.infer_engine import RequestConfig
 from swift.rl_core.data import GKDSample
 from swift.rlhf_trainers.rollout_mixin import RolloutTrainerMixin
 
+from .. import cycle as cycles
 from .. import sources
 from ..arguments import OptionError
 from ..responses import Response
+from ..samples import Sample
 from ..sources import STUDENT
-from . import cycle as cycles
-from .samples import Sample
 
 
 def _sampled(result: GKDSample) -> list[int]:

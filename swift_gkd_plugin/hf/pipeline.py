@@ -13,8 +13,8 @@ from transformers import AutoConfig
 
 from .. import checks
 from ..arguments import OptionError
+from ..samples import RESPONSE_COLUMNS
 from ..teachers.server import ServerOptions, TeacherServerError, TeacherServers
-from .samples import RESPONSE_COLUMNS
 
 logger = get_logger()
 
@@ -143,12 +143,8 @@ class GKDPipeline(SwiftRLHF):
         options = ServerOptions(args.gkd_logits_topk, args.gkd_server_timeout, 0, 1)
         try:
             servers = TeacherServers(args.teacher_model_server, options).servers
-            rows = [dataset for dataset in self._datasets if dataset is not None]
-            if len(servers) > 1 and any(args.teacher_tag_key not in next(iter(dataset)) for dataset in rows):
-                raise OptionError(
-                    f'--teacher_tag_key {args.teacher_tag_key}: the rows have no such column to choose one of {len(servers)} servers by; '
-                    'add it to the dataset.'
-                )
+            if len(servers) > 1:
+                checks.check_tags(self._datasets, args.teacher_tag_key, {tag for server in servers for tag in server.tags})
             for server in servers:
                 server.connect()
                 server.check(tokenizer)

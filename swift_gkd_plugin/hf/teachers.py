@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,43 +16,11 @@ from torch import nn
 
 from ..responses import SamplingOptions
 from ..responses.local import evaluation_mode
-from ..teachers import HiddenStates, Logits, Signal, TopK
+from ..samples import MicroBatch, Sample
+from ..teachers import HiddenStates, Logits, Signal, TopK, TopKOptions
+from ..teachers.adapters import adapters_off
 from ..teachers.server import Question, Scores, TeacherServers
 from .head import OutputHead
-from .samples import MicroBatch, Sample
-
-
-@contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The base model, without PEFT's ``disable_adapter()``.
-
-    That toggles ``requires_grad`` too. Under FSDP2 the toggle lands on unsharded parameters, and a trained head of
-    ``modules_to_save`` silently stops training (peft 0.20, ``utils/other.py:662``). The flag alone decides what a forward computes.
-    """
-    layers = [m for m in model.modules() if '_disable_adapters' in vars(m) or hasattr(type(m), '_disable_adapters')]
-    before = [layer._disable_adapters for layer in layers]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer, flag in zip(layers, before, strict=True):
-            layer._disable_adapters = flag
-
-
-@dataclass(frozen=True)
-class TopKOptions:
-    """What is kept of a local teacher with ``--gkd_logits_topk``.
-
-    Attributes:
-        k: Log-probabilities per token.
-        temperature: At which they are taken.
-        vocab_size: Number of leading ids over which they are normalised; None for all.
-    """
-
-    k: int
-    temperature: float
-    vocab_size: int | None
 
 
 class LocalTeacher:

@@ -30,21 +30,23 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from .. import activation, checks, sources
+from .. import cycle as cycles
 from ..arguments import OptionError
+from ..cycle import Cycle
+from ..data import Row, row_loader
 from ..divergence import Divergence, TokenStats
 from ..metrics import Metrics
+from ..objective import LossOptions
 from ..responses import SamplingOptions
 from ..responses.local import LocalGenerator, evaluation_mode
+from ..samples import MicroBatch, Sample, SampleEncoder, TeacherView
 from ..sources import DATASET, STUDENT, TEACHER, Source
+from ..teachers import TopKOptions
 from ..teachers.server import ServerOptions, TeacherServerError, TeacherServers
-from . import cycle as cycles
-from .cycle import Cycle
-from .data import Row, row_loader
 from .engine import EngineRollout
 from .head import OutputHead
-from .loss import DistillationLoss, LossOptions
-from .samples import MicroBatch, Sample, SampleEncoder, TeacherView
-from .teachers import LiveStudent, LocalTeacher, RemoteTeacher, SharedBase, TopKOptions
+from .loss import DistillationLoss
+from .teachers import LiveStudent, LocalTeacher, RemoteTeacher, SharedBase
 
 logger = get_logger()
 

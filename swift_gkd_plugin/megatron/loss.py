@@ -9,8 +9,8 @@ import torch
 from megatron.core import mpu
 
 from ..divergence import TokenStats, linear_divergence, topk_divergence
-from ..hf.loss import LossOptions
-from ..hf.samples import MicroBatch
+from ..objective import LossOptions
+from ..samples import MicroBatch
 from ..teachers import Signal, TopK
 from .head import OutputHead
 from .views import LocalView

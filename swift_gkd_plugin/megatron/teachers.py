@@ -17,10 +17,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from swift.utils import get_current_device
 from torch import nn
 
-from ..hf.samples import MicroBatch
-from ..hf.teachers import TopKOptions, adapters_off
 from ..responses.local import evaluation_mode
-from ..teachers import HiddenStates, Signal, TopK
+from ..samples import MicroBatch
+from ..teachers import HiddenStates, Signal, TopK, TopKOptions
+from ..teachers.adapters import adapters_off
 from .head import OutputHead
 from .views import local_view
 

@@ -36,18 +36,17 @@ from torch import nn
 from transformers import AutoConfig
 
 from .. import activation, checks, sources
+from .. import cycle as cycles
 from ..arguments import OptionError
+from ..cycle import Cycle
+from ..data import Row, row_loader
 from ..divergence import Divergence, TokenStats
-from ..hf import cycle as cycles
-from ..hf.cycle import Cycle
-from ..hf.data import Row, row_loader
-from ..hf.loss import LossOptions
-from ..hf.samples import MicroBatch, Sample, SampleEncoder, TeacherView
-from ..hf.teachers import TopKOptions
 from ..metrics import Metrics
+from ..objective import LossOptions
 from ..responses import Response
+from ..samples import MicroBatch, Sample, SampleEncoder, TeacherView
 from ..sources import DATASET, STUDENT, Source
-from ..teachers import Signal
+from ..teachers import Signal, TopKOptions
 from .head import OutputHead
 from .loss import DistillationLoss
 from .teachers import LiveStudent, LocalTeacher, SharedBase

@@ -46,4 +46,19 @@ class TopK:
     temperature: float | None = None
 
 
+@dataclass(frozen=True)
+class TopKOptions:
+    """What is kept of a local teacher with ``--gkd_logits_topk``.
+
+    Attributes:
+        k: Log-probabilities per token.
+        temperature: At which they are taken.
+        vocab_size: Number of leading ids over which they are normalised; None for all.
+    """
+
+    k: int
+    temperature: float
+    vocab_size: int | None
+
+
 Signal = HiddenStates | Logits | TopK
