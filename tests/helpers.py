@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,6 +165,22 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     return path
 
 
+def seed_with_shares(shares: Sequence[Sequence[int]], batch_size: int, lmbda: float) -> int:
+    """A ``--seed`` with which rank r answers ``shares[step][r]`` of its rows, for rows in the order of the dataset
+    (``--train_dataloader_shuffle false``) and one micro-batch per step."""
+    from swift_gkd_plugin import sources
+
+    def fits(seed: int) -> bool:
+        rows = itertools.count()
+        for step in shares:
+            drawn = [[sources.uniform(seed, 0, next(rows)) < lmbda for _ in step] for _ in range(batch_size)]
+            if [sum(column) for column in zip(*drawn, strict=True)] != list(step):
+                return False
+        return True
+
+    return next(filter(fits, itertools.count()))
+
+
 @dataclass
 class Result:
     """How a command ended. ``logs`` are the rows of ms-swift's logging.jsonl."""
@@ -211,6 +229,8 @@ def run(argv: Sequence[Any], *, env: Mapping[str, str] | None = None, cwd: Path 
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)  # torchrun's workers are in sessions of their own; it ends them
+        time.sleep(5)
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
         raise AssertionError(f'no end after {timeout} s: {" ".join(map(str, argv))}\n{output[-6000:]}') from None

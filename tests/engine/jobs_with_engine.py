@@ -7,7 +7,6 @@ student, on the very tensors that are trained; ``engine-rank<r>.jsonl`` has a li
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -64,7 +63,7 @@ def watched(self, samples) -> None:
         'roles': [[message['role'] for message in sample.generated.messages] for sample in samples],
         'error': largest_difference(self, samples),
     }
-    with open(Path(self.args.output_dir, f'engine-rank{os.environ["RANK"]}.jsonl'), 'a') as file:
+    with open(Path(self.args.output_dir, f'engine-rank{self.args.process_index}.jsonl'), 'a') as file:
         file.write(json.dumps(line) + '\n')
 
 

@@ -3,8 +3,9 @@
 ms-swift and vLLM expect a GPU in the places below; the line numbers are those of ms-swift 4.6.0 and vLLM 0.32.0. What is under test,
 the requests, the weight sync, sleeping, LoRA and multi-turn, is theirs and ours and stays as it is.
 
-Importing this file is enough. It belongs into every process that holds an engine or talks to one: the trainers import it first, a
-server gets it by ``--external_plugins``. VLLM_ENABLE_V1_MULTIPROCESSING=0 keeps the engine in the process that has imported it.
+It belongs into every process that holds an engine or talks to one. The trainers import it before anything else, a server gets it by
+``--external_plugins``, and processes that vLLM starts itself find it as a plugin of vLLM, by its dist-info in this directory, with this
+directory in PYTHONPATH and VLLM_PLUGINS=vllm_on_cpu.
 """
 
 from __future__ import annotations
@@ -88,6 +89,10 @@ def _weights_over_the_store() -> None:
 
 def _no_devices_needed() -> None:
     RolloutArguments._check_device_count = lambda self: None  # swift/arguments/deploy_args.py:142
+
+
+def register() -> None:
+    """For vLLM's plugin loader, which calls something after importing this module."""
 
 
 _device_module()
