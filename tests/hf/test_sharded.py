@@ -118,7 +118,7 @@ def generating(files, adapters, tiny_models):
     saving |= {'val_dataset': f'{tiny_models.val}#6', 'per_device_eval_batch_size': 2, 'gkd_eval_source': 'student'}
     return {
         'generated': mixed,
-        'few': {**mixed, 'seq_kd': 'false', 'lmbda': 0.2},
+        'few': {**mixed, 'seq_kd': 'false', 'lmbda': 0.1},
         'generated shared': {**mixed, **shared},
         'saved': {**mixed, **saving},
         'saved lora': {**mixed, **shared, **saving},
