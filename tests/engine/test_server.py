@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import helpers
 import pytest
 from engine_options import LORA, SHARES, STEP
 
 
 @pytest.fixture(scope='module')
-def runs(run_jobs, servers):
+def runs(run_jobs, servers, tiny_models, tmp_path_factory):
+    rows = [{**json.loads(line), 'split': True} for line in tiny_models.train.read_text().splitlines()]
+    split = helpers.write_rows(tmp_path_factory.mktemp('split') / 'split.jsonl', rows)
+
     def on(server: str, step: dict, **more) -> dict:
         return {**step, **servers[server].options, **more}
 
@@ -22,6 +27,7 @@ def runs(run_jobs, servers):
             'adapter': on('adapter', LORA),
             'two turns': on('two turns', STEP),
             'two turns by the trainer': on('plain', STEP, multi_turn_scheduler='ask_again', max_turns=3),
+            'split': on('two turns', STEP, vllm_server_pass_dataset='true', dataset=split),
         },
         env=helpers.one_rank(),
     )
@@ -38,6 +44,10 @@ def test_samples_come_from_the_new_weights(runs, name):
 def test_old_weights_would_be_seen(runs):
     calls = runs['without sync'].ok().lines('engine-rank0.jsonl')
     assert calls[0]['error'] < 1e-4 and all(call['error'] > 1 for call in calls[1:])
+
+
+def test_a_row_stays_one_sample(runs):
+    assert 'OptionError' in runs['split'].error and 'it made 6 samples of 3' in runs['split'].error
 
 
 @pytest.fixture(scope='module')

@@ -65,7 +65,18 @@ def test_a_cycle_that_fits_no_step(one_process, gradient_difference):
     # 3 micro-batches per cycle, 4 per step: what is left of a cycle was sampled from the weights of the step before.
     whole, other = one_process['4x1'].ok(), one_process['odd'].ok()
     assert gradient_difference(other.gradients(1), whole.gradients(1)) < 2e-5
-    assert len([line for line in other.completions if line['step'] == 1]) >= 4
+    dates = {step: {line['generated_at'] for line in other.completions if line['step'] == step} for step in (1, 2)}
+    assert dates == {1: {0}, 2: {0, 1}}
+
+
+def test_divergence_of_each_response(one_process):
+    # Every response is generated in this run, so the responses of a step make up its mean.
+    run = one_process['2x2'].ok()
+    for step, logged in enumerate(run.values('divergence'), 1):
+        lines = [line for line in run.completions if line['step'] == step]
+        assert len(lines) == 4 and len({line['divergence'] for line in lines}) == 4
+        tokens = sum(line['length'] for line in lines)
+        assert sum(line['divergence'] * line['length'] for line in lines) / tokens == pytest.approx(logged, rel=1e-5)
 
 
 @pytest.mark.parametrize('name', ['2x1', '1x2'])
@@ -89,6 +100,7 @@ def test_three_sources_in_one_step(one_process):
         'response/length',
         'response/cut_off',
         'seconds/generation',
+        'generation/tokens_per_second',
         'seconds/teacher',
         'seconds/student',
     ):
@@ -102,7 +114,7 @@ def test_lora_dropout_is_respected(one_process):
 def test_one_generation_for_several_steps(one_process):
     run = one_process['ahead'].ok()
     assert len(run.losses) == 4
-    assert {line['step'] for line in run.completions} == {1}
+    assert {line['step'] for line in run.completions} == {1, 2, 3, 4} and {line['generated_at'] for line in run.completions} == {0}
 
 
 def test_bf16_is_close(one_process):

@@ -1,0 +1,52 @@
+"""The example scripts with vLLM, on tiny models: what follows on their command line wins over what is in them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import helpers
+import pytest
+from engine_options import ENGINE
+from rollout_server import ENVIRONMENT, HERE, RolloutServer
+
+EXAMPLES = HERE.parents[1] / 'examples'
+
+
+def small(models: helpers.TinyModels, output_dir: Path) -> list[str]:
+    return helpers.command_line(
+        {
+            **helpers.QUICK,
+            **models.with_teacher,
+            **{name: value for name, value in ENGINE.items() if name != 'vllm_gpu_memory_utilization'},
+            'fp16': 'false',
+            'ddp_backend': 'gloo',
+            'max_steps': 2,
+            'gradient_accumulation_steps': 1,
+            'output_dir': output_dir,
+            'external_plugins': HERE / 'vllm_on_cpu.py',
+        }
+    )
+
+
+@pytest.mark.parametrize('example', ['vllm_colocate', 'vllm_server'])
+def test_example(tiny_models, tmp_path, example):
+    variables = {**ENVIRONMENT, 'PATH': f'{helpers.SCRIPTS}{os.pathsep}{os.environ["PATH"]}', 'MASTER_PORT': str(helpers.free_port())}
+    script, argv = EXAMPLES / f'{example}.sh', small(tiny_models, tmp_path)
+    server = None
+    if example == 'vllm_server':
+        server = RolloutServer(tiny_models, {}, tmp_path / 'server.log', [script, 'rollout'])
+        variables['PORT'] = str(server.port)
+        argv += ['--vllm_server_group_port', str(helpers.free_port())]
+    try:
+        if server is not None:
+            server.wait()
+        returncode, output = helpers.run([script, *argv], env=variables, cwd=tmp_path)
+    finally:
+        if server is not None:
+            server.stop()
+    assert returncode == 0, output[-6000:]
+    logs = [json.loads(line) for line in (tmp_path / 'logging.jsonl').read_text().splitlines()]
+    assert len([row for row in logs if 'loss' in row]) == 2 or logs[-1]['global_step/max_steps'] == '2/2'
+    assert len((tmp_path / 'completions.jsonl').read_text().splitlines()) == 8
