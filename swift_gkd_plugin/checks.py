@@ -79,6 +79,19 @@ def check_rows(rows: Iterable[dict[str, Any]], option: str, needs_response: str 
         )
 
 
+def check_tags(datasets: Iterable[Iterable[dict[str, Any]] | None], column: str, tags: set[str]) -> None:
+    """Raises:
+    OptionError: A row has a tag that no teacher server has, or none.
+    """
+    for rows in datasets:
+        for number, row in enumerate(itertools.islice(rows or (), SAMPLED_ROWS)):
+            if str(row.get(column)) not in tags:
+                raise OptionError(
+                    f'--teacher_tag_key {column}: row {number} has the tag {row.get(column)!r}, and the servers of '
+                    f'--teacher_model_server have {", ".join(sorted(tags))}.'
+                )
+
+
 def check_size(num_rows: int, generation_batch: int, explained: str) -> None:
     """Raises:
     OptionError: The dataset is smaller than one generation batch.

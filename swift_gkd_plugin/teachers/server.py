@@ -353,7 +353,10 @@ class TeacherServer:
             if status == 429 or status >= 500:
                 raise _Retry(f'HTTP {status} {" ".join(text.split())}'.rstrip())
             if status != 200:
-                raise _Final(f'HTTP {status} {" ".join(text.split())}'.rstrip())
+                key = (
+                    f' (the key is taken from the environment variable {KEY_VARIABLE})' if status in (401, 403) or 'API key' in text else ''
+                )
+                raise _Final(f'HTTP {status} {" ".join(text.split())}'.rstrip() + key)
             return json.loads(reply.content) if reply.content else None
         except requests.exceptions.Timeout:
             raise _Retry(f'no answer within {self.options.timeout:g} s') from None
@@ -440,13 +443,20 @@ class TeacherServer:
         try:
             self.protocol.check(self._request, tokenizer.encode(PROBE, add_special_tokens=False), self.options.topk)
         except (_Retry, _Final) as problem:
-            text = str(problem)
-            if 'max allowed' in text or 'max_logprobs' in text:
+            if self._sends_one(tokenizer):
                 raise OptionError(
-                    f'--gkd_logits_topk {self.options.topk}: teacher server {self.url} allows fewer ({text}); start it with a larger '
-                    '--max_logprobs (vLLM: --max-logprobs), or choose fewer.'
+                    f'--gkd_logits_topk {self.options.topk}: teacher server {self.url} sends fewer ({problem}); start it with '
+                    f'--max-logprobs {self.options.topk} (swift deploy: --max_logprobs {self.options.topk}), or choose fewer.'
                 ) from None
-            raise self._error(text) from None
+            raise self._error(problem) from None
+
+    def _sends_one(self, tokenizer: Any) -> bool:
+        """Whether it is only the number of log-probabilities that a server minds: swift deploy says no more than HTTP 500."""
+        try:
+            self.protocol.check(self._request, tokenizer.encode(PROBE, add_special_tokens=False), 1)
+        except (_Retry, _Final):
+            return False
+        return True
 
 
 def _cause(error: BaseException) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import helpers
@@ -51,6 +52,7 @@ def serving(argv: list, port: int, log: Path) -> Iterator[str]:
             cwd=log.parent,
             stdout=output,
             stderr=subprocess.STDOUT,
+            start_new_session=True,  # the command starts processes of its own; all of them end with it
         )
     try:
         for _ in range(240):
@@ -64,11 +66,9 @@ def serving(argv: list, port: int, log: Path) -> Iterator[str]:
             pytest.fail(f'no server after 120 s:\n{log.read_text()[-6000:]}')
         yield url
     finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @pytest.fixture(scope='session')
@@ -103,7 +103,7 @@ def deploy_server(tiny_models, tmp_path_factory) -> Iterator[str]:
         'host': '127.0.0.1',
         'port': port,
         'api_key': KEY,
-        'vllm_engine_kwargs': '{"max_logprobs": 32}',
+        'max_logprobs': 32,
         'external_plugins': HERE.parent / 'engine' / 'vllm_on_cpu.py',
     }
     argv = [helpers.SCRIPTS / 'swift', 'deploy', *helpers.command_line(options)]
