@@ -64,7 +64,8 @@ def take_over_arguments(module: ModuleType) -> dict[str, Any]:
         # Stock drops what is left of an epoch and of the evaluation set. Ours is a shorter last step.
         evaluates = val_dataset is not None and self.eval_iters != 0
         stock(train_dataset, val_dataset)
-        steps, eval_steps = (-(-len(rows or ()) // self.global_batch_size) for rows in (train_dataset, val_dataset))
+        counts = len(train_dataset) * self.gkd_num_samples, len(val_dataset or ())
+        steps, eval_steps = (-(-count // self.global_batch_size) for count in counts)
         if self.num_train_epochs is not None:
             self.train_iters = steps * self.num_train_epochs
         if self.save_strategy == 'epoch':

@@ -28,6 +28,8 @@ NOT_USED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ('gkd_skew', lambda a: 'skew' not in a.gkd_divergence, 'it belongs to the skewed divergences'),
     ('gkd_tail', lambda a: a.gkd_logits_topk is None, 'it belongs to --gkd_logits_topk'),
     ('gkd_logits_topk', lambda a: a.gkd_loss_weight == 0, 'at --gkd_loss_weight 0 no teacher looks at the responses'),
+    ('gkd_num_samples', lambda a: a.lmbda == 0, 'a response of the dataset is there once'),
+    ('gkd_save_teacher_responses', lambda a: True, 'the teacher does not generate here'),
     ('gkd_teacher_temperature', lambda a: True, 'the teacher does not generate here'),
     ('gkd_teacher_max_completion_length', lambda a: True, 'the teacher does not generate here'),
     ('offload_teacher_model', lambda a: a.teacher_model is None, 'the teacher is the student itself and stays where it is'),

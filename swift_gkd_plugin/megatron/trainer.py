@@ -18,6 +18,7 @@ import itertools
 import os
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,7 @@ from swift.megatron.model import get_mcore_model
 from swift.megatron.trainers.gkd_trainer import MegatronGKDTrainer
 from swift.megatron.trainers.rlhf_mixin import MegatronRLHFTrainer
 from swift.megatron.trainers.rollout_mixin import MegatronRolloutMixin
-from swift.megatron.utils import get_padding_to
+from swift.megatron.utils import disable_forward_pre_hook, enable_forward_pre_hook, get_padding_to
 from swift.utils import JsonlWriter, get_current_device, get_logger
 from torch import nn
 from transformers import AutoConfig
@@ -78,7 +79,7 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
         self._setup_teacher()
         super().__init__(args, template, **kwargs)
         logger.info(activation.banner(type(self)))
-        self.device = get_current_device()
+        self.device = args.device = get_current_device()  # transformers' arguments have it, and Cycle asks for it
         self.metrics = Metrics(torch.device(self.device))
         self.completions = JsonlWriter(os.path.join(args.output_dir, 'completions.jsonl'), write_on_rank='last')
         # Sequence and context parallelism cut sequences into equal parts.
@@ -161,7 +162,7 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
         """
         group = self._get_rollout_group()
         rank, size = dist.get_rank(group), dist.get_world_size(group)
-        with self.metrics.seconds('seconds/generation'):
+        with self.metrics.seconds('seconds/generation'), self._gathered_weights():
             mine = self._generate_completions([self.encoder.inner(sample) for sample in samples[rank::size]])
             everyone: list[Any] = [None] * size
             dist.all_gather_object(everyone, mine, group=group)
@@ -170,6 +171,19 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
             ids = result.response_token_ids
             flat = list(itertools.chain.from_iterable(ids)) if ids and isinstance(ids[0], list) else list(ids)
             sample.generated, sample.response = result, Response(flat, result.finish_reason or 'stop')
+
+    @contextmanager
+    def _gathered_weights(self) -> Iterator[None]:
+        """With --overlap_param_gather a rank has the new weights of the others only when a forward pass has asked for them, too late for
+        an engine that gets them now. ms-swift does the same around evaluations and checkpoints."""
+        if not self._pre_hook_enabled:
+            yield
+            return
+        disable_forward_pre_hook(self.wrapped_models)
+        try:
+            yield
+        finally:
+            enable_forward_pre_hook(self.wrapped_models)
 
     def _get_request_config(self):
         """The engine's sampling options with a seed of this cycle and this engine; ms-swift adds the request's number to it."""
@@ -192,7 +206,8 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
     def _training_rows(self, dataset) -> Iterator[list[Row]]:
         """Micro-batches without end. The schedule wants the same number in every step, so the last step of an epoch gets fillers."""
         args, per_step = self.args, self.args.num_microbatches
-        loader = self._row_loader(dataset, seed=args.data_seed if args.train_dataloader_shuffle else None)
+        seed = args.data_seed if args.train_dataloader_shuffle else None
+        loader = self._row_loader(dataset, seed=seed, num_samples=args.gkd_num_samples)
         steps = -(-len(loader) // per_step)
         first, skipped = divmod(self.state.iteration, steps)
         loader.batch_sampler.skip = skipped * per_step
@@ -206,7 +221,7 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
         self.setup_model_training()
         self.config.finalize_model_grads_func = self._finalize_model_grads
         parts = f'{args.micro_batch_size} per micro-batch x {args.generation_batch_size // args.micro_batch_size} of all ranks'
-        checks.check_size(len(train_dataset), args.generation_batch_size, parts)
+        checks.check_size(len(train_dataset), -(-args.generation_batch_size // args.gkd_num_samples), parts)
         self.cycle = Cycle(args, train_dataset, self.encoder, self._answers())
         checkpoint = args.mcore_model or args.mcore_adapter
         if checkpoint and not args.finetune:
@@ -234,6 +249,9 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
         cycle = list(itertools.islice(rows, self.args.num_microbatches * self.steps_per_generation))
         self._cycle_key = self.state.iteration, 0
         samples = self.cycle.samples(cycle, self._cycle_key)
+        for sample in itertools.chain.from_iterable(samples):
+            if sample.response is not None:
+                sample.generated_at = self.state.iteration
         if self.args.log_completions:
             self._write_completions([sample for one in samples for sample in one])
         return samples
@@ -244,6 +262,8 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
         if self.teacher is not None:
             with self.metrics.seconds('seconds/teacher'):
                 signals = self.teacher.signals(batches, self._topk_options())
+            if self.teacher.host_copy is not None:
+                self.metrics.add('teacher/moved_gib', self.teacher.host_copy.bytes / 2**30)
         return [iter(list(zip(batches, signals, strict=True))) for _ in self.unwrapped_models]
 
     def _topk_options(self) -> TopKOptions | None:
@@ -379,7 +399,7 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
                 self.encoder.check(sample)
             except Exception as error:  # see Cycle.sample
                 logger.warning(f'evaluation: {sample} cannot be encoded: {error}')
-                sample = Sample(Row(row.number, row.epoch, row.content, counts=False), row.content)
+                sample = Sample(row.filler(), row.content)
         return sample
 
     # -- metrics ---------------------------------------------------------------------------------------------------------------------
@@ -428,6 +448,7 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
                 'row': sample.row.number,
                 'epoch': sample.row.epoch,
                 'source': sample.source,
+                'generated_at': sample.generated_at,
                 'prompt': self.encoder.student_prompt(sample)['messages'],
                 'completion': self.template.safe_decode(sample.response.token_ids),
                 'length': len(sample.response.token_ids),
@@ -460,4 +481,4 @@ def _filled_up(micro_batches: Iterator[list[Row]], multiple: int) -> Iterator[li
         yield rows
         count += 1
     for _ in range(-count % multiple):
-        yield [Row(rows[0].number, rows[0].epoch, rows[0].content, counts=False)]
+        yield [rows[0].filler()]

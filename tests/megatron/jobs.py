@@ -84,7 +84,8 @@ def make_recorder():
             if dist.get_rank() == dist.get_world_size() - 1:
                 Path(self.args.output_dir, 'seen.json').write_text(json.dumps(self.seen))
             if os.environ['EXPORT'] == '1':
-                weights = {k: v.clone() for k, v in self.trainer.bridge.export_weights(self.trainer.unwrapped_models)}
+                with self.trainer._gathered_weights():
+                    weights = {k: v.clone() for k, v in self.trainer.bridge.export_weights(self.trainer.unwrapped_models)}
                 if dist.get_rank() == 0:
                     torch.save(weights, Path(self.args.output_dir) / 'weights.pt')
 
@@ -95,6 +96,7 @@ def main(path: str) -> None:
     from swift_gkd_plugin import register
 
     register()
+    listed = json.loads(Path(path).read_text())
     from swift.megatron import megatron_rlhf_main
     from swift.megatron.callbacks import megatron_callbacks_map
 
@@ -111,8 +113,14 @@ def main(path: str) -> None:
         return load(*args, **kwargs)
 
     GPTBridge.load_weights = counted
+    if any('--vllm_mode' in job['argv'] for job in listed):
+        import engine
+
+        from swift_gkd_plugin.megatron.trainer import GKDTrainer
+
+        engine.install(GKDTrainer)
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    for job in json.loads(Path(path).read_text()):
+    for job in listed:
         os.environ['EXPORT'], os.environ['SAVE'] = str(int(job['export'])), str(int(job['save']))
         error, trace = None, ''
         loaded.clear()

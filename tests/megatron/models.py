@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,14 @@ def make_models(directory: Path, tiny: helpers.TinyModels) -> dict[str, Path]:
         paths[name] = directory / name
         model(config(**values)).save_pretrained(paths[name])
         tokenizer.save_pretrained(paths[name])
+    # The teacher's weights with a tokenizer in which two ids have changed places.
+    paths['other_tokens'] = directory / 'other_tokens'
+    shutil.copytree(paths['teacher'], paths['other_tokens'])
+    stored = json.loads((paths['other_tokens'] / 'tokenizer.json').read_text())
+    vocab = stored['model']['vocab']
+    first, second = sorted(vocab, key=vocab.get)[300:302]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    (paths['other_tokens'] / 'tokenizer.json').write_text(json.dumps(stored))
     paths['adapter'] = make_adapter(paths['student'], directory / 'adapter')
     return paths
 

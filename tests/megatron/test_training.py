@@ -1,0 +1,198 @@
+"""What surrounds the loss: evaluation, resuming, offloading, metrics, data-parallel optimizers, the other back end."""
+
+from __future__ import annotations
+
+import json
+
+import helpers
+import pytest
+from cases import LORA, make_datasets, plain
+from runs import Run, relative
+
+pytestmark = [pytest.mark.e2e, pytest.mark.megatron, pytest.mark.timeout(900)]
+
+# A large epsilon, for Adam moves a weight by the whole learning rate however small its gradient is, rounding errors included.
+STEPS = {'train_iters': 4, 'dataset': 'ten', 'adam_eps': 1e-3}
+EVALUATED = {**STEPS, 'eval_steps': 2, 'val_dataset': 'val', 'lr': 0}
+# A checkpoint in the middle of a generation cycle, which crosses the end of an epoch.
+SAVED = {**STEPS, 'train_iters': 5, 'no_save_optim': 'false', 'save_steps': 3, 'steps_per_generation': 2}
+ON_POLICY = {
+    **STEPS,
+    'use_vllm': 'true',
+    'vllm_mode': 'colocate',
+    'lmbda': 0.5,
+    'max_completion_length': 6,
+    'log_completions': 'true',
+    'steps_per_generation': 2,
+}
+SHARDED = {'use_distributed_optimizer': 'true', 'overlap_grad_reduce': 'true', 'overlap_param_gather': 'true', 'export': True}
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory, tiny_models):
+    directory = tmp_path_factory.mktemp('data')
+    val = directory / 'val.jsonl'
+    val.write_text(''.join(tiny_models.val.read_text().splitlines(True)[:7]))
+    nothing = directory / 'nothing.jsonl'
+    nothing.write_text('')
+    return {**make_datasets(tiny_models.train, directory), 'val': val, 'nothing': nothing}
+
+
+def jobs(data, **cases):
+    return {name: {k: data[v] if k.endswith('dataset') else v for k, v in case.items()} for name, case in cases.items()}
+
+
+@pytest.fixture(scope='module')
+def alone(run_jobs, data, tmp_path_factory) -> dict[str, Run]:
+    """One process, one run after the other."""
+    whole = tmp_path_factory.mktemp('whole')
+    runs = run_jobs(
+        jobs(
+            data,
+            steps={**STEPS, 'export': True},
+            whole={**SAVED, 'save': True, 'output_dir': whole},
+            resumed={**SAVED, 'mcore_model': whole / 'checkpoint-3', 'finetune': 'false'},
+            evaluated=EVALUATED,
+            offloaded={**STEPS, 'offload_teacher_model': 'true'},
+            qwen2={'teacher_model': 'qwen2'},
+            bf16={'torch_dtype': 'bfloat16', 'bf16': 'true'},
+            detailed={'gkd_detailed_metrics': 'true', 'sft_alpha': 0.1},
+            epochs={'dataset': 'ten', 'train_iters': None, 'num_train_epochs': 2, 'lr': 0},
+            tokenizers={'teacher_model': 'other_tokens'},
+            empty={'dataset': 'nothing'},
+            missing={'gkd_logits_topk': 100000},
+            on_policy=ON_POLICY,
+            on_policy_lora={**LORA, **ON_POLICY, 'lmbda': 1},
+            base={**LORA, **STEPS, 'teacher_model': 'student', 'export': True},
+        )
+    )
+    return runs
+
+
+@pytest.fixture(scope='module')
+def parallel(run_jobs, data) -> dict[str, Run]:
+    """Two data-parallel ranks, with the distributed optimizer and everything overlapped."""
+    return run_jobs(
+        jobs(
+            data,
+            steps={**STEPS, **SHARDED},
+            on_policy={**ON_POLICY, **SHARDED},
+            evaluated=EVALUATED,
+            base={**LORA, **STEPS, **SHARDED, 'teacher_model': 'student'},
+        ),
+        'DP2',
+    )
+
+
+@pytest.fixture(scope='module')
+def split(run_jobs, data) -> dict[str, Run]:
+    return run_jobs(jobs(data, on_policy=ON_POLICY, on_policy_lora={**LORA, **ON_POLICY, 'lmbda': 1}), 'TP2xPP2')
+
+
+def completions(run: Run) -> list[tuple]:
+    rows = [json.loads(line) for line in (run.output_dir / 'completions.jsonl').read_text().splitlines()]
+    return sorted((row['epoch'], row['row'], row['completion']) for row in rows)
+
+
+def test_student_answers_the_same_in_every_layout(alone, parallel, split):
+    for name in ('on_policy', 'on_policy_lora'):
+        assert alone[name].ok().losses == pytest.approx(split[name].ok().losses, abs=1e-6)
+        assert completions(alone[name]) == completions(split[name])
+    assert parallel['on_policy'].ok().losses == pytest.approx(alone['on_policy'].losses, abs=1e-6)
+    assert sorted(completions(parallel['on_policy'])) == completions(alone['on_policy'])
+    assert 0 < sum(alone['on_policy'].values('source/student')) < 4
+    assert alone['on_policy_lora'].values('source/student') == [1, 1, 1, 1]
+    assert alone['on_policy'].values('response/length')
+
+
+def test_resumed_is_not_interrupted(alone):
+    assert alone['resumed'].ok().losses == alone['whole'].ok().losses[3:]
+    assert alone['whole'].losses[:4] == alone['steps'].ok().losses  # a cycle of two steps has the same rows
+
+
+def test_evaluation_is_a_fixed_measurement(alone, parallel):
+    first, *others = alone['evaluated'].ok().values('eval_loss')
+    assert len(others) == 1 and others == [first]
+    assert alone['evaluated'].values('eval_rows') == [7, 7]
+    assert parallel['evaluated'].ok().values('eval_loss') == pytest.approx([first, first], abs=1e-7)
+    assert parallel['evaluated'].values('eval_tokens') == alone['evaluated'].values('eval_tokens')
+    assert alone['evaluated'].values('eval_divergence') == pytest.approx([first, first], abs=1e-7)
+
+
+def test_sharded_optimizer_trains_the_same(alone, parallel):
+    for name in ('steps', 'base'):
+        assert parallel[name].ok().losses == pytest.approx(alone[name].ok().losses, abs=1e-6)
+        assert relative(parallel[name].saved('weights'), alone[name].saved('weights')) < 1e-5
+    assert alone['base'].loaded == 2  # the student and its adapter, no second copy
+
+
+def test_offloading_changes_nothing(alone):
+    run = alone['offloaded'].ok()
+    assert run.losses == alone['steps'].losses
+    assert min(run.values('teacher/moved_gib')) > 0
+
+
+def test_teacher_of_another_family(alone, models):
+    run = alone['qwen2'].ok()
+    loss, gradients = plain(run, {'teacher_model': 'qwen2'}, models)
+    assert run.losses[0] == pytest.approx(loss, abs=1e-6)
+    assert relative(run.gradients, gradients) < 1e-5
+
+
+def test_payload_is_hidden_states_of_trained_tokens(alone):
+    run = alone['bf16'].ok()
+    tokens = sum(len(batch['labels']) for batch in run.saved('batches'))
+    assert run.seen == {'payload': tokens * 64, 'payload_dtype': 'torch.bfloat16'}
+    assert run.losses == pytest.approx(alone['steps'].losses[:1], rel=0.2)
+
+
+def test_metrics_have_the_names_of_the_other_back_end(alone):
+    (row, *_) = alone['detailed'].ok().logs
+    named = ('loss', 'divergence', 'cross_entropy', 'source/dataset', 'tokens/trained', 'seconds/teacher', 'seconds/student')
+    detail = ('forward_kl', 'reverse_kl', 'student_entropy', 'teacher_entropy', 'top1_agreement', 'teacher_prob_of_label')
+    assert row.keys() >= {*named, *detail}
+    assert row['loss'] == pytest.approx(row['divergence'] + 0.1 * row['cross_entropy'], abs=1e-6)
+    assert row['tokens/trained'] == sum(len(batch['labels']) for batch in alone['detailed'].saved('batches'))
+
+
+def test_no_row_of_an_epoch_is_lost(alone):
+    # 10 rows in steps of 4: 3 steps an epoch, the third with 2 rows.
+    run = alone['epochs'].ok()
+    assert len(run.losses) == 6
+    sums = [loss * tokens for loss, tokens in zip(run.losses, run.values('tokens/trained'), strict=True)]
+    assert run.losses[:3] != run.losses[3:]  # another order
+    assert sum(sums[:3]) == pytest.approx(sum(sums[3:]), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ('name', 'message'),
+    [
+        ('tokenizers', 'have different tokenizers: id '),
+        ('empty', '--dataset: the dataset has 0 rows'),
+        ('missing', '--gkd_logits_topk 100000: the student has 512 token ids'),
+    ],
+)
+def test_bad_input_before_any_weights(alone, name, message):
+    assert alone[name].error.startswith('OptionError: ') and message in alone[name].error
+    assert alone[name].loaded == 0
+
+
+def test_same_numbers_as_swift_rlhf(alone, models, data, tmp_path):
+    options = {
+        'rlhf_type': 'gkd',
+        'model': models['student'],
+        'teacher_model': models['teacher'],
+        'model_type': 'qwen3',
+        'teacher_model_type': 'qwen3',
+        'template': 'qwen3',
+        'dataset': data['ten'],
+        'tuner_type': 'full',
+        'lmbda': 0,
+        'max_length': 128,
+        'per_device_train_batch_size': 1,
+        'gradient_accumulation_steps': 4,
+        'learning_rate': 0,
+        'max_steps': 3,
+    }
+    other = helpers.run_swift(options, output_dir=tmp_path).ok()
+    assert other.values('loss') == pytest.approx(alone['evaluated'].ok().losses[:3], abs=1e-6)
