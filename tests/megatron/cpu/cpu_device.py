@@ -180,6 +180,20 @@ def triton_while_importing():
         del sys.modules['triton'], sys.modules['triton.language']
 
 
+def keep_what_is_sent() -> None:
+    """The interleaved schedule empties a tensor (``out.data = …``) while it is still being sent, which streams make safe on a GPU. Gloo
+    reads the memory when it gets to it: here it gets a tensor object of its own that holds on to it."""
+    from torch.distributed import distributed_c10d
+
+    isend = distributed_c10d.isend
+
+    @functools.wraps(isend)
+    def of_detached(tensor, *args, **kwargs):
+        return isend(tensor.detach(), *args, **kwargs)
+
+    torch.distributed.isend = distributed_c10d.isend = of_detached
+
+
 def adjust_megatron() -> None:
     from megatron.core.tensor_parallel import random
 
@@ -226,6 +240,7 @@ def install() -> None:
         return
     replace_tensor_factories()
     replace_cuda()
+    keep_what_is_sent()
     import cpu_transformer_engine
 
     cpu_transformer_engine.install()
