@@ -93,7 +93,11 @@ class TeacherView:
         view = copy.copy(sample)
         view.messages = [dict(m) for m in sample.messages]
         if sample.teacher_prompt:
-            last_user = max(i for i, m in enumerate(view.messages) if m['role'] == 'user')
+            question = view.messages
+            turns = sample.response_token_ids
+            if turns and isinstance(turns[0], list):  # of a multi-turn scheduler, whose own questions come after the first answer
+                question = question[: [i for i, m in enumerate(question) if m['role'] == 'assistant'][-len(turns)]]
+            last_user = max(i for i, m in enumerate(question) if m['role'] == 'user')
             view.messages[last_user]['content'] = sample.teacher_prompt
         if sample.teacher_images is not None:
             view.images = sample.teacher_images

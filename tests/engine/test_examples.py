@@ -21,7 +21,6 @@ def small(models: helpers.TinyModels, output_dir: Path) -> list[str]:
             **models.with_teacher,
             **{name: value for name, value in ENGINE.items() if name != 'vllm_gpu_memory_utilization'},
             'fp16': 'false',
-            'ddp_backend': 'gloo',
             'max_steps': 2,
             'gradient_accumulation_steps': 1,
             'output_dir': output_dir,
@@ -35,6 +34,8 @@ def test_example(tiny_models, tmp_path, example):
     variables = {**ENVIRONMENT, 'PATH': f'{helpers.SCRIPTS}{os.pathsep}{os.environ["PATH"]}', 'MASTER_PORT': str(helpers.free_port())}
     script, argv = EXAMPLES / f'{example}.sh', small(tiny_models, tmp_path)
     server = None
+    if example == 'vllm_colocate':
+        argv += ['--ddp_backend', 'gloo']
     if example == 'vllm_server':
         server = RolloutServer(tiny_models, {}, tmp_path / 'server.log', [script, 'rollout'])
         variables['PORT'] = str(server.port)

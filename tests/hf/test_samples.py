@@ -137,3 +137,17 @@ def test_own_tokens_are_not_imitated(template):
 def test_positions_predict_the_labels():
     labels = torch.tensor([[IGNORED, 5, 6, IGNORED], [7, IGNORED, IGNORED, 8]])
     assert predicting_positions(labels).tolist() == [0, 1, 6]  # the first token of a row is predicted by nothing
+
+
+def test_privileged_prompt_replaces_the_question_of_the_row_and_not_those_of_a_scheduler(template):
+    encoder = SampleEncoder(template, TeacherView())
+    one = sample('student', Response([20, 21, 22, 23], 'length'), teacher_prompt='it is 7, and what is 3 plus 4 ?')
+    one.generated = encoder.inner(one)
+    one.generated.messages = [dict(QUESTION), {'role': 'assistant', 'content': 'a'}, {'role': 'user', 'content': 'sure ?'}, dict(ANSWER)]
+    one.generated.response_token_ids, one.generated.add_eos = [[20, 21], [22, 23]], False
+    assert [m['content'] for m in encoder.teacher_view.of(one.generated).messages if m['role'] == 'user'] == [
+        'it is 7, and what is 3 plus 4 ?',
+        'sure ?',
+    ]
+    student, teacher = checked(encoder, one)
+    assert trained(student) == trained(teacher) and len(teacher['input_ids']) > len(student['input_ids'])
