@@ -87,6 +87,7 @@ def batch() -> MicroBatch:
         labels=torch.randint(2, VOCABULARY, (len(index),)),
         weights=ones,
         imitated=ones,
+        lengths=[3, 3],
     )
 
 
