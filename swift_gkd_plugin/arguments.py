@@ -82,6 +82,14 @@ class GKDOptions:
     gkd_teacher_max_completion_length: Optional[int] = option(
         None, 'Limit of the answers of the teacher in tokens, > 0. Default: --max_completion_length.'
     )
+    gkd_teacher_engine: Literal['transformers', 'vllm'] = option(
+        'transformers',
+        'What a local --teacher_model answers with (--seq_kd). vllm: an engine beside each rank, asleep outside its turn; with '
+        '--gkd_logits_topk it scores too and no other copy of the teacher is loaded.',
+    )
+    gkd_teacher_engine_args: str = option(
+        '', "More of the teacher engine's command line, in vLLM's spelling, say '--max-model-len 4096 --gpu-memory-utilization 0.4'."
+    )
     gkd_save_teacher_responses: Optional[str] = option(
         None,
         'With --seq_kd: append what the teacher answers to this JSONL file, a dataset for later runs '
@@ -150,6 +158,7 @@ def check_values(args: Any) -> None:
         ('gkd_source_per', ('sample', 'batch')),
         ('gkd_tail', ('bucket', 'renormalize')),
         ('gkd_eval_source', SOURCES),
+        ('gkd_teacher_engine', ('transformers', 'vllm')),
     ):
         _require(getattr(args, name) in allowed, f'--{name} {getattr(args, name)}: must be one of {", ".join(allowed)}.')
     if args.gkd_logits_topk is not None:
@@ -176,6 +185,10 @@ def check_values(args: Any) -> None:
     _require(
         not teacher_answers or args.teacher_model is not None or args.teacher_model_server is not None,
         f'{flag} needs a teacher that can generate: give --teacher_model or --teacher_model_server.',
+    )
+    _require(
+        args.gkd_teacher_engine == 'transformers' or (args.teacher_model is not None and not args.teacher_adapters),
+        f'--gkd_teacher_engine {args.gkd_teacher_engine}: it needs a --teacher_model, with --teacher_adapters merged into it.',
     )
     _require(
         not (args.truncation_strategy == 'right' and (args.lmbda > 0 or args.seq_kd)),

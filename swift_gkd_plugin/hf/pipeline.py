@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any
@@ -39,6 +40,12 @@ NOT_USED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda a: not a.seq_kd and a.gkd_eval_source != 'teacher',
         'the teacher answers with --seq_kd or --gkd_eval_source teacher',
     ),
+    (
+        'gkd_teacher_engine',
+        lambda a: not a.seq_kd and a.gkd_eval_source != 'teacher' and a.gkd_logits_topk is None,
+        'it answers with --seq_kd, and scores with --gkd_logits_topk',
+    ),
+    ('gkd_teacher_engine_args', lambda a: a.gkd_teacher_engine != 'vllm', 'it belongs to --gkd_teacher_engine vllm'),
     ('gkd_save_teacher_responses', lambda a: not a.seq_kd, 'the teacher answers with --seq_kd'),
     ('gkd_num_samples', lambda a: a.lmbda == 0 and not a.seq_kd, 'a response of the dataset is there once'),
     ('teacher_deepspeed', lambda a: a.teacher_model is None, 'the teacher is the student itself, with its --deepspeed'),
@@ -74,6 +81,12 @@ class GKDPipeline(SwiftRLHF):
         self._tokens = self._check_tokenizers()
         self._check_servers()
         super()._prepare_model_tokenizer()
+
+    def _prepare_single_model(self, key, *args):
+        # An engine that scores holds the teacher's only copy.
+        if key == 'teacher' and self.args.gkd_teacher_engine == 'vllm' and self.args.gkd_logits_topk is not None:
+            return None
+        return super()._prepare_single_model(key, *args)
 
     def _loaded_datasets(self):
         if not (self.args.dataset or self.args.val_dataset):
@@ -118,6 +131,8 @@ class GKDPipeline(SwiftRLHF):
         args = self.args
         if args.multi_turn_scheduler and not args.use_vllm:
             raise OptionError(f'--multi_turn_scheduler {args.multi_turn_scheduler} needs an engine: add --use_vllm true with --vllm_mode.')
+        if args.gkd_teacher_engine == 'vllm' and importlib.util.find_spec('vllm') is None:
+            raise OptionError('--gkd_teacher_engine vllm: vLLM is not installed; pip install vllm, or leave the option out.')
         if args.gkd_logits_topk is not None:
             vocab = AutoConfig.from_pretrained(args.model_dir, trust_remote_code=True).get_text_config().vocab_size
             if args.gkd_logits_topk > vocab:
@@ -175,5 +190,6 @@ class GKDPipeline(SwiftRLHF):
         return {
             **super()._get_trainer_kwargs(),
             'tokenizer_lengths': self._tokens,
+            'teacher_path': args.teacher_model,
             'teacher_is_start': is_start and args.tuner_type == 'full',
         }

@@ -106,13 +106,14 @@ class RemoteTeacher:
     Args:
         servers: Connected.
         topk: Log-probabilities per token.
+        awake: A context in which the servers can answer.
     """
 
     adapter = True
     model = bare = None
 
-    def __init__(self, servers: TeacherServers, topk: int):
-        self.servers, self.topk = servers, topk
+    def __init__(self, servers: TeacherServers, topk: int, awake: Callable[[], AbstractContextManager] = nullcontext):
+        self.servers, self.topk, self.awake = servers, topk, awake
         self.description = ' and '.join(f'the server {server.url}' for server in servers.servers)
 
     def ask(self, batches: list[MicroBatch]) -> None:
@@ -129,7 +130,8 @@ class RemoteTeacher:
                     asked.append((number, place, question))
                 else:
                     found[number, place] = known
-        scores = self.servers.each(lambda server, question: server.score(question), [(q, q) for *_, q in asked])
+        with self.awake() if any(question.positions for *_, question in asked) else nullcontext():
+            scores = self.servers.each(lambda server, question: server.score(question), [(q, q) for *_, q in asked])
         found |= {(number, place): one for (number, place, _), one in zip(asked, scores, strict=True)}
         for number, batch in enumerate(batches):
             parts = [found[number, place] for place in range(len(batch.samples))] or [Scores.empty(0, self.topk)]
@@ -154,4 +156,5 @@ class RemoteTeacher:
             sample, question, seed = argument
             sample.response, sample.scores = server.answer(question, options, seed, stop_ids)
 
-        self.servers.each(one, [(q, (s, q, seed)) for s, q, seed in zip(samples, prompts, seeds, strict=True)])
+        with self.awake() if samples else nullcontext():
+            self.servers.each(one, [(q, (s, q, seed)) for s, q, seed in zip(samples, prompts, seeds, strict=True)])

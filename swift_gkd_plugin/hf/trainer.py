@@ -14,7 +14,8 @@ import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ from ..responses.local import LocalGenerator, evaluation_mode
 from ..samples import MicroBatch, Sample, SampleEncoder, TeacherView
 from ..sources import DATASET, STUDENT, TEACHER, Source
 from ..teachers import TopKOptions
+from ..teachers.engine import TeacherEngine
 from ..teachers.server import ServerOptions, TeacherServerError, TeacherServers
 from .engine import EngineRollout
 from .head import OutputHead
@@ -71,13 +73,14 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         model: The student.
         kwargs: What ms-swift's pipeline passes to its own trainer, and ``tokenizer_lengths``, the lengths of the student's and the
             teacher's tokenizer (None if there is no other model), and ``teacher_is_start``: whether the teacher is a copy of the weights
-            that training starts from.
+            that training starts from; ``teacher_path``, where its weights are.
     """
 
     def __init__(self, model: nn.Module, *_args, **kwargs):
         self.vllm_client = kwargs.pop('vllm_client', None)
         self._tokenizer_lengths = kwargs.pop('tokenizer_lengths', None)
         self._teacher_is_start = kwargs.pop('teacher_is_start', False)
+        self._teacher_path = kwargs.pop('teacher_path', None)
         self._topk = kwargs.pop('gkd_logits_topk', None)
         self._pop_teacher_kwargs(kwargs)
         # ms-swift would make its own client of it, on rank 0 and with vLLM installed.
@@ -126,8 +129,9 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
             plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
 
     def _resolve_teacher(self) -> LocalTeacher | RemoteTeacher:
-        if self._server_urls is not None:
-            teacher = self._remote_teacher()
+        self.answering = self._teacher_that_answers()
+        if self.answering is not None and (self._server_urls is not None or self._topk is not None):
+            teacher = self.answering  # it scores as well
         elif self.teacher_model is not None:
             bare = self.accelerator.unwrap_model(self.teacher_model)
             update_generation_config_eos_token(bare.generation_config, self.template)
@@ -140,14 +144,36 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         logger.info(f'Student: {type(self._bare()).__name__}; teacher: {teacher.description}.')
         return teacher
 
-    def _remote_teacher(self) -> RemoteTeacher:
-        args = self.args
-        options = ServerOptions(self._topk, args.gkd_server_timeout, args.gkd_server_retry_seconds, args.gkd_server_in_flight)
-        servers = TeacherServers(self._server_urls, options, lambda: str(self.state.global_step + 1))
+    def _teacher_that_answers(self) -> RemoteTeacher | None:
+        """The teacher's servers or its engine; None if a local model is all there is."""
+        args, engine = self.args, None
+        if self._server_urls is None and args.gkd_teacher_engine != 'vllm':
+            return None
+        if self._server_urls is None:
+            engine = TeacherEngine(
+                self._teacher_path,
+                str(self._bare().model_info.torch_dtype).removeprefix('torch.'),
+                self._topk or 0,
+                args.gkd_teacher_engine_args,
+                self._own_device(),
+                Path(args.output_dir) / f'teacher_engine_rank{args.process_index}.log',
+            )
+            engine.wait()
+        options = ServerOptions(self._topk or 0, args.gkd_server_timeout, args.gkd_server_retry_seconds, args.gkd_server_in_flight)
+        servers = TeacherServers(engine.url if engine else self._server_urls, options, lambda: str(self.state.global_step + 1))
         servers.connect(args.gkd_server_retry_seconds)
-        if args.seq_kd and not servers.sends_scores_with_answers:
+        if engine:
+            engine.sleep()
+        elif args.seq_kd and not servers.sends_scores_with_answers:
             logger.info('swift deploy sends no log-probabilities with its answers: each of them takes a second, scoring request.')
-        return RemoteTeacher(servers, self._topk)
+        return RemoteTeacher(servers, self._topk or 0, engine.awake if engine else nullcontext)
+
+    def _own_device(self) -> list[str] | None:
+        """This rank's GPU, as CUDA_VISIBLE_DEVICES names it."""
+        if self.args.device.type != 'cuda':
+            return None
+        visible = os.environ.get('CUDA_VISIBLE_DEVICES')
+        return [visible.split(',')[self.args.device.index] if visible else str(self.args.device.index)]
 
     def _loss_options(self) -> LossOptions:
         args = self.args
@@ -201,7 +227,7 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         if args.lmbda > 0 or args.gkd_eval_source == STUDENT:
             answers[STUDENT] = self._engine_answers if args.use_vllm else self._student_answers
         if args.seq_kd or args.gkd_eval_source == TEACHER:
-            answer = self._server_answers if isinstance(self.teacher, RemoteTeacher) else self._teacher_answers
+            answer = self._teacher_answers if self.answering is None else self._server_answers
             answers[TEACHER] = self._kept(answer) if args.gkd_save_teacher_responses else answer
         return answers
 
@@ -240,7 +266,7 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         prompts = [self.encoder.question(s, p, prompt_only=True) for s, p in zip(samples, self._encoded_prompts(samples), strict=True)]
         stop_ids = sorted(self._stop_ids())
         with self.metrics.seconds('seconds/generation'):
-            self._together(lambda: self.teacher.answer(samples, prompts, seeds, self._sampling_options(TEACHER), stop_ids))
+            self._together(lambda: self.answering.answer(samples, prompts, seeds, self._sampling_options(TEACHER), stop_ids))
 
     def _kept(self, answer: cycles.Answer) -> cycles.Answer:
         """``answer``, and what was answered in training goes to ``--gkd_save_teacher_responses``."""

@@ -190,7 +190,7 @@ class _VLLM:
             'stop': list(options.stop_words),
             'stop_token_ids': list(stop_ids),
             'seed': seed % 2**31,
-            'logprobs': k,
+            'logprobs': k or None,
         }
         if question.has_media:
             return '/inference/v1/generate', {**self._with_media(question), 'sampling_params': sampling}, self._parse_generated(k)
@@ -218,6 +218,8 @@ class _VLLM:
             ids = choice.get('token_ids')
             if ids is None:
                 raise _Final('it returns no token ids; a vLLM that knows return_token_ids (0.10.2 or later) is needed')
+            if not k:
+                return Response(ids, choice.get('finish_reason') or 'stop'), None
             tops = (choice.get('logprobs') or {}).get('top_logprobs') or []
             if len(tops) != len(ids):
                 raise _Invalid(f'{len(ids)} tokens with {len(tops)} rows of log-probabilities')
@@ -233,6 +235,8 @@ class _VLLM:
         def parse(reply):
             choice = _only(reply, 'choices')
             ids, content = choice.get('token_ids') or [], (choice.get('logprobs') or {}).get('content') or []
+            if not k:
+                return Response(ids, choice.get('finish_reason') or 'stop'), None
             if len(content) != len(ids):
                 raise _Invalid(f'{len(ids)} tokens with {len(content)} rows of log-probabilities')
             scores = Scores.empty(len(ids), k)

@@ -1,0 +1,117 @@
+"""A vLLM engine for the teacher beside the training processes: a server of this rank's own, on its device, asleep outside its turn.
+
+A process of its own keeps the teacher's engine apart from the student's: within one process vLLM has one memory pool that sleeps as a
+whole, and one set of parallel groups. It speaks the protocol of :mod:`.server`, so retries and checks are the same.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import requests
+from swift.utils import get_logger
+
+from .server import TeacherServerError
+
+logger = get_logger()
+
+START_SECONDS = 1800
+# What torchrun and the trainer set for this rank; an engine that saw it would join the trainer's process group.
+RANK_VARIABLES = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'GROUP_RANK', 'MASTER_ADDR', 'MASTER_PORT', 'NPROC_PER_NODE')
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(('127.0.0.1', 0))
+        return listener.getsockname()[1]
+
+
+class TeacherEngine:
+    """Starts the engine, which ends with this process.
+
+    Args:
+        model: Directory of the teacher.
+        dtype: Of its weights, as vLLM calls it.
+        topk: Log-probabilities per token that it must be able to send.
+        arguments: More of vLLM's command line (``--gkd_teacher_engine_args``).
+        devices: GPUs of the engine, as in CUDA_VISIBLE_DEVICES; None without any.
+        log: File for its output.
+    """
+
+    def __init__(self, model: str, dtype: str, topk: int, arguments: str, devices: Sequence[str] | None, log: Path):
+        port = _free_port()
+        self.url, self.log, self.sleeps = f'http://127.0.0.1:{port}', log, devices is not None
+        argv = [sys.executable, '-m', 'vllm.entrypoints.openai.api_server', '--model', model, '--served-model-name', 'teacher']
+        argv += ['--dtype', dtype, '--max-logprobs', str(max(topk, 1)), '--host', '127.0.0.1', '--port', str(port)]
+        argv += ['--enable-sleep-mode'] if self.sleeps else []
+        env = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES and not name.startswith('TORCHELASTIC')}
+        env['VLLM_SERVER_DEV_MODE'] = '1'  # vLLM's switch for /sleep and /wake_up
+        if devices is not None:
+            env['CUDA_VISIBLE_DEVICES'] = ','.join(devices)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, 'w') as output:
+            self._process = subprocess.Popen(
+                [*argv, *shlex.split(arguments)], env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        atexit.register(self.close)
+
+    def wait(self) -> None:
+        """Return once it answers.
+
+        Raises:
+            TeacherServerError: It ended, or was not ready in half an hour; with the last lines of its log.
+        """
+        begin = time.monotonic()
+        while time.monotonic() - begin < START_SECONDS:
+            if self._process.poll() is not None:
+                break
+            with contextlib.suppress(requests.exceptions.RequestException):
+                if requests.get(f'{self.url}/health', timeout=5).status_code == 200:
+                    logger.info(f'The teacher has an engine of its own, ready after {time.monotonic() - begin:.0f} s ({self.log}).')
+                    return
+            time.sleep(0.5)
+        self.close()
+        errors = [line for line in self.log.read_text(errors='replace').splitlines() if 'Error' in line] or ['no answer']
+        raise TeacherServerError(f'--gkd_teacher_engine vllm did not start: {errors[-1].strip()[:300]} (its output is in {self.log}).')
+
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        """Weights and cache are on the device inside; outside only on the host."""
+        self._call('/wake_up')
+        try:
+            yield
+        finally:
+            self._call('/sleep?level=1')
+
+    def sleep(self) -> None:
+        self._call('/sleep?level=1')
+
+    def _call(self, path: str) -> None:
+        if not self.sleeps:
+            return
+        try:
+            requests.post(self.url + path, timeout=START_SECONDS).raise_for_status()
+        except requests.exceptions.RequestException as error:
+            raise TeacherServerError(f'The teacher engine {self.url} failed at {path}: {error} (its output is in {self.log}).') from None
+
+    def close(self) -> None:
+        """End it and what it has started."""
+        atexit.unregister(self.close)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGTERM)
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()

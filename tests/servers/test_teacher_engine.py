@@ -1,0 +1,41 @@
+"""--gkd_teacher_engine vllm: the teacher's own engine beside the training process, without and with scoring by it."""
+
+from __future__ import annotations
+
+import helpers
+import job_runs
+import pytest
+from test_teacher_server import STEP
+
+ENGINE = {'gkd_teacher_engine': 'vllm', 'gkd_teacher_engine_args': '--enforce-eager --max-model-len 512 --max-num-seqs 8'}
+SEQ_KD = {**STEP, 'seq_kd': 'true', 'gkd_logits_topk': None, 'temperature': 0, 'gkd_temperature': 1, 'max_steps': 2}
+
+
+@pytest.fixture(scope='module')
+def runs(run_jobs):
+    return run_jobs(
+        {
+            'local': STEP,
+            'scores': {**STEP, **ENGINE},
+            'transformers answers': SEQ_KD,
+            'answers': {**SEQ_KD, **ENGINE},
+            'broken': {**STEP, **ENGINE, 'gkd_teacher_engine_args': '--no-such-option 1'},
+        },
+        env=helpers.vllm_environment(),
+        timeout=900,
+    )
+
+
+def test_it_scores_without_another_copy(runs):
+    assert runs['scores'].ok().loaded == 1 and runs['local'].ok().loaded == 2
+    assert runs['scores'].losses == pytest.approx(runs['local'].losses, rel=1e-5)
+    assert job_runs.relative(runs['scores'].gradients(1), runs['local'].gradients(1)) < 1e-5
+
+
+def test_it_answers_what_transformers_would(runs):
+    """Greedy, so the same answers; the full distributions come from the local copy."""
+    assert runs['answers'].ok().losses == pytest.approx(runs['transformers answers'].ok().losses, rel=1e-5)
+
+
+def test_it_says_why_it_did_not_start(runs):
+    assert '--gkd_teacher_engine vllm did not start' in runs['broken'].error and 'teacher_engine_rank0.log' in runs['broken'].error
