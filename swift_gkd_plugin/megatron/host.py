@@ -12,7 +12,7 @@ from typing import Any
 from ..arguments import check_values
 from ..checks import same_weights
 from ..seams import Renamed, extended, for_gkd, forget_external_plugin, modern_command_line, option_fields, option_value, take_options
-from .options import check_layout, check_supported
+from .options import check_layout, check_supported, said_once
 
 # Options of Megatron-SWIFT 3.x that command lines for gkd still carry.
 RENAMED = {
@@ -76,10 +76,11 @@ def take_over_arguments(module: ModuleType) -> dict[str, Any]:
 
 
 def _check_options(args: Any) -> None:
-    take_options(args)
-    check_values(args)
-    check_supported(args)
-    check_layout(args)
+    with said_once():
+        take_options(args)
+        check_supported(args)  # first: some of check_values reads options that only `swift rlhf` has
+        check_values(args)
+        check_layout(args)
 
 
 def take_over_pipeline(module: ModuleType) -> None:

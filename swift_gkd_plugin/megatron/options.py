@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ..arguments import OptionError
@@ -23,7 +25,7 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     (
         'lmbda',
-        lambda a: a.lmbda > 0 and not a.use_vllm,
+        lambda a: 0 < a.lmbda <= 1 and not a.use_vllm,
         'the student generates with vLLM only: add --use_vllm true --vllm_mode colocate (or server), or set --lmbda 0',
     ),
     ('vllm_mode', lambda a: a.use_vllm and a.vllm_mode is None, 'give colocate or server, or --use_vllm false with --lmbda 0'),
@@ -32,6 +34,7 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda a: a.teacher_model_server is not None,
         'the Megatron back end has local teachers only; use --teacher_model, or `swift rlhf`',
     ),
+    ('gkd_teacher_engine', lambda a: a.gkd_teacher_engine != 'transformers', 'the teacher does not generate here; leave it out'),
     ('streaming', lambda a: a.streaming, 'the Megatron back end needs a dataset with a length'),
     ('use_megatron_fsdp', lambda a: a.use_megatron_fsdp, "use megatron-core's own data parallelism with --use_distributed_optimizer"),
     ('bridge_backend', lambda a: a.bridge_backend != 'mcore-bridge', 'use mcore-bridge'),
@@ -47,6 +50,18 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "the adapter of a router can't be switched off for the teacher; leave all-router out",
     ),
 )
+
+
+@contextmanager
+def said_once() -> Iterator[None]:
+    """At start-up every rank finds the same error. torchrun ends all ranks as soon as one has ended, so the others leave the first one the
+    time to say it; should it have nothing to say, they do."""
+    try:
+        yield
+    except OptionError:
+        if int(os.environ.get('RANK', 0)) > 0:
+            time.sleep(10)
+        raise
 
 
 def check_supported(args: Any) -> None:

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from .. import checks
 from ..arguments import OptionError
-from .options import check_model
+from .options import check_model, said_once
 from .trainer import GKDTrainer
 
 logger = get_logger()
@@ -30,6 +30,7 @@ NOT_USED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ('gkd_logits_topk', lambda a: a.gkd_loss_weight == 0, 'at --gkd_loss_weight 0 no teacher looks at the responses'),
     ('gkd_num_samples', lambda a: a.lmbda == 0, 'a response of the dataset is there once'),
     ('gkd_save_teacher_responses', lambda a: True, 'the teacher does not generate here'),
+    ('gkd_teacher_engine_args', lambda a: True, 'the teacher does not generate here'),
     ('gkd_teacher_temperature', lambda a: True, 'the teacher does not generate here'),
     ('gkd_teacher_max_completion_length', lambda a: True, 'the teacher does not generate here'),
     ('offload_teacher_model', lambda a: a.teacher_model is None, 'the teacher is the student itself and stays where it is'),
@@ -46,8 +47,9 @@ class GKDPipeline(MegatronRLHF):
     """ms-swift's pipeline, with start-up checks in front of the models."""
 
     def run(self) -> dict[str, Any]:
-        self._check_options()
-        self._tokens = self._check_tokenizers()
+        with said_once():
+            self._check_options()
+            self._tokens = self._check_tokenizers()
         return super().run()
 
     def prepare_trainer(self) -> GKDTrainer:
@@ -60,10 +62,11 @@ class GKDPipeline(MegatronRLHF):
         except StopIteration:  # what ms-swift makes of a file without a row
             train_dataset, val_dataset = None, None
         needed = None if args.lmbda == 1 else f'--lmbda {args.lmbda} trains on responses of the dataset'
-        checks.check_rows(train_dataset if train_dataset is not None else [], '--dataset', needed, 'let the student answer: --lmbda 1')
-        if val_dataset is not None:
-            needed = '--gkd_eval_source dataset scores responses of the dataset' if args.gkd_eval_source == 'dataset' else None
-            checks.check_rows(val_dataset, '--val_dataset', needed, 'score generated ones: --gkd_eval_source student')
+        with said_once():
+            checks.check_rows(train_dataset if train_dataset is not None else [], '--dataset', needed, 'let the student answer: --lmbda 1')
+            if val_dataset is not None:
+                needed = '--gkd_eval_source dataset scores responses of the dataset' if args.gkd_eval_source == 'dataset' else None
+                checks.check_rows(val_dataset, '--val_dataset', needed, 'score generated ones: --gkd_eval_source student')
         return train_dataset, val_dataset
 
     def _check_options(self) -> None:

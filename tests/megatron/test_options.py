@@ -16,6 +16,7 @@ DEFAULTS = dict(
     target_modules=['all-linear'],
     seq_kd=False,
     gkd_eval_source='dataset',
+    gkd_teacher_engine='transformers',
     lmbda=0.0,
     use_vllm=False,
     vllm_mode=None,
