@@ -60,6 +60,11 @@ class GKDOptions:
         'With --gkd_logits_topk: compare k ids and one bucket with the remaining mass of each side, or '
         'renormalise both sides over the k ids as ms-swift does.',
     )
+    gkd_prefetch: bool = option(
+        False,
+        "With --use_vllm true --vllm_mode server: the next step's responses are generated while this step trains, from weights that are "
+        'one update older.',
+    )
     gkd_num_samples: int = option(
         1,
         'Responses per prompt that the student or the teacher answers, each with a seed of its own, > 0. Every response takes the place of '

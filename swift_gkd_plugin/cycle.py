@@ -70,9 +70,13 @@ class Cycle:
         Raises:
             Unanswered: On every rank.
         """
-        result = [self._drawn(rows, cycle_key) for rows in micro_batches]
+        result = self.drawn(micro_batches, cycle_key)
         self.answer(result)
         return result
+
+    def drawn(self, micro_batches: list[list[Row]], cycle_key: tuple[int, int]) -> list[list[Sample]]:
+        """The same without responses."""
+        return [self._drawn(rows, cycle_key) for rows in micro_batches]
 
     def answer(self, micro_batches: list[list[Sample]]) -> None:
         """Responses for the samples that have none. Every rank calls it, for an answer may be a collective call."""

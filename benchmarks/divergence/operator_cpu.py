@@ -4,9 +4,10 @@
     python benchmarks/divergence/operator_cpu.py --plot results.csv plot.png  # draw
 
 Implementations: `matmuls`, the four matrix products alone (both sides' logits and their gradient whole, gradient of
-hidden states and head), the floor that the others are divided by; `ours`, reduction='sum'; `ms-swift`, `trl`, `liger`, their JSD behind
-a linear layer or fused with it. What is not installed, or needs more memory than there is, is left out. Each measurement has a process of its own; the
-implementations take turns, and medians are reported, so that a slow minute of the machine falls on all of them.
+hidden states and head), the floor that the others are divided by; `ours`, reduction='sum'; `ms-swift`, `trl`, `liger`,
+their JSD behind a linear layer or fused with it. What is not installed, or needs more memory than there is, is left out.
+Each measurement has a process of its own; the implementations take turns, and medians are reported, so that a slow
+minute of the machine falls on all of them.
 
 Seconds are wall time. On a machine that others use, too, run with `--threads 1 --ratio cpu_seconds`, the processor time
 of the step. Memory is the peak of the process above what it held before the step, inputs included.

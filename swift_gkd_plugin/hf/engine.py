@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cached_property
 
+from accelerate.utils import gather_object
 from swift.infer_engine import RequestConfig
 from swift.rl_core.data import GKDSample
 from swift.rlhf_trainers.rollout_mixin import RolloutTrainerMixin
@@ -38,14 +41,20 @@ class EngineRollout(RolloutTrainerMixin):
     dynamic_sample = False
 
     _turn = 0  # generation calls of this cycle so far; a multi-turn scheduler makes several
+    _ahead: Future | None = None  # of rank 0: what the server generates while a step trains
+    _requested: list[GKDSample] | None = None  # of every rank: its share of that
 
     def _engine_answers(self, samples: list[Sample]) -> None:
-        """Every rank calls it, with its own share, which may be empty."""
+        """Every rank calls it, with its own share, which may be empty. What was requested ahead is collected."""
         if not cycles.total_over_ranks(len(samples), self.args.device):
             return  # the engine sleeps on, with the weights that it has
         self._turn = 0
         with self.metrics.seconds('seconds/generation'):
-            generated = self._fast_infer(self._preprocess_inputs([self.encoder.inner(sample) for sample in samples]))
+            if self._requested is not None:
+                requested, self._requested = self._requested, None
+                generated = self._collected(requested)
+            else:
+                generated = self._fast_infer(self._requests(samples))
         if len(generated) != len(samples):
             raise OptionError(
                 f'--multi_turn_scheduler {self.args.multi_turn_scheduler or "of the server"}: it made {len(generated)} samples of '
@@ -53,6 +62,41 @@ class EngineRollout(RolloutTrainerMixin):
             )
         for sample, result in zip(samples, generated, strict=True):
             sample.generated, sample.response = result, Response(_sampled(result), result.finish_reason or 'stop')
+
+    def _requests(self, samples: list[Sample]) -> list[GKDSample]:
+        return self._preprocess_inputs([self.encoder.inner(sample) for sample in samples])
+
+    def _request_ahead(self, samples: list[Sample]) -> None:
+        """Have the server generate, from the weights of now, while the trainer goes on. A collective call."""
+        if not cycles.total_over_ranks(len(samples), self.args.device):
+            return
+        if self._last_loaded_step != self.state.global_step:
+            self._move_model_to_vllm(skip_async_check=True)
+            self._last_loaded_step = self.state.global_step
+        self._turn = 0
+        self._requested = self._requests(samples)
+        config = self._get_request_config()
+        everyone = gather_object(self.samples2requests(self._requested))
+        if self.accelerator.is_main_process:
+            self._ahead = self._one_ahead.submit(super()._engine_infer, everyone, config)
+
+    @cached_property
+    def _one_ahead(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, thread_name_prefix='rollout-ahead')
+
+    def _collected(self, requested: list[GKDSample]) -> list[GKDSample]:
+        """What was requested ahead. ms-swift shares it out; it would also send the weights of now, from which nothing is sampled."""
+        loaded, self._last_loaded_step = self._last_loaded_step, self.state.global_step
+        try:
+            return self._fast_infer(requested)
+        finally:
+            self._last_loaded_step = loaded
+
+    def _engine_infer(self, infer_requests, request_config=None, **kwargs):
+        if self._ahead is not None:
+            ahead, self._ahead = self._ahead, None
+            return ahead.result()
+        return super()._engine_infer(infer_requests, request_config, **kwargs)
 
     def _move_model_to_vllm(self, *args, **kwargs) -> None:
         with self.metrics.seconds('seconds/weight_sync'):

@@ -47,6 +47,7 @@ NOT_USED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ('gkd_teacher_engine_args', lambda a: a.gkd_teacher_engine != 'vllm', 'it belongs to --gkd_teacher_engine vllm'),
     ('gkd_save_teacher_responses', lambda a: not a.seq_kd, 'the teacher answers with --seq_kd'),
+    ('gkd_prefetch', lambda a: a.lmbda == 0, 'at --lmbda 0 the student answers nothing'),
     ('gkd_num_samples', lambda a: a.lmbda == 0 and not a.seq_kd, 'a response of the dataset is there once'),
     ('teacher_deepspeed', lambda a: a.teacher_model is None, 'the teacher is the student itself, with its --deepspeed'),
     ('teacher_deepspeed', lambda a: a.teacher_model is not None and not a.deepspeed, 'it needs --deepspeed for the student'),
@@ -131,6 +132,15 @@ class GKDPipeline(SwiftRLHF):
         args = self.args
         if args.multi_turn_scheduler and not args.use_vllm:
             raise OptionError(f'--multi_turn_scheduler {args.multi_turn_scheduler} needs an engine: add --use_vllm true with --vllm_mode.')
+        if args.gkd_prefetch and not (args.use_vllm and args.vllm_mode == 'server'):
+            raise OptionError(
+                '--gkd_prefetch true: only a server can generate while a step trains; add --use_vllm true --vllm_mode server.'
+            )
+        if args.gkd_prefetch and args.multi_turn_scheduler:
+            raise OptionError(
+                f'--gkd_prefetch true with --multi_turn_scheduler {args.multi_turn_scheduler}: its turns are made by the trainer; give the '
+                'scheduler to swift rollout.'
+            )
         if args.gkd_teacher_engine == 'vllm' and importlib.util.find_spec('vllm') is None:
             raise OptionError('--gkd_teacher_engine vllm: vLLM is not installed; pip install vllm, or leave the option out.')
         if args.gkd_logits_topk is not None:

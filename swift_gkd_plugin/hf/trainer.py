@@ -113,6 +113,7 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
 
         self._ready: deque[list[Sample]] = deque()  # micro-batches that have their responses and wait for their optimizer step
         self._resumed: dict[str, Any] | None = None  # what the checkpoint has kept of those
+        self._begun: list[list[Sample]] = []  # the cycle that the rollout server answers while a step trains
         self._cycle_key = 0, 0  # optimizer step and number of the cycle in it
         self._step_tokens = 1
         self._step_losses: list[tuple[torch.Tensor, list[Sample]]] = []
@@ -375,6 +376,8 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
                 break
             self._ready.extend(cycle)
         samples = [self._ready.popleft() for _ in range(min(num_batches, len(self._ready)))]
+        if self.args.gkd_prefetch and len(self._ready) < num_batches:
+            self._begin_next_cycle(epoch_iterator)
         batches = [self.encoder.micro_batch(one) for one in samples]
         if isinstance(self.teacher, RemoteTeacher) and self.args.gkd_loss_weight > 0:
             try:
@@ -404,9 +407,25 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
 
     def _next_cycle(self, epoch_iterator: Iterator[list[Row]], number: int) -> list[list[Sample]]:
         """A cycle's samples with their responses. Empty at the end of an epoch."""
+        if self._begun:
+            return self._finish_cycle()
         rows = list(itertools.islice(epoch_iterator, self.args.steps_per_generation))
         self._cycle_key = self.state.global_step, number
         return self._noted(self._with_responses(lambda: self.cycle.samples(rows, self._cycle_key)))
+
+    def _begin_next_cycle(self, epoch_iterator: Iterator[list[Row]]) -> None:
+        """``--gkd_prefetch``: the server answers the next cycle while this step trains, from the weights before this step."""
+        rows = list(itertools.islice(epoch_iterator, self.args.steps_per_generation))
+        if not rows:
+            return
+        self._cycle_key = self.state.global_step, 1
+        self._begun, self._begun_at = self.cycle.drawn(rows, self._cycle_key), self.state.global_step
+        self._request_ahead([s for samples in self._begun for s in samples if s.row.counts and s.source == STUDENT])
+
+    def _finish_cycle(self) -> list[list[Sample]]:
+        """The cycle that was begun a step ago, with its responses."""
+        begun, self._begun = self._begun, []
+        return self._noted(self._with_responses(lambda: self.cycle.answer(begun) or begun), student_at=self._begun_at)
 
     def _resumed_cycle(self, epoch_iterator: Iterator[list[Row]]) -> list[list[Sample]]:
         """What a checkpoint has kept of one."""
@@ -414,11 +433,12 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         rows = list(itertools.islice(epoch_iterator, len(state['micro_batches'])))
         return self._noted(self._with_responses(lambda: cycles.restored(self.cycle, state, rows)))
 
-    def _noted(self, cycle: list[list[Sample]]) -> list[list[Sample]]:
+    def _noted(self, cycle: list[list[Sample]], student_at: int | None = None) -> list[list[Sample]]:
         """The cycle; what was generated for it just now is dated and counted."""
         new = [s for samples in cycle for s in samples if s.response is not None and s.generated_at is None]
         for sample in new:
-            sample.generated_at = self.state.global_step
+            ahead = student_at is not None and sample.source == STUDENT
+            sample.generated_at = student_at if ahead else self.state.global_step
         self.metrics.total('tokens/generated', sum(len(sample.response.token_ids) for sample in new))
         return cycle
 
@@ -536,6 +556,8 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
 
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix='eval'):
         """The mean over all trained tokens of the whole set, the same for any batch size and number of ranks: no coin is tossed."""
+        if self._begun:  # the server has to be free
+            self._ready.extend(self._finish_cycle())
         model = self._prepared_for_evaluation()
         training, self.metrics = self.metrics, Metrics(self.args.device)
         try:
@@ -695,6 +717,8 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, *args, **kwargs):
+        if self._begun:
+            self._ready.extend(self._finish_cycle())
         if not self.args.save_only_model:
             # Before the rest: a checkpoint that looks complete has to be.
             cycles.save(os.path.join(self.args.output_dir, f'checkpoint-{self.state.global_step}'), list(self._ready))
