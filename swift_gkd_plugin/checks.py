@@ -92,6 +92,12 @@ def check_tags(datasets: Iterable[Iterable[dict[str, Any]] | None], column: str,
                 )
 
 
+def has_media(datasets: Iterable[Iterable[dict[str, Any]] | None]) -> bool:
+    """Whether one of the first rows has images, videos or audio."""
+    columns = ('images', 'videos', 'audios', 'teacher_images')
+    return any(row.get(column) for rows in datasets for row in itertools.islice(rows or (), SAMPLED_ROWS) for column in columns)
+
+
 def check_size(num_rows: int, generation_batch: int, explained: str) -> None:
     """Raises:
     OptionError: The dataset is smaller than one generation batch.

@@ -172,7 +172,7 @@ class GKDPipeline(SwiftRLHF):
                 checks.check_tags(self._datasets, args.teacher_tag_key, {tag for server in servers for tag in server.tags})
             for server in servers:
                 server.connect()
-                server.check(tokenizer)
+                server.check(tokenizer, checks.has_media(self._datasets))
         except TeacherServerError as error:
             raise OptionError(f'--teacher_model_server: {error}') from None
 

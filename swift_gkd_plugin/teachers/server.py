@@ -15,16 +15,18 @@ swift deploy     ``POST /infer/``, ``prompt_logprobs``           ``POST /infer/`
 
 from __future__ import annotations
 
+import base64
 import dataclasses
-import json
+import mimetypes
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+import msgspec
 import numpy as np
 import requests
 from swift.utils import get_logger
@@ -36,6 +38,7 @@ logger = get_logger()
 
 KEY_VARIABLE = 'GKD_TEACHER_API_KEY'
 PROBE = 'The 3 quick brown foxes jump: x = 0.5; café 狐狸\n'  # words, digits, signs, other scripts
+MEDIA = {'images': 'image/png', 'videos': 'video/mp4', 'audios': 'audio/wav'}  # columns, and the type of what has no file name
 CONNECT_SECONDS = 10
 LONGEST_PAUSE = 30.0
 MAX_INVALID_REPLIES = 3  # a proxy may cut a reply once; a server that keeps saying nonsense will not stop
@@ -92,7 +95,7 @@ class Question:
 
     @property
     def has_media(self) -> bool:
-        return any(self.request.get(kind) for kind in ('images', 'videos', 'audios'))
+        return any(self.request.get(kind) for kind in MEDIA)
 
 
 @dataclass(frozen=True)
@@ -111,9 +114,10 @@ class Scores:
     def empty(cls, n: int, k: int) -> Scores:
         return cls(np.full((n, k), -np.inf, np.float32), np.zeros((n, k), np.int64))
 
-    def put(self, row: int, ids: np.ndarray, logprobs: np.ndarray) -> None:
+    def put(self, row: int, ids: Iterable[int], logprobs: Iterable[float]) -> None:
         """The k largest of at least k entries; a server adds the token that is there if it is not among them."""
         k = self.logprobs.shape[1]
+        ids, logprobs = np.fromiter(ids, np.int64), np.fromiter(logprobs, np.float32)
         if len(ids) < k:
             raise _Invalid(f'token {row} has {len(ids)} log-probabilities, {k} were asked for')
         if not (logprobs <= 1e-3).all():  # also false for NaN; fp32 rounding may put log 1 a little above 0
@@ -122,17 +126,100 @@ class Scores:
         self.logprobs[row], self.ids[row] = np.minimum(logprobs[best], 0), ids[best]
 
 
-def _arrays(entry: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """{'id': {'logprob': …}} as two arrays."""
+# -- what replies look like. Fields that are not named here are skipped without an object being made of them: a reply to 2048 tokens with 64
+# -- log-probabilities each has 11 MB of JSON, most of it ranks and decoded tokens.
+
+
+class _Logprob(msgspec.Struct):
+    logprob: float
+
+
+# Entry p is for the token at position p, given those before it; the first is None.
+_PromptLogprobs = list[dict[int, _Logprob] | None]
+
+
+class _TopLogprobs(msgspec.Struct):
+    top_logprobs: list[dict[str, float]]  # 'token_id:5'
+
+
+class _Choice(msgspec.Struct):
+    token_ids: list[int] | None = None
+    finish_reason: str | None = None
+    prompt_logprobs: _PromptLogprobs | None = None
+    logprobs: _TopLogprobs | None = None
+
+
+class _Completion(msgspec.Struct):
+    choices: list[_Choice]
+
+
+class _Infer(msgspec.Struct):
+    choices: list[_Choice]
+    prompt_logprobs: _PromptLogprobs | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class _Candidate(msgspec.Struct):
+    token_id: int
+    logprob: float
+
+
+class _Candidates(msgspec.Struct):
+    top_logprobs: list[_Candidate]
+
+
+class _Content(msgspec.Struct):
+    content: list[_Candidates]
+
+
+class _GeneratedChoice(msgspec.Struct):
+    token_ids: list[int] = []
+    finish_reason: str | None = None
+    logprobs: _Content | None = None
+
+
+class _Generated(msgspec.Struct):
+    choices: list[_GeneratedChoice]
+    prompt_logprobs: _PromptLogprobs | None = None
+
+
+class _Model(msgspec.Struct):
+    id: str
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model] = []
+
+
+class _Tokens(msgspec.Struct):
+    tokens: list[int]
+
+
+class _Version(msgspec.Struct):
+    version: str
+
+
+class _Schemas(msgspec.Struct):
+    schemas: dict[str, dict[str, Any]]
+
+
+class _OpenAPI(msgspec.Struct):
+    components: _Schemas
+
+
+T = TypeVar('T')
+
+
+def _read(form: type[T], reply: bytes) -> T:
     try:
-        ids = np.fromiter(map(int, entry), np.int64, len(entry))
-        return ids, np.fromiter((e['logprob'] for e in entry.values()), np.float32, len(entry))
-    except (TypeError, ValueError, KeyError) as error:
-        raise _Invalid(f'a log-probability that is no number ({error})') from None
+        return msgspec.json.decode(reply, type=form)
+    except msgspec.ValidationError as error:
+        raise _Invalid(f'a reply of another form ({error})') from None
+    except msgspec.DecodeError:
+        raise _Invalid('a reply with NaN in it' if b'NaN' in reply else 'a reply that is no JSON') from None
 
 
-def _scores_of_prompt(entries: list[dict[str, Any] | None] | None, question: Question, k: int) -> Scores:
-    """``prompt_logprobs``: entry p is {id: …} for the token at position p, given those before it; the first is None."""
+def _scores_of_prompt(entries: _PromptLogprobs | None, question: Question, k: int) -> Scores:
     if entries is None:
         raise _Invalid('it has no prompt_logprobs')
     ids = question.ids
@@ -144,7 +231,7 @@ def _scores_of_prompt(entries: list[dict[str, Any] | None] | None, question: Que
         entry = entries[position]
         if entry is None:
             raise _Invalid(f'position {position} of {len(ids)} has no log-probabilities')
-        if str(ids[position]) not in entry:
+        if ids[position] not in entry:
             raise _Final(
                 f'it has other tokens than {ids[position]} at position {position} of {len(ids)}: another tokenizer or another template'
             )
@@ -152,7 +239,8 @@ def _scores_of_prompt(entries: list[dict[str, Any] | None] | None, question: Que
         raise _Invalid(f'it has {len(entries)} of {len(ids)} positions')
     scores = Scores.empty(len(question.positions), k)
     for row, position in enumerate(question.positions):
-        scores.put(row, *_arrays(entries[position]))
+        entry = entries[position]
+        scores.put(row, entry, (e.logprob for e in entry.values()))
     return scores
 
 
@@ -164,20 +252,28 @@ class _VLLM:
     def __init__(self, model: str):
         self.model = model
 
-    def score(self, question: Question, k: int) -> tuple[str, dict[str, Any], Callable[[Any], Scores]]:
+    def score(self, question: Question, k: int) -> tuple[str, dict[str, Any], Callable[[bytes], Scores]]:
         if question.has_media:
             sampling = {'max_tokens': 1, 'temperature': 0.0, 'prompt_logprobs': k, 'detokenize': False}
             payload = {**self._with_media(question), 'sampling_params': sampling}
-            return '/inference/v1/generate', payload, lambda reply: _scores_of_prompt(reply.get('prompt_logprobs'), question, k)
+            return '/inference/v1/generate', payload, lambda reply: _scores_of_prompt(_read(_Generated, reply).prompt_logprobs, question, k)
         payload = {'model': self.model, 'prompt': question.ids, 'max_tokens': 1, 'temperature': 0.0, 'prompt_logprobs': k}
-        return '/v1/completions', payload, lambda reply: _scores_of_prompt(_only(reply, 'choices').get('prompt_logprobs'), question, k)
+        return '/v1/completions', payload, lambda reply: _scores_of_prompt(_only(_read(_Completion, reply)).prompt_logprobs, question, k)
 
-    def check(self, request: Callable[..., Any], ids: list[int], k: int) -> None:
-        """PROBE in the server's own tokens, and k log-probabilities of ours."""
-        theirs = request('POST', '/tokenize', {'model': self.model, 'prompt': PROBE, 'add_special_tokens': False})['tokens']
-        _same_tokens(ids, theirs)
+    def check(self, request: Callable[..., bytes], ids: list[int], k: int, media: bool) -> None:
+        """PROBE in the server's own tokens, k log-probabilities of ours, and media beside token ids if there will be any."""
+        reply = request('POST', '/tokenize', {'model': self.model, 'prompt': PROBE, 'add_special_tokens': False})
+        _same_tokens(ids, _read(_Tokens, reply).tokens)
         path, payload, parse = self.score(Question(ids, [len(ids) - 1], ids, {}), k)
         parse(request('POST', path, payload))
+        if media:
+            forms = _read(_OpenAPI, request('GET', '/openapi.json')).components.schemas
+            if 'content_parts' not in forms.get('GenerateRequest', {}).get('properties', {}):
+                version = _read(_Version, request('GET', '/version')).version
+                raise _Final(
+                    f'the dataset has images, videos or audio, which vLLM {version} does not take beside token ids; vLLM 0.32 does, and so '
+                    'does swift deploy'
+                )
 
     def answer(self, question: Question, options: SamplingOptions, seed: int, stop_ids: Sequence[int], k: int):
         sampling = {
@@ -205,46 +301,46 @@ class _VLLM:
 
     def _with_media(self, question: Question) -> dict[str, Any]:
         parts = []
-        for kind, singular, mime in (('images', 'image', 'image/png'), ('videos', 'video', 'video/mp4'), ('audios', 'audio', 'audio/wav')):
-            for medium in question.request.get(kind) or ():
-                url = medium if medium.startswith(('http://', 'https://', 'data:')) else f'data:{mime};base64,{medium}'
-                parts.append({'type': f'{singular}_url', 'url': url})
+        for kind in MEDIA:
+            for url in question.request.get(kind) or ():
+                if not isinstance(url, str):
+                    raise _Final(f'vLLM takes no lists of {kind}, as in row {question.request["uuid"]}; use swift deploy')
+                parts.append({'type': f'{kind[:-1]}_url', 'url': url})
         return {'model': self.model, 'token_ids': question.compact_ids, 'content_parts': parts}
 
     @staticmethod
-    def _parse_completion(k: int) -> Callable[[Any], tuple[Response, Scores | None]]:
-        def parse(reply):
-            choice = _only(reply, 'choices')
-            ids = choice.get('token_ids')
-            if ids is None:
+    def _parse_completion(k: int) -> Callable[[bytes], tuple[Response, Scores | None]]:
+        def parse(reply: bytes) -> tuple[Response, Scores | None]:
+            choice = _only(_read(_Completion, reply))
+            if choice.token_ids is None:
                 raise _Final('it returns no token ids; a vLLM that knows return_token_ids (0.10.2 or later) is needed')
-            if not k:
-                return Response(ids, choice.get('finish_reason') or 'stop'), None
-            tops = (choice.get('logprobs') or {}).get('top_logprobs') or []
-            if len(tops) != len(ids):
-                raise _Invalid(f'{len(ids)} tokens with {len(tops)} rows of log-probabilities')
-            scores = Scores.empty(len(ids), k)
-            for row, top in enumerate(tops):
-                scores.put(row, *_arrays({name.removeprefix('token_id:'): {'logprob': value} for name, value in top.items()}))
-            return Response(ids, choice.get('finish_reason') or 'stop'), scores
+            tops = choice.logprobs.top_logprobs if choice.logprobs else []
+            named = (((int(name.removeprefix('token_id:')) for name in top), top.values()) for top in tops)
+            return _answered(choice, choice.token_ids, list(named), k)
 
         return parse
 
     @staticmethod
-    def _parse_generated(k: int) -> Callable[[Any], tuple[Response, Scores | None]]:
-        def parse(reply):
-            choice = _only(reply, 'choices')
-            ids, content = choice.get('token_ids') or [], (choice.get('logprobs') or {}).get('content') or []
-            if not k:
-                return Response(ids, choice.get('finish_reason') or 'stop'), None
-            if len(content) != len(ids):
-                raise _Invalid(f'{len(ids)} tokens with {len(content)} rows of log-probabilities')
-            scores = Scores.empty(len(ids), k)
-            for row, one in enumerate(content):
-                scores.put(row, *_arrays({top['token_id']: top for top in one['top_logprobs']}))
-            return Response(ids, choice.get('finish_reason') or 'stop'), scores
+    def _parse_generated(k: int) -> Callable[[bytes], tuple[Response, Scores | None]]:
+        def parse(reply: bytes) -> tuple[Response, Scores | None]:
+            choice = _only(_read(_Generated, reply))
+            tops = [one.top_logprobs for one in choice.logprobs.content] if choice.logprobs else []
+            return _answered(choice, choice.token_ids, [([c.token_id for c in top], [c.logprob for c in top]) for top in tops], k)
 
         return parse
+
+
+def _answered(choice: Any, ids: list[int], tops: list[tuple[Iterable[int], Iterable[float]]], k: int) -> tuple[Response, Scores | None]:
+    """A response and, for k > 0, its scores from the ids and log-probabilities at each of its tokens."""
+    response = Response(ids, choice.finish_reason or 'stop')
+    if not k:
+        return response, None
+    if len(tops) != len(ids):
+        raise _Invalid(f'{len(ids)} tokens with {len(tops)} rows of log-probabilities')
+    scores = Scores.empty(len(ids), k)
+    for row, (top_ids, logprobs) in enumerate(tops):
+        scores.put(row, top_ids, logprobs)
+    return response, scores
 
 
 class _SwiftDeploy:
@@ -252,16 +348,16 @@ class _SwiftDeploy:
 
     name = 'swift deploy'
 
-    def score(self, question: Question, k: int) -> tuple[str, dict[str, Any], Callable[[Any], Scores]]:
+    def score(self, question: Question, k: int) -> tuple[str, dict[str, Any], Callable[[bytes], Scores]]:
         config = {'prompt_logprobs': k, 'max_tokens': 1, 'temperature': 0.0}
-        return '/infer/', _infer(question, config), lambda reply: _scores_of_prompt(_first(reply).get('prompt_logprobs'), question, k)
+        return '/infer/', _infer(question, config), lambda reply: _scores_of_prompt(_first(reply).prompt_logprobs, question, k)
 
-    def check(self, request: Callable[..., Any], ids: list[int], k: int) -> None:
+    def check(self, request: Callable[..., bytes], ids: list[int], k: int, media: bool) -> None:
         """PROBE as a message, in the server's own tokens, and k log-probabilities of each."""
         question = Question([], [], [], {'messages': [{'role': 'user', 'content': PROBE}]})
         config = {'prompt_logprobs': k, 'max_tokens': 1, 'temperature': 0.0, 'return_details': True}
         reply = _first(request('POST', '/infer/', _infer(question, config)))
-        theirs, entries = reply.get('prompt_token_ids') or [], reply.get('prompt_logprobs')
+        theirs, entries = reply.prompt_token_ids or [], reply.prompt_logprobs
         at = next((i for i in range(len(theirs)) if theirs[i : i + len(ids) - 1] == ids[:-1]), None)
         _same_tokens(ids, theirs if at is None else ids)  # the last id may be one with what the template puts after it
         if not entries or entries[-1] is None or len(entries[-1]) < k:
@@ -282,11 +378,11 @@ class _SwiftDeploy:
         return '/infer/', _infer(question, config), self._parse
 
     @staticmethod
-    def _parse(reply) -> tuple[Response, Scores | None]:
-        choice = _only(_first(reply), 'choices')
-        if choice.get('token_ids') is None:
+    def _parse(reply: bytes) -> tuple[Response, Scores | None]:
+        choice = _only(_first(reply))
+        if choice.token_ids is None:
             raise _Final('it returns no token ids; the teacher needs swift deploy --infer_backend vllm')
-        return Response(choice['token_ids'], choice.get('finish_reason') or 'stop'), None
+        return Response(choice.token_ids, choice.finish_reason or 'stop'), None
 
 
 def _same_tokens(ours: list[int], theirs: list[int]) -> None:
@@ -298,17 +394,17 @@ def _infer(question: Question, config: dict[str, Any]) -> dict[str, Any]:
     return {'infer_requests': [question.request], 'request_config': config}
 
 
-def _first(reply: Any) -> dict[str, Any]:
-    if not isinstance(reply, list) or len(reply) != 1:
-        raise _Invalid(f'a list of 1 reply was expected, not {str(reply)[:80]}')
-    return reply[0]
+def _first(reply: bytes) -> _Infer:
+    replies = _read(list[_Infer], reply)
+    if len(replies) != 1:
+        raise _Invalid(f'1 reply was expected, not {len(replies)}')
+    return replies[0]
 
 
-def _only(reply: Any, name: str) -> dict[str, Any]:
-    found = reply.get(name) if isinstance(reply, dict) else None
-    if not isinstance(found, list) or len(found) != 1:
-        raise _Invalid(f'1 of {name} was expected, not {str(found)[:80]}')
-    return found[0]
+def _only(reply: Any) -> Any:
+    if len(reply.choices) != 1:
+        raise _Invalid(f'1 choice was expected, not {len(reply.choices)}')
+    return reply.choices[0]
 
 
 class TeacherServer:
@@ -348,7 +444,7 @@ class TeacherServer:
 
     # -- HTTP ------------------------------------------------------------------------------------------------------------------
 
-    def _request(self, method: str, path: str, payload: Any = None) -> Any:
+    def _request(self, method: str, path: str, payload: Any = None) -> bytes:
         try:
             reply = self._session.request(method, self.url + path, json=payload, timeout=(CONNECT_SECONDS, self.options.timeout))
             status, text = reply.status_code, reply.text[:300] if reply.status_code != 200 else ''
@@ -361,15 +457,13 @@ class TeacherServer:
                     f' (the key is taken from the environment variable {KEY_VARIABLE})' if status in (401, 403) or 'API key' in text else ''
                 )
                 raise _Final(f'HTTP {status} {" ".join(text.split())}'.rstrip() + key)
-            return json.loads(reply.content) if reply.content else None
+            return reply.content
         except requests.exceptions.Timeout:
             raise _Retry(f'no answer within {self.options.timeout:g} s') from None
         except requests.exceptions.RequestException as error:
             raise _Retry(f'no connection ({type(error).__name__}: {_cause(error)})') from None
-        except ValueError:
-            raise _Invalid('a reply that is no JSON') from None
 
-    def _ask(self, method: str, path: str, payload: Any, parse: Callable[[Any], Any], retry_seconds: float | None = None) -> Any:
+    def _ask(self, method: str, path: str, payload: Any, parse: Callable[[bytes], Any], retry_seconds: float | None = None) -> Any:
         """Ask until there is a usable answer or no hope.
 
         Raises:
@@ -412,7 +506,7 @@ class TeacherServer:
         Raises:
             TeacherServerError: It can't be reached, or speaks neither.
         """
-        models = self._ask('GET', '/v1/models', None, lambda reply: [m['id'] for m in (reply or {}).get('data', [])], retry_seconds)
+        models = self._ask('GET', '/v1/models', None, lambda reply: [m.id for m in _read(_Models, reply).data], retry_seconds)
         try:
             self._request('POST', '/infer/', {'infer_requests': []})
             self.protocol = _SwiftDeploy()
@@ -434,30 +528,31 @@ class TeacherServer:
         path, payload, parse = self.protocol.answer(question, options, seed, stop_ids, self.options.topk)
         return self._ask('POST', path, payload, parse)
 
-    def check(self, tokenizer: Any) -> None:
+    def check(self, tokenizer: Any, media: bool = False) -> None:
         """Ask one short question, for a clear word before any weights load.
 
         Args:
             tokenizer: The student's.
+            media: There are rows with images, videos or audio.
 
         Raises:
             OptionError: The server allows fewer log-probabilities.
             TeacherServerError: Another tokenizer, or anything else.
         """
         try:
-            self.protocol.check(self._request, tokenizer.encode(PROBE, add_special_tokens=False), self.options.topk)
+            self.protocol.check(self._request, tokenizer.encode(PROBE, add_special_tokens=False), self.options.topk, media)
         except (_Retry, _Final) as problem:
-            if self._sends_one(tokenizer):
+            if self._sends_one(tokenizer, media):
                 raise OptionError(
                     f'--gkd_logits_topk {self.options.topk}: teacher server {self.url} sends fewer ({problem}); start it with '
                     f'--max-logprobs {self.options.topk} (swift deploy: --max_logprobs {self.options.topk}), or choose fewer.'
                 ) from None
             raise self._error(problem) from None
 
-    def _sends_one(self, tokenizer: Any) -> bool:
+    def _sends_one(self, tokenizer: Any, media: bool) -> bool:
         """Whether it is only the number of log-probabilities that a server minds: swift deploy says no more than HTTP 500."""
         try:
-            self.protocol.check(self._request, tokenizer.encode(PROBE, add_special_tokens=False), 1)
+            self.protocol.check(self._request, tokenizer.encode(PROBE, add_special_tokens=False), 1, media)
         except (_Retry, _Final):
             return False
         return True
@@ -518,5 +613,20 @@ class TeacherServers:
 
 
 def as_request(request: Any) -> dict[str, Any]:
-    """A request of ms-swift as JSON."""
-    return dataclasses.asdict(request)
+    """A request of ms-swift as JSON. Files travel with it, for the server may be elsewhere."""
+    content = dataclasses.asdict(request)
+    return {**content, **{kind: [_portable(medium, mime) for medium in content.get(kind) or ()] for kind, mime in MEDIA.items()}}
+
+
+def _portable(medium: Any, mime: str) -> Any:
+    """A path, URL or base64 text as a URL that any host can open; a list of frames one by one."""
+    if isinstance(medium, list):
+        return [_portable(frame, MEDIA['images']) for frame in medium]
+    if medium.startswith(('http://', 'https://', 'data:')):
+        return medium
+    path = medium.removeprefix('file://')
+    if os.path.isfile(path):
+        mime = mimetypes.guess_type(path)[0] or mime
+        with open(path, 'rb') as file:
+            medium = base64.b64encode(file.read()).decode()
+    return f'data:{mime};base64,{medium}'

@@ -1,0 +1,65 @@
+"""Tiny multimodal models and runs with them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import helpers
+import job_runs
+import pytest
+import serving
+import tiny_vision
+from proxy import KEY
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items) -> None:
+    no_vision, no_vllm = tiny_vision.why_none(), helpers.why_no_vllm()
+    for item in items:
+        if HERE not in item.path.parents:
+            continue
+        item.add_marker(pytest.mark.e2e)
+        needs_engine = {'vllm_server', 'deploy_server', 'run_jobs_with_engine'} & set(item.fixturenames)
+        if needs_engine:
+            item.add_marker(pytest.mark.vllm)
+        missing = no_vision or (needs_engine and no_vllm)
+        if missing:
+            item.add_marker(pytest.mark.skip(reason=missing))
+
+
+def made(directory: Path, *options: str) -> helpers.TinyModels:
+    helpers.run([sys.executable, HERE.parent / 'tiny_vision.py', directory, *options], env=tiny_vision.environment(), cwd=directory)
+    return helpers.TinyModels(directory / 'student', directory / 'teacher', directory / 'train.jsonl', directory / 'val.jsonl')
+
+
+@pytest.fixture(scope='session')
+def vision_models(tmp_path_factory) -> helpers.TinyModels:
+    return made(tmp_path_factory.mktemp('dense'))
+
+
+@pytest.fixture(scope='session')
+def moe_models(tmp_path_factory) -> helpers.TinyModels:
+    return made(tmp_path_factory.mktemp('moe'), 'moe')
+
+
+@pytest.fixture(scope='session')
+def run_jobs(tmp_path_factory, vision_models) -> job_runs.JobRunner:
+    environment = {**tiny_vision.environment(), 'GKD_TEACHER_API_KEY': KEY}
+    return job_runs.JobRunner(tmp_path_factory, vision_models, HERE.parent / 'hf' / 'jobs.py', environment)
+
+
+@pytest.fixture(scope='session')
+def vllm_server(vision_models, tmp_path_factory) -> Iterator[str]:
+    with serving.vllm_serve(vision_models.teacher, tmp_path_factory.mktemp('vllm'), tiny_vision.environment(vllm=True)) as url:
+        yield url
+
+
+@pytest.fixture(scope='session')
+def deploy_server(vision_models, tmp_path_factory) -> Iterator[str]:
+    names = {'model_type': 'qwen3_vl', 'template': 'qwen3_vl'}
+    environment = tiny_vision.environment(vllm=True)
+    with serving.swift_deploy(vision_models.teacher, tmp_path_factory.mktemp('deploy'), environment, **names) as url:
+        yield url

@@ -1,0 +1,100 @@
+"""Servers of the tests: real ones, on the loopback, that end with the test."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import helpers
+import pytest
+from proxy import KEY
+
+ON_CPU = Path(__file__).parent / 'engine' / 'vllm_on_cpu.py'
+LENGTH = 512  # tokens that a server takes
+MOST = 32  # log-probabilities per token that it sends
+
+
+@contextmanager
+def serving(argv: list, port: int, log: Path, env: Mapping[str, str] | None = None) -> Iterator[str]:
+    """A server process; its URL once it answers.
+
+    Args:
+        env: On top of what a process with vLLM needs.
+    """
+    url = f'http://127.0.0.1:{port}'
+    with open(log, 'w') as output:
+        process = subprocess.Popen(
+            [str(a) for a in argv],
+            env={**os.environ, **helpers.OFFLINE, **helpers.vllm_environment(), 'VLLM_API_KEY': KEY, **(env or {})},
+            cwd=log.parent,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # the command starts processes of its own; all of them end with it
+        )
+    try:
+        for _ in range(240):
+            assert process.poll() is None, f'the server ended:\n{log.read_text()[-6000:]}'
+            try:
+                urllib.request.urlopen(f'{url}/health', timeout=2).read()
+                break
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.5)
+        else:
+            pytest.fail(f'no server after 120 s:\n{log.read_text()[-6000:]}')
+        yield url
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@contextmanager
+def vllm_serve(model: Path, directory: Path, env: Mapping[str, str] | None = None) -> Iterator[str]:
+    """vLLM's OpenAI-compatible server."""
+    port = helpers.free_port()
+    options = {
+        'model': model,
+        'served-model-name': 'teacher',
+        'dtype': 'float32',
+        'max-model-len': LENGTH,
+        'max-num-seqs': 16,
+        'host': '127.0.0.1',
+        'port': port,
+        'max-logprobs': MOST,
+    }
+    argv = [sys.executable, '-m', 'vllm.entrypoints.openai.api_server', '--enforce-eager', *helpers.command_line(options)]
+    with serving(argv, port, directory / 'log.txt', env) as url:
+        yield url
+
+
+@contextmanager
+def swift_deploy(model: Path, directory: Path, env: Mapping[str, str] | None = None, **options: Any) -> Iterator[str]:
+    """``swift deploy`` with vLLM behind it."""
+    port = helpers.free_port()
+    options = {
+        'model': model,
+        'model_type': 'qwen3',
+        'template': 'qwen3',
+        'infer_backend': 'vllm',
+        'torch_dtype': 'float32',
+        'vllm_max_model_len': LENGTH,
+        'vllm_enforce_eager': 'true',
+        'host': '127.0.0.1',
+        'port': port,
+        'api_key': KEY,
+        'max_logprobs': MOST,
+        'external_plugins': ON_CPU,
+        **options,
+    }
+    argv = [helpers.SCRIPTS / 'swift', 'deploy', *helpers.command_line(options)]
+    with serving(argv, port, directory / 'log.txt', env) as url:
+        yield url
