@@ -107,6 +107,21 @@ class GKDOptions:
         'pauses, >= 0; then a checkpoint is written and the run ends.',
     )
     gkd_server_in_flight: int = option(16, 'Requests to each --teacher_model_server that a rank has in flight, > 0.')
+    teacher_tensor_model_parallel_size: Optional[int] = option(
+        None, "megatron rlhf: ranks that each layer of a separate --teacher_model is split over. Default: the student's."
+    )
+    teacher_pipeline_model_parallel_size: Optional[int] = option(
+        None, "megatron rlhf: stages that the layers of a separate --teacher_model are dealt out to. Default: the student's."
+    )
+    teacher_context_parallel_size: Optional[int] = option(
+        None, "megatron rlhf: ranks that a separate --teacher_model splits a sequence over. Default: the student's."
+    )
+    teacher_expert_model_parallel_size: Optional[int] = option(
+        None, "megatron rlhf: ranks that the experts of a separate --teacher_model are dealt out to. Default: the student's."
+    )
+    teacher_expert_tensor_parallel_size: Optional[int] = option(
+        None, "megatron rlhf: ranks that each expert of a separate --teacher_model is split over. Default: the student's."
+    )
     gkd_detailed_metrics: bool = option(
         False, 'Log forward and reverse KL, entropies and agreement of the two models as well; about 5 % more work per step.'
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -73,33 +74,58 @@ def check_supported(args: Any) -> None:
             raise OptionError(f'--{name} {getattr(args, name)}: {instead}.')
 
 
+# The sizes of a layout; each has an option of the same name with `teacher_` in front.
+SIZES = (
+    'tensor_model_parallel_size',
+    'pipeline_model_parallel_size',
+    'context_parallel_size',
+    'expert_model_parallel_size',
+    'expert_tensor_parallel_size',
+)
+
+
+def teacher_options(args: Any) -> dict[str, int]:
+    """The options of a teacher's own layout that are given."""
+    given = {f'teacher_{name}': getattr(args, f'teacher_{name}') for name in SIZES}
+    return {name: size for name, size in given.items() if size is not None}
+
+
+def teacher_arguments(args: Any, has_experts: bool = False) -> Any:
+    """ms-swift's arguments as they are for the teacher: a copy, with its own layout where one is given and the student's elsewhere.
+
+    How layers are dealt out to the stages follows the student's options as long as the number of stages does. The teacher's sequence
+    parallelism follows the student's too, and is on where megatron-core asks for it, with experts under tensor parallelism.
+
+    Args:
+        has_experts: Whether the teacher's layers have any.
+    """
+    theirs, given = copy.copy(args), teacher_options(args)
+    for name, size in given.items():
+        setattr(theirs, name.removeprefix('teacher_'), size)
+    if 'teacher_pipeline_model_parallel_size' in given:
+        theirs.virtual_pipeline_model_parallel_size = theirs.microbatch_group_size_per_vp_stage = None
+        theirs.pipeline_model_parallel_layout = None
+        theirs.decoder_first_pipeline_num_layers = theirs.decoder_last_pipeline_num_layers = None
+        theirs.account_for_embedding_in_pipeline_split = theirs.account_for_loss_in_pipeline_split = False
+    if given:
+        theirs.sequence_parallel = theirs.tensor_model_parallel_size > 1 and (args.sequence_parallel or has_experts)
+        theirs.tp_comm_overlap = False  # its buffers are made for one layout
+    return theirs
+
+
 def check_layout(args: Any) -> None:
     """Raises:
     OptionError: The ranks cannot be arranged as asked, or the batch not be shared out over them.
     """
     world_size = int(os.environ.get('WORLD_SIZE', 1))
+    _check_sizes(args, world_size)
+    given = teacher_options(args)
+    if given:
+        if args.teacher_model is None:
+            name, size = next(iter(given.items()))
+            raise OptionError(f'--{name} {size}: only a --teacher_model other than the student has a layout of its own; leave it out.')
+        _check_sizes(teacher_arguments(args), world_size, 'teacher_')
     tp, pp, cp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
-    ep, etp = args.expert_model_parallel_size, args.expert_tensor_parallel_size
-    names = (
-        ('tensor_model_parallel_size', tp),
-        ('pipeline_model_parallel_size', pp),
-        ('context_parallel_size', cp),
-        ('expert_model_parallel_size', ep),
-        ('expert_tensor_parallel_size', etp),
-    )
-    for name, size in names:
-        if size < 1:
-            raise OptionError(f'--{name} {size}: must be at least 1.')
-    if world_size % (tp * pp * cp):
-        raise OptionError(
-            f'--tensor_model_parallel_size {tp} x --pipeline_model_parallel_size {pp} x --context_parallel_size {cp} = {tp * pp * cp} '
-            f'does not divide the {world_size} ranks; change one of them or the number of ranks.'
-        )
-    if world_size % (ep * etp * pp):
-        raise OptionError(
-            f'--expert_model_parallel_size {ep} x --expert_tensor_parallel_size {etp} x --pipeline_model_parallel_size {pp} = '
-            f'{ep * etp * pp} does not divide the {world_size} ranks; change one of them or the number of ranks.'
-        )
     dp = world_size // (tp * pp * cp)
     if args.global_batch_size % (args.micro_batch_size * dp):
         raise OptionError(
@@ -118,6 +144,47 @@ def check_layout(args: Any) -> None:
             )
 
 
+def _check_sizes(args: Any, world_size: int, prefix: str = '') -> None:
+    """
+    Args:
+        args: The arguments of the student or of the teacher.
+        prefix: Of the options' names.
+    """
+    tp, pp, cp, ep, etp = sizes = [getattr(args, name) for name in SIZES]
+    for name, size in zip(SIZES, sizes, strict=True):
+        if size < 1:
+            raise OptionError(f'--{prefix}{name} {size}: must be at least 1.')
+    if world_size % (tp * pp * cp):
+        raise OptionError(
+            f'--{prefix}tensor_model_parallel_size {tp} x --{prefix}pipeline_model_parallel_size {pp} x --{prefix}context_parallel_size '
+            f'{cp} = {tp * pp * cp} does not divide the {world_size} ranks; change one of them or the number of ranks.'
+        )
+    if world_size % (ep * etp * pp):
+        raise OptionError(
+            f'--{prefix}expert_model_parallel_size {ep} x --{prefix}expert_tensor_parallel_size {etp} x '
+            f'--{prefix}pipeline_model_parallel_size {pp} = {ep * etp * pp} does not divide the {world_size} ranks; change one of them or '
+            'the number of ranks.'
+        )
+
+
+def num_experts(config: Any) -> int:
+    """Routed experts of a layer, by a configuration of transformers; 0 without any."""
+    text = config.get_text_config()
+    return next((n for n in (getattr(text, k, None) for k in ('num_experts', 'num_local_experts', 'n_routed_experts')) if n), 0)
+
+
+def check_teacher(name: str, config: Any, args: Any) -> None:
+    """Check that a separate teacher splits as its own layout asks, or as the student's does.
+
+    Raises:
+        OptionError: Layers, heads or experts that cannot be split evenly.
+    """
+    if teacher_options(args):
+        _check_split('--teacher_model', name, config, teacher_arguments(args, bool(num_experts(config))), 'teacher_')
+    else:
+        check_model('--teacher_model', name, config, args)
+
+
 def check_model(side: str, name: str, config: Any, args: Any) -> None:
     """Check that a model splits as the layout asks.
 
@@ -129,26 +196,8 @@ def check_model(side: str, name: str, config: Any, args: Any) -> None:
     Raises:
         OptionError: Layers, heads or experts that cannot be split evenly.
     """
-    text = config.get_text_config()
-    tp, pp, ep = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.expert_model_parallel_size
-    stages = pp * (args.virtual_pipeline_model_parallel_size or 1)
-    uneven = (
-        args.pipeline_model_parallel_layout,
-        args.decoder_first_pipeline_num_layers,
-        args.decoder_last_pipeline_num_layers,
-    )
-    if all(value is None for value in uneven) and text.num_hidden_layers % stages:
-        raise OptionError(
-            f'{side} {name}: its {text.num_hidden_layers} layers do not split into {stages} pipeline stages; choose other '
-            '--pipeline_model_parallel_size and --virtual_pipeline_model_parallel_size, or give --decoder_first_pipeline_num_layers.'
-        )
-    if text.num_attention_heads % tp:
-        raise OptionError(
-            f'{side} {name}: its {text.num_attention_heads} attention heads do not split over --tensor_model_parallel_size {tp}.'
-        )
-    experts = next((n for n in (getattr(text, k, None) for k in ('num_experts', 'num_local_experts', 'n_routed_experts')) if n), None)
-    if experts and experts % ep:
-        raise OptionError(f'{side} {name}: its {experts} experts do not split over --expert_model_parallel_size {ep}.')
+    _check_split(side, name, config, args)
+    tp, ep, experts = args.tensor_model_parallel_size, args.expert_model_parallel_size, num_experts(config)
     if experts and tp > 1 and not args.sequence_parallel:
         raise OptionError(
             f'{side} {name}: has experts, which megatron-core trains with --tensor_model_parallel_size {tp} only under '
@@ -162,3 +211,36 @@ def check_model(side: str, name: str, config: Any, args: Any) -> None:
             'and --expert_model_parallel_size 1 megatron-core gets wrong gradients for the experts; use '
             f'--expert_tensor_parallel_size {tp}, or --expert_model_parallel_size of 2 and more.'
         )
+
+
+def _check_split(side: str, name: str, config: Any, args: Any, prefix: str = '') -> None:
+    """Args: as of :func:`check_model`, and the prefix of the options' names."""
+    text, experts = config.get_text_config(), num_experts(config)
+    tp, pp, ep = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.expert_model_parallel_size
+    stages = pp * (args.virtual_pipeline_model_parallel_size or 1)
+    uneven = (
+        args.pipeline_model_parallel_layout,
+        args.decoder_first_pipeline_num_layers,
+        args.decoder_last_pipeline_num_layers,
+    )
+    if all(value is None for value in uneven) and text.num_hidden_layers % stages:
+        instead = (
+            f'--{prefix}pipeline_model_parallel_size'
+            if prefix
+            else '--pipeline_model_parallel_size or --virtual_pipeline_model_parallel_size, or give --decoder_first_pipeline_num_layers'
+        )
+        raise OptionError(
+            f'{side} {name}: its {text.num_hidden_layers} layers do not split into {stages} pipeline stages; choose another {instead}.'
+        )
+    if text.num_attention_heads % tp:
+        raise OptionError(
+            f'{side} {name}: its {text.num_attention_heads} attention heads do not split over --{prefix}tensor_model_parallel_size {tp}.'
+        )
+    groups = getattr(text, 'num_key_value_heads', None) or tp
+    if groups % tp and tp % groups:
+        raise OptionError(
+            f'{side} {name}: its {groups} key-value heads do not split over --{prefix}tensor_model_parallel_size {tp}; it must divide them '
+            'or be a multiple of them.'
+        )
+    if experts % ep:
+        raise OptionError(f'{side} {name}: its {experts} experts do not split over --{prefix}expert_model_parallel_size {ep}.')

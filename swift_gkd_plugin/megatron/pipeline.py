@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from .. import checks
 from ..arguments import OptionError
-from .options import check_model, said_once
+from .options import SIZES, check_layout, check_model, check_teacher, said_once
 from .trainer import GKDTrainer
 
 logger = get_logger()
@@ -34,6 +34,7 @@ NOT_USED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ('gkd_teacher_temperature', lambda a: True, 'the teacher does not generate here'),
     ('gkd_teacher_max_completion_length', lambda a: True, 'the teacher does not generate here'),
     ('offload_teacher_model', lambda a: a.teacher_model is None, 'the teacher is the student itself and stays where it is'),
+    *((f'teacher_{name}', lambda a: a.gkd_loss_weight == 0, 'at --gkd_loss_weight 0 no teacher is loaded') for name in SIZES),
     ('teacher_tag_key', lambda a: True, 'it routes samples to teacher servers'),
     ('loss_type', lambda a: True, '--gkd_divergence chooses the loss'),
     ('enable_dft_loss', lambda a: True, 'it belongs to SFT'),
@@ -71,11 +72,12 @@ class GKDPipeline(MegatronRLHF):
 
     def _check_options(self) -> None:
         args = self.args
+        check_layout(args)  # once more: by now it is known whether the teacher is the student's base
         student = AutoConfig.from_pretrained(args.model_dir, trust_remote_code=True)
         check_model('--model', args.model, student, args)
         if args.teacher_model is not None:
             teacher = AutoConfig.from_pretrained(args.teacher_model_dir, trust_remote_code=True)
-            check_model('--teacher_model', args.teacher_model, teacher, args)
+            check_teacher(args.teacher_model, teacher, args)
         vocab = student.get_text_config().vocab_size
         if args.gkd_logits_topk is not None and args.gkd_logits_topk > vocab:
             raise OptionError(f'--gkd_logits_topk {args.gkd_logits_topk}: the student has {vocab} token ids; choose fewer.')

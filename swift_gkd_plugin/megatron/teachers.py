@@ -22,7 +22,7 @@ from ..samples import MicroBatch
 from ..teachers import HiddenStates, Signal, TopK, TopKOptions
 from ..teachers.adapters import adapters_off
 from .head import OutputHead
-from .views import local_view
+from .views import LocalView, local_view
 
 
 class HostCopy:
@@ -33,11 +33,11 @@ class HostCopy:
 
     Args:
         chunks: The model's chunks on this rank.
-        head: Its output head.
+        head: Its output head, if the loss reads it.
     """
 
-    def __init__(self, chunks: list[nn.Module], head: OutputHead):
-        stays = {id(head.tensors().weight)} if head.model is not None else set()
+    def __init__(self, chunks: list[nn.Module], head: OutputHead | None = None):
+        stays = {id(head.tensors().weight)} if head is not None and head.model is not None else set()
         self.params = [p for chunk in chunks for p in chunk.parameters() if id(p) not in stays]
         self.copies = [p.detach().to('cpu').pin_memory() for p in self.params]
         self.bytes = sum(p.numel() * p.element_size() for p in self.params)
@@ -72,7 +72,7 @@ class LocalTeacher:
 
     def __init__(self, args, chunks: list[nn.Module], offload: bool = False):
         self.args, self.chunks = args, chunks
-        self.head = OutputHead(chunks)
+        self.head = self.loss_head = OutputHead(chunks)
         self.host_copy = HostCopy(chunks, self.head) if offload else None
 
     @contextmanager
@@ -95,22 +95,25 @@ class LocalTeacher:
         Returns:
             One signal per micro-batch; None before the last stage.
         """
-        args = self.args
         with self.ready():
-            found = get_forward_backward_func()(
-                forward_step_func=self._forward_step,
-                # Every virtual stage reads the same micro-batches.
-                data_iterator=[iter(batches) for _ in self.chunks],
-                model=self.chunks,
-                num_microbatches=len(batches),
-                seq_length=args.seq_length,
-                micro_batch_size=args.micro_batch_size,
-                forward_only=True,
-                collect_non_loss_data=True,
-            )
+            found = self._states(batches)
             if self.head.model is None:
                 return [None] * len(batches)
-            return [self._reduced(states, topk) if topk else HiddenStates(states, self.head) for states in found]
+            return [self._reduced(states, topk) if topk else HiddenStates(states, self.loss_head) for states in found]
+
+    def _states(self, batches: list[Any]) -> list[torch.Tensor]:
+        """Hidden states of each micro-batch, what :meth:`_kept` keeps of them; nothing before the last stage."""
+        return get_forward_backward_func()(
+            forward_step_func=self._forward_step,
+            # Every virtual stage reads the same micro-batches.
+            data_iterator=[iter(batches) for _ in self.chunks],
+            model=self.chunks,
+            num_microbatches=len(batches),
+            seq_length=self.args.seq_length,
+            micro_batch_size=self.args.micro_batch_size,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
 
     def _forward_step(self, data_iterator: Iterator[MicroBatch], chunk: nn.Module) -> tuple[torch.Tensor, Any]:
         batch = next(data_iterator)
@@ -120,22 +123,29 @@ class LocalTeacher:
             return states.flatten(0, 1)[view.index][:, None]
 
         def collect(output: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
-            states = output[0]
-            if batch.teacher_inputs is None:
-                return states
-            # Under its own prompt a token can lie on another context-parallel rank than under the student's.
-            student = local_view(self.args, batch.student_inputs, batch.student_index, chunk.vp_stage)
-            return student.of(view.whole(states))
+            return self._kept(output[0], batch, view, chunk)
 
         with self.head.replaced(chosen, self.adapter):
             return chunk(**view.inputs), collect
+
+    def _kept(self, states: torch.Tensor, batch: MicroBatch, view: LocalView, chunk: nn.Module) -> torch.Tensor:
+        """The states of the trained tokens that the loss needs on this rank.
+
+        Args:
+            states: [n_here, dim], of those that are on this rank under the teacher's prompt.
+        """
+        if batch.teacher_inputs is None:
+            return states
+        # Under its own prompt a token can lie on another context-parallel rank than under the student's.
+        student = local_view(self.args, batch.student_inputs, batch.student_index, chunk.vp_stage)
+        return student.of(view.whole(states))
 
     def _reduced(self, hidden: torch.Tensor, topk: TopKOptions, chunk_tokens: int = 256) -> TopK:
         """The k largest log-probabilities over all vocabulary shards, a chunk of tokens at a time."""
         logprobs = hidden.new_empty(len(hidden), topk.k, dtype=torch.float32)
         ids = torch.empty(len(hidden), topk.k, dtype=torch.int64, device=hidden.device)
         group, size = mpu.get_tensor_model_parallel_group(), mpu.get_tensor_model_parallel_world_size()
-        head = self.head.tensors(self.adapter)
+        head = self.loss_head.tensors(self.adapter)
         first_id = mpu.get_tensor_model_parallel_rank() * len(head.weight)
         columns = min(max(topk.vocab_size - first_id, 0), len(head.weight))
         for start in range(0, len(hidden), chunk_tokens):

@@ -18,7 +18,7 @@ import itertools
 import os
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,7 @@ from swift.megatron.model import get_mcore_model
 from swift.megatron.trainers.gkd_trainer import MegatronGKDTrainer
 from swift.megatron.trainers.rlhf_mixin import MegatronRLHFTrainer
 from swift.megatron.trainers.rollout_mixin import MegatronRolloutMixin
-from swift.megatron.utils import disable_forward_pre_hook, enable_forward_pre_hook, get_padding_to
+from swift.megatron.utils import disable_forward_pre_hook, enable_forward_pre_hook
 from swift.utils import JsonlWriter, get_current_device, get_logger
 from torch import nn
 from transformers import AutoConfig
@@ -49,7 +49,9 @@ from ..samples import MicroBatch, Sample, SampleEncoder, TeacherView
 from ..sources import DATASET, STUDENT, Source
 from ..teachers import Signal, TopKOptions
 from .head import OutputHead
+from .layouts import Layout, RelocatedTeacher, common_padding
 from .loss import DistillationLoss
+from .options import num_experts, teacher_arguments, teacher_options
 from .teachers import LiveStudent, LocalTeacher, SharedBase
 from .views import LocalView, local_view
 
@@ -83,7 +85,8 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
         self.metrics = Metrics(torch.device(self.device))
         self.completions = JsonlWriter(os.path.join(args.output_dir, 'completions.jsonl'), write_on_rank='last')
         # Sequence and context parallelism cut sequences into equal parts.
-        template.data_collator = partial(template.data_collator, padding_to=get_padding_to(args))
+        padding_to, template.sequence_parallel_size = common_padding(args, *([self.teacher_layout.args] if self.teacher_layout else []))
+        template.data_collator = partial(template.data_collator, padding_to=padding_to)
 
         self.teacher = self._resolve_teacher() if args.gkd_loss_weight > 0 else None
         head = OutputHead(self.unwrapped_models)
@@ -101,28 +104,33 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
 
     def prepare_model(self) -> None:
         super().prepare_model()
-        self.teacher_models = None
+        self.teacher_models = self.teacher_layout = None
         if self.args.teacher_model is not None and self.args.gkd_loss_weight > 0:
             self.teacher_models = self._load_teacher_model()
 
     def _load_teacher_model(self) -> list[nn.Module]:
-        """The teacher in the student's layout, built from its own family and configuration."""
-        args = copy.copy(self.args)
+        """The teacher, built from its own family and configuration, in the student's layout or in its own (``self.teacher_layout``)."""
+        config = AutoConfig.from_pretrained(self.args.teacher_model_dir, trust_remote_code=True)
+        args = teacher_arguments(self.args, bool(num_experts(config)))
         args.model, args.model_dir, args.model_type = args.teacher_model, args.teacher_model_dir, args.teacher_model_type
         args.model_info, args.model_meta = args.teacher_model_info, args.teacher_model_meta
         args.megatron_model_meta = args.teacher_megatron_model_meta
         args.is_multimodal = args.teacher_model_meta.is_multimodal
         args.rope_scaling = None  # the student's, and the teacher's configuration has its own
-        chunks = get_mcore_model(args, AutoConfig.from_pretrained(args.teacher_model_dir, trust_remote_code=True))
-        for chunk in chunks:
-            if not args.use_cpu_initialization:
-                chunk.to(get_current_device())
-            chunk.requires_grad_(False).eval()
-        chunks[0].config.bridge.load_weights(chunks, args.teacher_model_dir)
+        self.teacher_layout = Layout(args) if teacher_options(args) else None
+        with self.teacher_layout.entered() if self.teacher_layout else nullcontext():
+            chunks = get_mcore_model(args, config)
+            for chunk in chunks:
+                if not args.use_cpu_initialization:
+                    chunk.to(get_current_device())
+                chunk.requires_grad_(False).eval()
+            chunks[0].config.bridge.load_weights(chunks, args.teacher_model_dir)
         return chunks
 
     def _resolve_teacher(self) -> LocalTeacher:
-        if self.teacher_models is not None:
+        if self.teacher_layout is not None:
+            teacher = RelocatedTeacher(self.args, self.teacher_layout, self.teacher_models, self.args.offload_teacher_model)
+        elif self.teacher_models is not None:
             teacher = LocalTeacher(self.args, self.teacher_models, self.args.offload_teacher_model)
         else:
             kind = SharedBase if self._teacher_use_disable_adapter else LiveStudent

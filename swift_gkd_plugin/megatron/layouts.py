@@ -1,0 +1,363 @@
+"""A teacher on a layout of its own, on the ranks that the student trains on.
+
+megatron-core and its bridge ask the module ``megatron.core.parallel_state`` which ranks belong together, in over a hundred places. A
+:class:`Layout` holds a second set of everything that this module knows, and of what else belongs to a layout; inside
+:meth:`Layout.entered` the teacher's is in place, outside the student's.
+
+The student's data-parallel ranks each own some micro-batches of a step. Those are shared out over the teacher's replicas, and the hidden
+states of their trained tokens come back to the owners, without padding. The loss reads the rows of the teacher's output head that belong
+to the student's vocabulary shard; they are collected once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import pickle
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import numpy
+import torch
+import torch.distributed as dist
+from mcore_bridge.bridge import gpt_bridge
+from megatron.core import mpu, parallel_state
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.moe import fused_a2a, moe_utils
+from swift.megatron.utils import get_padding_to
+from swift.utils import get_current_device, get_logger
+from torch import nn
+
+from ..samples import MicroBatch
+from ..teachers import HiddenStates, Signal, TopKOptions
+from .head import HeadTensors
+from .rota import Rota
+from .teachers import HostCopy, LocalTeacher
+from .views import LocalView, local_view
+
+logger = get_logger()
+
+# What belongs to a layout outside of megatron.core.parallel_state, with the value that it has in a new process: the bridge's groups, the
+# buffers of DeepEP and HybridEP, which know their group, and what routers log.
+OTHER_STATE: tuple[tuple[ModuleType, dict[str, Any]], ...] = (
+    (gpt_bridge, {'EP_PP_GROUP': None, 'EP_PP_RANK': None, 'EP_PP_SIZE': None}),
+    (fused_a2a, {'_buffer': None, '_hybrid_ep_buffer': None}),
+    (moe_utils, {'_MOE_LAYER_WISE_LOGGING_TRACKER': {}}),
+)
+
+
+def fresh_parallel_state() -> dict[str, Any]:
+    """Every global of ``megatron.core.parallel_state`` that is data, with the value that it has in a new process."""
+    spec = importlib.util.find_spec(parallel_state.__name__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    kinds = (type(None), bool, int, list, dict)
+    return {name: value for name, value in vars(module).items() if not name.startswith('__') and isinstance(value, kinds)}
+
+
+class RandomState:
+    """All generators of random numbers of this process, as they are now."""
+
+    def __init__(self):
+        self.states = random.getstate(), numpy.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state()
+        tracked = get_cuda_rng_tracker().get_states()
+        # Under CUDA graphs a state is a generator that draws in place; otherwise a tensor that is replaced.
+        self.tracked = {name: s.get_state() if isinstance(s, torch.Generator) else s for name, s in tracked.items()}
+
+    def restore(self) -> None:
+        python, array, cpu, cuda = self.states
+        random.setstate(python)
+        numpy.random.set_state(array)
+        torch.set_rng_state(cpu)
+        torch.cuda.set_rng_state(cuda)
+        tracker = get_cuda_rng_tracker()
+        states = tracker.get_states()
+        for name, state in self.tracked.items():
+            if isinstance(states[name], torch.Generator):
+                states[name].set_state(state)
+            else:
+                states[name] = state
+        tracker.set_states(states)
+
+
+class Layout:
+    """Process groups for other sizes than the student's, on the same ranks. A collective call.
+
+    Args:
+        args: ms-swift's arguments with the sizes of this layout (:func:`.options.teacher_arguments`).
+    """
+
+    def __init__(self, args):
+        self.args = args
+        self._inside = False
+        self._elsewhere = [(parallel_state, fresh_parallel_state()), *((module, dict(values)) for module, values in OTHER_STATE)]
+        with self.entered():
+            mpu.initialize_model_parallel(
+                args.tensor_model_parallel_size,
+                args.pipeline_model_parallel_size,
+                args.virtual_pipeline_model_parallel_size,
+                context_parallel_size=args.context_parallel_size,
+                expert_model_parallel_size=args.expert_model_parallel_size,
+                expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+                distributed_timeout_minutes=args.ddp_timeout // 60,
+                create_gloo_process_groups=False,  # for the checkpoints of an optimizer
+            )
+
+    def _swap(self) -> None:
+        for module, values in self._elsewhere:
+            for name, value in values.items():
+                values[name] = getattr(module, name)
+                setattr(module, name, value)
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """This layout's groups in place of the student's; random numbers that are drawn inside leave no trace."""
+        if self._inside:
+            yield
+            return
+        numbers = RandomState()
+        self._swap()
+        self._inside = True
+        try:
+            yield
+        finally:
+            self._inside = False
+            self._swap()
+            numbers.restore()
+
+
+def common_padding(*layouts) -> tuple[int | None, int]:
+    """What the length of a micro-batch has to be a multiple of (None: anything), and the context-parallel size that its rows are cut for,
+    so that every layout can split it.
+
+    Args:
+        layouts: ms-swift's arguments of each.
+    """
+    cp = math.lcm(*(args.context_parallel_size for args in layouts))
+    multiples = [n for n in map(get_padding_to, layouts) if n is not None]
+    if len(layouts) > 1 and cp > 1:
+        multiples.append(2 * cp)  # of each row two parts per rank
+    return math.lcm(*multiples) if multiples else None, cp
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where a rank sits in a layout.
+
+    Attributes:
+        replica: Its data-parallel rank.
+        shard: Its tensor-parallel rank.
+        head: Whether it is on the last pipeline stage.
+    """
+
+    replica: int
+    shard: int
+    head: bool
+
+    @classmethod
+    def here(cls) -> Seat:
+        last = mpu.is_pipeline_last_stage(ignore_virtual=True)
+        return cls(mpu.get_data_parallel_rank(), mpu.get_tensor_model_parallel_rank(), last)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the teacher is told of a micro-batch; the attributes are those of :class:`MicroBatch`."""
+
+    teacher_inputs: dict[str, Any] = field(repr=False)
+    teacher_index: torch.Tensor = field(repr=False)
+
+
+def exchange_objects(outgoing: list[Any], group: dist.ProcessGroup) -> list[Any]:
+    """One picklable object to each rank of a group and one from each; a rank's own stays as it is."""
+    device, mine = get_current_device(), dist.get_rank(group)
+    packed = [b'' if member == mine else pickle.dumps(thing) for member, thing in enumerate(outgoing)]
+    sizes = torch.tensor([len(p) for p in packed], device=device)
+    theirs = torch.empty_like(sizes)
+    dist.all_to_all_single(theirs, sizes, group=group)
+    theirs = theirs.tolist()
+    sent = torch.frombuffer(bytearray(b''.join(packed) or b'\0'), dtype=torch.uint8)[: sum(map(len, packed))].to(device)
+    received = torch.empty(sum(theirs), dtype=torch.uint8, device=device)
+    dist.all_to_all_single(received, sent, theirs, [len(p) for p in packed], group=group)
+    parts = received.cpu().split(theirs)
+    return [
+        thing if m == mine else pickle.loads(part.numpy().tobytes()) for m, (thing, part) in enumerate(zip(outgoing, parts, strict=True))
+    ]
+
+
+def exchange_rows(outgoing: dict[int, torch.Tensor], expected: dict[int, int], like: torch.Tensor) -> dict[int, torch.Tensor]:
+    """Rows from rank to rank, all ranks of the run at once.
+
+    Args:
+        outgoing: [n, dim] for each rank that gets something.
+        expected: Number of rows from each rank that has something for this one.
+        like: [0, dim], of the dtype and on the device of the rows.
+
+    Returns:
+        What arrived, by the rank that sent it.
+    """
+    ranks = range(dist.get_world_size())
+    given, taken = ([rows.get(rank, 0) for rank in ranks] for rows in ({q: len(x) for q, x in outgoing.items()}, expected))
+    received = like.new_empty(sum(taken), like.shape[1])
+    dist.all_to_all_single(received, torch.cat([like, *(outgoing[q] for q in sorted(outgoing))]), taken, given)
+    return {rank: part for rank, part in zip(ranks, received.split(taken), strict=True) if rank in expected}
+
+
+@dataclass(frozen=True)
+class HeadShard:
+    """The teacher's output head as the loss reads it: sharded like the student's."""
+
+    shard: HeadTensors | None
+
+    def tensors(self, adapter: bool = True) -> HeadTensors:
+        return self.shard
+
+
+class RelocatedTeacher(LocalTeacher):
+    """A separate, frozen model on a layout of its own.
+
+    Args:
+        args: ms-swift's arguments, with the student's layout.
+        layout: The teacher's.
+        chunks: The model's chunks on this rank.
+        offload: Keep the weights on the host between its visits.
+    """
+
+    def __init__(self, args, layout: Layout, chunks: list[nn.Module], offload: bool = False):
+        super().__init__(layout.args, chunks)
+        self.student_args, self.layout = args, layout
+        theirs = layout.args
+        self.description = (
+            f'a separate model on its own layout (TP {theirs.tensor_model_parallel_size}, PP {theirs.pipeline_model_parallel_size}, '
+            f'CP {theirs.context_parallel_size}, EP {theirs.expert_model_parallel_size})'
+        )
+        with layout.entered():
+            seat, self.replicas = Seat.here(), mpu.get_data_parallel_world_size()
+        # The student's seat and the teacher's, of every rank.
+        self.seats: list[tuple[Seat, Seat]] = [None] * dist.get_world_size()
+        dist.all_gather_object(self.seats, (Seat.here(), seat))
+        config = chunks[0].config
+        self.like = torch.empty(0, config.hidden_size, dtype=config.params_dtype, device=get_current_device())
+        with torch.no_grad():
+            self.loss_head = HeadShard(self._head_of_student_shard())
+        # The model's own head is not needed on the device for the loss.
+        self.host_copy = HostCopy(chunks) if offload else None
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        with self.layout.entered(), super().ready():
+            yield
+
+    def signals(self, batches: list[MicroBatch], topk: TopKOptions | None = None) -> list[Signal | None]:
+        rota, questions = self._bring_together(batches)
+        with self.ready():
+            found = self._states(questions)
+        states = self._bring_home(rota, found, batches)
+        if self.loss_head.shard is None:
+            return [None] * len(batches)
+        with torch.no_grad():
+            return [self._reduced(states[n], topk) if topk else HiddenStates(states[n], self.loss_head) for n in range(len(batches))]
+
+    def _kept(self, states: torch.Tensor, batch: Question, view: LocalView, chunk: nn.Module) -> torch.Tensor:
+        return view.whole(states)
+
+    def _bring_together(self, batches: list[MicroBatch]) -> tuple[Rota, list[Question]]:
+        """The micro-batches of this rank's replica of the teacher, from their owners in the student's layout.
+
+        Of the ranks that own the same micro-batches each sends to those in its own data-parallel group.
+        """
+        group = mpu.get_data_parallel_group()
+        counts = [torch.zeros(1, dtype=torch.int64, device=self.like.device) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(counts, torch.tensor([len(batches)], device=self.like.device), group=group)
+        stages = self.args.pipeline_model_parallel_size
+        interleaved = (self.args.virtual_pipeline_model_parallel_size or 1) > 1
+        rota = Rota.make([int(count) for count in counts], self.replicas, stages if interleaved else 1)
+        owner = dist.get_rank(group)
+        outgoing = []
+        for rank in dist.get_process_group_ranks(group):
+            wanted = {number for of, number in rota.of(self.seats[rank][1].replica) if of == owner}
+            outgoing.append(
+                {n: Question(batches[n].teacher_inputs or batches[n].student_inputs, batches[n].teacher_index) for n in sorted(wanted)}
+            )
+        received = exchange_objects(outgoing, group)
+        return rota, [received[of][number] for of, number in rota.of(self.seats[dist.get_rank()][1].replica)]
+
+    def _bring_home(self, rota: Rota, found: list[torch.Tensor], batches: list[MicroBatch]) -> dict[int, torch.Tensor]:
+        """The hidden states of this rank's own trained tokens, [n_here, dim] by number of the micro-batch, on the student's last stage.
+
+        One round at a time, so that no more than a micro-batch is there twice.
+
+        Args:
+            found: [n, dim] of each round, on the teacher's last stage.
+        """
+        me = dist.get_rank()
+        student, teacher = self.seats[me]
+        states = {}
+        for turn in range(rota.rounds):
+            outgoing, expected, numbers = {}, {}, {}
+            answered = rota.answered(teacher.replica, turn) if teacher.head else None
+            if answered is not None:
+                mine = found[turn].to(self.like.dtype)
+                for rank, (seat, _) in enumerate(self.seats):
+                    if seat.head and seat.replica == answered[0] and self._source(rank, replica=teacher.replica) == me:
+                        outgoing[rank] = mine
+            for replica in range(self.replicas) if student.head else ():
+                answered = rota.answered(replica, turn)
+                if answered is not None and answered[0] == student.replica:
+                    source = self._source(me, replica=replica)
+                    expected[source], numbers[source] = len(batches[answered[1]].teacher_index), answered[1]
+            for source, rows in exchange_rows(outgoing, expected, self.like).items():
+                states[numbers[source]] = self._own_part(rows, batches[numbers[source]])
+            if found:
+                found[turn] = None
+        return states
+
+    def _own_part(self, states: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        """[n, dim] -> [n_here, dim], the tokens of this context-parallel rank of the student."""
+        args = self.student_args
+        if args.context_parallel_size == 1:
+            return states
+        stages = args.virtual_pipeline_model_parallel_size
+        return local_view(args, batch.student_inputs, batch.student_index, None if stages is None else stages - 1).of(states)
+
+    def _source(self, rank: int, **wanted: int) -> int:
+        """Which of the ranks that have the same thing sends it to ``rank``: itself, or another one in turn."""
+        sources = [q for q, (_, seat) in enumerate(self.seats) if seat.head and all(getattr(seat, k) == v for k, v in wanted.items())]
+        return rank if rank in sources else sources[rank % len(sources)]
+
+    def _head_of_student_shard(self) -> HeadTensors | None:
+        """The rows of the teacher's head that belong to this rank's vocabulary shard of the student; None before its last stage.
+
+        Both sides hold consecutive rows, filled up to equal shards. Heads of megatron-core have no bias.
+        """
+        columns, me = self.head.columns, dist.get_rank()
+        student, teacher = self.seats[me]
+        theirs = -(-columns // self.args.tensor_model_parallel_size)
+        ours = -(-columns // self.student_args.tensor_model_parallel_size)
+
+        def common(shard: int, of_teacher: int) -> range:
+            return range(max(shard * ours, of_teacher * theirs), min((shard + 1) * ours, (of_teacher + 1) * theirs, columns))
+
+        outgoing, expected, places = {}, {}, {}
+        if teacher.head:
+            weight = self.head.tensors().weight.detach()
+            for rank, (seat, _) in enumerate(self.seats):
+                rows = common(seat.shard, teacher.shard)
+                if seat.head and rows and self._source(rank, shard=teacher.shard) == me:
+                    outgoing[rank] = weight[rows.start - teacher.shard * theirs : rows.stop - teacher.shard * theirs]
+        for shard in range(self.args.tensor_model_parallel_size) if student.head else ():
+            rows = common(student.shard, shard)
+            if rows:
+                source = self._source(me, shard=shard)
+                expected[source], places[source] = len(rows), rows.start - student.shard * ours
+        received = exchange_rows(outgoing, expected, self.like)
+        if not student.head:
+            return None
+        whole = self.like.new_zeros(ours, self.like.shape[1])
+        for source, rows in received.items():
+            whole[places[source] : places[source] + len(rows)] = rows
+        return HeadTensors(whole, None)
