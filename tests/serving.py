@@ -58,7 +58,7 @@ def serving(argv: list, port: int, log: Path, env: Mapping[str, str] | None = No
 
 
 @contextmanager
-def vllm_serve(model: Path, directory: Path, env: Mapping[str, str] | None = None) -> Iterator[str]:
+def vllm_serve(model: Path, directory: Path, env: Mapping[str, str] | None = None, *flags: str) -> Iterator[str]:
     """vLLM's OpenAI-compatible server."""
     port = helpers.free_port()
     options = {
@@ -71,7 +71,7 @@ def vllm_serve(model: Path, directory: Path, env: Mapping[str, str] | None = Non
         'port': port,
         'max-logprobs': MOST,
     }
-    argv = [sys.executable, '-m', 'vllm.entrypoints.openai.api_server', '--enforce-eager', *helpers.command_line(options)]
+    argv = [sys.executable, '-m', 'vllm.entrypoints.openai.api_server', '--enforce-eager', *flags, *helpers.command_line(options)]
     with serving(argv, port, directory / 'log.txt', env) as url:
         yield url
 

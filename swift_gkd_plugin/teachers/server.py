@@ -9,6 +9,7 @@ protocol         scores                                          answers
 ===============  ==============================================  ==================================================================
 vLLM             ``POST /v1/completions``, ``prompt_logprobs``;  ``POST /v1/completions`` with ``logprobs``: ids and their k largest
                  with media ``POST /inference/v1/generate``      raw log-probabilities in one reply
+                 (vLLM 0.32, ``--enable-scale-out``)
 swift deploy     ``POST /infer/``, ``prompt_logprobs``           ``POST /infer/``; a scoring request follows
 ===============  ==============================================  ==================================================================
 """
@@ -271,8 +272,8 @@ class _VLLM:
             if 'content_parts' not in forms.get('GenerateRequest', {}).get('properties', {}):
                 version = _read(_Version, request('GET', '/version')).version
                 raise _Final(
-                    f'the dataset has images, videos or audio, which vLLM {version} does not take beside token ids; vLLM 0.32 does, and so '
-                    'does swift deploy'
+                    f'the dataset has images, videos or audio, which this vLLM {version} does not take beside token ids; start a vLLM 0.32 '
+                    'with --enable-scale-out, or use swift deploy'
                 )
 
     def answer(self, question: Question, options: SamplingOptions, seed: int, stop_ids: Sequence[int], k: int):

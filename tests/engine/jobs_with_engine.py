@@ -35,10 +35,13 @@ def largest_difference(trainer, samples) -> float:
     worst = 0.0
     for sample in samples:
         encoded, _ = trainer.encoder.views(sample)
-        ids, labels = torch.tensor([encoded['input_ids']]), torch.tensor(encoded['labels'])
+        labels = torch.tensor(encoded['labels'])
         trained = (labels != -100).nonzero()[:, 0]
         turns = trained.tensor_split((trained.diff() > 1).nonzero()[:, 0] + 1)
-        logprobs = model(input_ids=ids).logits[0].float().log_softmax(-1)
+        encoded.pop('loss_scale', None)
+        inputs = trainer.template.data_collator([encoded])
+        del inputs['labels']
+        logprobs = model(**inputs).logits[0].float().log_softmax(-1)
         for positions, theirs in zip(turns, sample.generated.rollout_logprobs, strict=True):
             if len(positions) < len(theirs):
                 return float('inf')

@@ -44,7 +44,7 @@ class Recorder(TrainerCallback):
         def look(module, inputs):
             if model.training:
                 seen['longest'] = max(seen['longest'], inputs[0].shape[1])
-                pad = inputs[0] == model.config.pad_token_id
+                pad = inputs[0] == template.tokenizer.pad_token_id
                 seen['padded_left'] |= bool(pad[:, 0].any())
                 seen['padded_right'] |= bool(pad[:, -1].any())
 

@@ -14,6 +14,10 @@ import tiny_vision
 from proxy import KEY
 
 HERE = Path(__file__).parent
+ENGINE_TESTS = HERE.parent / 'engine'
+sys.path.insert(0, str(ENGINE_TESTS))
+
+from rollout_server import ENVIRONMENT  # noqa: E402
 
 
 def pytest_collection_modifyitems(items) -> None:
@@ -22,7 +26,7 @@ def pytest_collection_modifyitems(items) -> None:
         if HERE not in item.path.parents:
             continue
         item.add_marker(pytest.mark.e2e)
-        needs_engine = {'vllm_server', 'deploy_server', 'run_jobs_with_engine'} & set(item.fixturenames)
+        needs_engine = {'vllm_server', 'text_server', 'deploy_server', 'run_jobs_with_engine', 'runs'} & set(item.fixturenames)
         if needs_engine:
             item.add_marker(pytest.mark.vllm)
         missing = no_vision or (needs_engine and no_vllm)
@@ -52,8 +56,24 @@ def run_jobs(tmp_path_factory, vision_models) -> job_runs.JobRunner:
 
 
 @pytest.fixture(scope='session')
+def run_jobs_with_engine(tmp_path_factory, vision_models) -> job_runs.JobRunner:
+    """With a colocated vLLM; what it samples is compared with the live student."""
+    environment = {**tiny_vision.environment(vllm=True), **ENVIRONMENT}
+    environment['PYTHONPATH'] = f'{tiny_vision.environment()["PYTHONPATH"]}:{ENVIRONMENT["PYTHONPATH"]}'
+    return job_runs.JobRunner(tmp_path_factory, vision_models, ENGINE_TESTS / 'jobs_with_engine.py', environment)
+
+
+@pytest.fixture(scope='session')
 def vllm_server(vision_models, tmp_path_factory) -> Iterator[str]:
-    with serving.vllm_serve(vision_models.teacher, tmp_path_factory.mktemp('vllm'), tiny_vision.environment(vllm=True)) as url:
+    directory, environment = tmp_path_factory.mktemp('vllm'), tiny_vision.environment(vllm=True)
+    with serving.vllm_serve(vision_models.teacher, directory, environment, '--enable-scale-out') as url:
+        yield url
+
+
+@pytest.fixture(scope='session')
+def text_server(vision_models, tmp_path_factory) -> Iterator[str]:
+    """The same as it is started without a flag: it takes media in chats only."""
+    with serving.vllm_serve(vision_models.teacher, tmp_path_factory.mktemp('plain'), tiny_vision.environment(vllm=True)) as url:
         yield url
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import helpers
 import job_runs
 import pytest
+from engine_options import ENGINE
 
 K = 16
 DENSE = {'model_type': 'qwen3_vl', 'template': 'qwen3_vl', 'teacher_model_type': 'qwen3_vl'}
@@ -30,7 +32,7 @@ def asks(url: str) -> dict:
 
 
 @pytest.fixture(scope='module')
-def runs(run_jobs, vllm_server, deploy_server):
+def runs(run_jobs, vllm_server, text_server, deploy_server):
     return run_jobs(
         {
             'local': STEP,
@@ -38,6 +40,7 @@ def runs(run_jobs, vllm_server, deploy_server):
             'dense path': {**STEP, 'gkd_logits_topk': None, 'dense': True},
             'vllm': {**STEP, **asks(vllm_server)},
             'deploy': {**STEP, **asks(deploy_server)},
+            'a server for text': {**STEP, **asks(text_server)},
             'mixed': MIXED,
             'mixed, greedy': {**MIXED, 'temperature': 0, 'gkd_temperature': 1},
             'mixed, greedy, vllm': {**MIXED, 'temperature': 0, 'gkd_temperature': 1, **asks(vllm_server)},
@@ -60,6 +63,11 @@ def test_servers_equal_the_local_teacher(runs, name):
     assert job_runs.relative(found.gradients(1), local.gradients(1)) < 1e-4
 
 
+def test_a_server_that_takes_no_images_is_found_at_the_start(runs):
+    run = runs['a server for text']
+    assert '--enable-scale-out' in run.error and 'vLLM 0.32' in run.error and run.loaded == 0
+
+
 def test_student_and_teacher_answer(runs):
     lines = runs['mixed'].ok().completions
     assert {line['source'] for line in lines} == {'student', 'teacher'}
@@ -70,3 +78,12 @@ def test_servers_answer_as_the_local_teacher(runs, name):
     found, local = runs[f'mixed, greedy, {name}'].ok(), runs['mixed, greedy'].ok()
     assert [line['completion'] for line in found.completions] == [line['completion'] for line in local.completions]
     assert found.losses == pytest.approx(local.losses, rel=1e-4)
+
+
+def test_colocated_engine_sees_the_images(run_jobs_with_engine):
+    """vLLM's log-probabilities of what it sampled are the live student's, with the images, after every update."""
+    engine = {'use_vllm': 'true', 'vllm_mode': 'colocate', 'ddp_backend': 'gloo', **ENGINE}
+    job = {**STEP, 'lmbda': 1, 'learning_rate': 1e-2, 'top_p': 1, 'top_k': -1, 'log_completions': 'true', **engine}
+    (run,) = run_jobs_with_engine({'colocate': job}, env=helpers.one_rank()).values()
+    calls = run.ok().lines('engine-rank0.jsonl')
+    assert len(calls) == 2 and all(call['tokens'] > 0 and call['error'] < 1e-4 for call in calls)
