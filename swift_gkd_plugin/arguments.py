@@ -70,6 +70,11 @@ class GKDOptions:
         'Responses per prompt that the student or the teacher answers, each with a seed of its own, > 0. Every response takes the place of '
         'a row in the batch; a response of the dataset is there once.',
     )
+    gkd_on_missing_engine: Literal['generate', 'dataset'] = option(
+        'generate',
+        'What --lmbda above 0 means in `megatron rlhf` without vLLM: the student generates in the training processes, or (dataset) '
+        'responses of the dataset stand in with a warning, as in ms-swift.',
+    )
     gkd_eval_source: Literal[SOURCES] = option(
         'dataset',
         'Responses that the evaluation scores: those of the validation set, or ones that the student or '
@@ -177,6 +182,7 @@ def check_values(args: Any) -> None:
         ('gkd_divergence', DIVERGENCES),
         ('gkd_source_per', ('sample', 'batch')),
         ('gkd_tail', ('bucket', 'renormalize')),
+        ('gkd_on_missing_engine', ('generate', 'dataset')),
         ('gkd_eval_source', SOURCES),
         ('gkd_teacher_engine', ('transformers', 'vllm')),
     ):

@@ -49,6 +49,7 @@ NOT_USED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ('gkd_save_teacher_responses', lambda a: not a.seq_kd, 'the teacher answers with --seq_kd'),
     ('gkd_prefetch', lambda a: a.lmbda == 0, 'at --lmbda 0 the student answers nothing'),
     ('gkd_num_samples', lambda a: a.lmbda == 0 and not a.seq_kd, 'a response of the dataset is there once'),
+    ('gkd_on_missing_engine', lambda a: True, 'without an engine transformers generates'),
     ('teacher_deepspeed', lambda a: a.teacher_model is None, 'the teacher is the student itself, with its --deepspeed'),
     ('teacher_deepspeed', lambda a: a.teacher_model is not None and not a.deepspeed, 'it needs --deepspeed for the student'),
     ('offload_teacher_model', lambda a: a.teacher_model is None, 'the teacher is the student itself and stays where it is'),

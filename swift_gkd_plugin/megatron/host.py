@@ -59,6 +59,17 @@ def take_over_arguments(module: ModuleType) -> dict[str, Any]:
         self._teacher_use_disable_adapter = shared
         self.teacher_model = None if shared else teacher
 
+    @for_gkd(cls, '_check_teacher')
+    def hide_seq_kd(self: Any, stock: Callable[[], None]) -> None:
+        # Stock refuses it between this call and that of _init_generation_batch_params.
+        stock()
+        self._seq_kd, self.seq_kd = self.seq_kd, False
+
+    @for_gkd(cls, '_init_generation_batch_params')
+    def show_seq_kd(self: Any, stock: Callable[[], None]) -> None:
+        self.seq_kd = self._seq_kd
+        stock()
+
     @for_gkd(cls, 'init_iters')
     def count_every_row(self: Any, stock: Callable[..., None], train_dataset: Any, val_dataset: Any) -> None:
         # Stock drops what is left of an epoch and of the evaluation set. Ours is a shorter last step.
@@ -78,6 +89,9 @@ def take_over_arguments(module: ModuleType) -> dict[str, Any]:
 def _check_options(args: Any) -> None:
     with said_once():
         take_options(args)
+        if args.lmbda > 0 and not args.use_vllm and args.gkd_on_missing_engine == 'dataset':
+            _warn(f'--lmbda {args.lmbda} without vLLM: --gkd_on_missing_engine dataset trains on responses of the dataset instead.')
+            args.lmbda = 0.0
         check_supported(args)  # first: some of check_values reads options that only `swift rlhf` has
         check_values(args)
         check_layout(args)
@@ -108,15 +122,21 @@ def take_over_pipeline(module: ModuleType) -> None:
 
 def _without_vllm_unless_asked_for(argv: list[str]) -> list[str]:
     """Stock turns vLLM on for every rlhf_type and then stops, because --vllm_mode has no default. 3.x had it off."""
-    if option_value(argv, '--use_vllm') is not None or option_value(argv, '--vllm_mode') is not None:
+    use_vllm = option_value(argv, '--use_vllm')
+    if option_value(argv, '--vllm_mode') is not None or (use_vllm is not None and use_vllm.lower() in ('yes', 'true', 't', 'y', '1')):
         return argv
-    argv = [*argv, '--use_vllm', 'false']
+    if use_vllm is None:
+        argv = [*argv, '--use_vllm', 'false']
     if option_value(argv, '--lmbda') is None:
-        from swift.utils import get_logger
-
-        get_logger().warning('None of --lmbda, --use_vllm and --vllm_mode is given: --lmbda is 0, all responses come from the dataset.')
+        _warn('Neither --lmbda nor vLLM is asked for: --lmbda is 0, the student answers nothing.')
         argv += ['--lmbda', '0']
     return argv
+
+
+def _warn(line: str) -> None:
+    from swift.utils import get_logger
+
+    get_logger().warning(line)
 
 
 SEAMS = {

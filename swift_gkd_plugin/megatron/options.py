@@ -13,29 +13,13 @@ from ..arguments import OptionError
 
 # Options that are refused: name, when, and what to do instead.
 REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ('seq_kd', lambda a: a.seq_kd, 'the teacher cannot generate in the Megatron back end; pre-generate its answers, or use `swift rlhf`'),
-    (
-        'gkd_eval_source',
-        lambda a: a.gkd_eval_source == 'teacher',
-        'the teacher cannot generate in the Megatron back end; use dataset or student',
-    ),
-    (
-        'gkd_eval_source',
-        lambda a: a.gkd_eval_source == 'student' and not a.use_vllm,
-        'the student generates with vLLM only: add --use_vllm true --vllm_mode colocate',
-    ),
-    (
-        'lmbda',
-        lambda a: 0 < a.lmbda <= 1 and not a.use_vllm,
-        'the student generates with vLLM only: add --use_vllm true --vllm_mode colocate (or server), or set --lmbda 0',
-    ),
-    ('vllm_mode', lambda a: a.use_vllm and a.vllm_mode is None, 'give colocate or server, or --use_vllm false with --lmbda 0'),
+    ('vllm_mode', lambda a: a.use_vllm and a.vllm_mode is None, 'give colocate or server, or --use_vllm false'),
     (
         'teacher_model_server',
         lambda a: a.teacher_model_server is not None,
         'the Megatron back end has local teachers only; use --teacher_model, or `swift rlhf`',
     ),
-    ('gkd_teacher_engine', lambda a: a.gkd_teacher_engine != 'transformers', 'the teacher does not generate here; leave it out'),
+    ('gkd_teacher_engine', lambda a: a.gkd_teacher_engine != 'transformers', 'the teacher answers by megatron-core here; leave it out'),
     ('streaming', lambda a: a.streaming, 'the Megatron back end needs a dataset with a length'),
     ('use_megatron_fsdp', lambda a: a.use_megatron_fsdp, "use megatron-core's own data parallelism with --use_distributed_optimizer"),
     ('bridge_backend', lambda a: a.bridge_backend != 'mcore-bridge', 'use mcore-bridge'),

@@ -17,6 +17,10 @@ from .trainer import GKDTrainer
 
 logger = get_logger()
 
+def _teacher_is_silent(args: Any) -> bool:
+    return not args.seq_kd and args.gkd_eval_source != 'teacher'
+
+
 # Options of ms-swift and of ours that do nothing, or not what they say, in some configuration: name, when, why. Said if they were given.
 NOT_USED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ('packing', lambda a: True, 'responses change with every step, so rows are not packed beforehand; it works as --padding_free'),
@@ -28,11 +32,12 @@ NOT_USED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ('gkd_skew', lambda a: 'skew' not in a.gkd_divergence, 'it belongs to the skewed divergences'),
     ('gkd_tail', lambda a: a.gkd_logits_topk is None, 'it belongs to --gkd_logits_topk'),
     ('gkd_logits_topk', lambda a: a.gkd_loss_weight == 0, 'at --gkd_loss_weight 0 no teacher looks at the responses'),
-    ('gkd_num_samples', lambda a: a.lmbda == 0, 'a response of the dataset is there once'),
-    ('gkd_save_teacher_responses', lambda a: True, 'the teacher does not generate here'),
-    ('gkd_teacher_engine_args', lambda a: True, 'the teacher does not generate here'),
-    ('gkd_teacher_temperature', lambda a: True, 'the teacher does not generate here'),
-    ('gkd_teacher_max_completion_length', lambda a: True, 'the teacher does not generate here'),
+    ('gkd_num_samples', lambda a: a.lmbda == 0 and not a.seq_kd, 'a response of the dataset is there once'),
+    ('gkd_save_teacher_responses', lambda a: not a.seq_kd, 'the teacher answers with --seq_kd'),
+    ('gkd_teacher_engine_args', lambda a: True, 'it belongs to --gkd_teacher_engine vllm'),
+    ('gkd_on_missing_engine', lambda a: a.use_vllm, 'vLLM answers for the student'),
+    ('gkd_teacher_temperature', _teacher_is_silent, 'the teacher answers with --seq_kd or --gkd_eval_source teacher'),
+    ('gkd_teacher_max_completion_length', _teacher_is_silent, 'the teacher answers with --seq_kd or --gkd_eval_source teacher'),
     ('offload_teacher_model', lambda a: a.teacher_model is None, 'the teacher is the student itself and stays where it is'),
     *((f'teacher_{name}', lambda a: a.gkd_loss_weight == 0, 'at --gkd_loss_weight 0 no teacher is loaded') for name in SIZES),
     ('teacher_tag_key', lambda a: True, 'it routes samples to teacher servers'),
@@ -62,9 +67,10 @@ class GKDPipeline(MegatronRLHF):
             train_dataset, val_dataset = super()._get_dataset()
         except StopIteration:  # what ms-swift makes of a file without a row
             train_dataset, val_dataset = None, None
-        needed = None if args.lmbda == 1 else f'--lmbda {args.lmbda} trains on responses of the dataset'
+        needed = None if args.lmbda == 1 or args.seq_kd else f'--lmbda {args.lmbda} without --seq_kd trains on responses of the dataset'
         with said_once():
-            checks.check_rows(train_dataset if train_dataset is not None else [], '--dataset', needed, 'let the student answer: --lmbda 1')
+            rows = train_dataset if train_dataset is not None else []
+            checks.check_rows(rows, '--dataset', needed, 'let the models answer: --lmbda 1, or --seq_kd true')
             if val_dataset is not None:
                 needed = '--gkd_eval_source dataset scores responses of the dataset' if args.gkd_eval_source == 'dataset' else None
                 checks.check_rows(val_dataset, '--val_dataset', needed, 'score generated ones: --gkd_eval_source student')

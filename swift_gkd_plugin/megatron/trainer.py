@@ -32,9 +32,10 @@ from swift.megatron.trainers.gkd_trainer import MegatronGKDTrainer
 from swift.megatron.trainers.rlhf_mixin import MegatronRLHFTrainer
 from swift.megatron.trainers.rollout_mixin import MegatronRolloutMixin
 from swift.megatron.utils import disable_forward_pre_hook, enable_forward_pre_hook
+from swift.template import update_generation_config_eos_token
 from swift.utils import JsonlWriter, get_current_device, get_logger
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 
 from .. import activation, checks, sources
 from .. import cycle as cycles
@@ -44,10 +45,11 @@ from ..data import Row, row_loader
 from ..divergence import Divergence, TokenStats
 from ..metrics import Metrics
 from ..objective import LossOptions
-from ..responses import Response
+from ..responses import Response, SamplingOptions
 from ..samples import MicroBatch, Sample, SampleEncoder, TeacherView
-from ..sources import DATASET, STUDENT, Source
+from ..sources import DATASET, STUDENT, TEACHER, Source
 from ..teachers import Signal, TopKOptions
+from .generation import Generator, check_generates
 from .head import OutputHead
 from .layouts import Layout, RelocatedTeacher, common_padding
 from .loss import DistillationLoss
@@ -84,16 +86,22 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
         self.device = args.device = get_current_device()  # transformers' arguments have it, and Cycle asks for it
         self.metrics = Metrics(torch.device(self.device))
         self.completions = JsonlWriter(os.path.join(args.output_dir, 'completions.jsonl'), write_on_rank='last')
+        if args.gkd_save_teacher_responses:
+            self.teacher_responses = JsonlWriter(args.gkd_save_teacher_responses, write_on_rank='last')
         # Sequence and context parallelism cut sequences into equal parts.
         padding_to, template.sequence_parallel_size = common_padding(args, *([self.teacher_layout.args] if self.teacher_layout else []))
         template.data_collator = partial(template.data_collator, padding_to=padding_to)
 
-        self.teacher = self._resolve_teacher() if args.gkd_loss_weight > 0 else None
+        self.teacher = self._resolve_teacher() if self._needs_teacher else None
         head = OutputHead(self.unwrapped_models)
         self.loss = DistillationLoss(self._loss_options(head), head, self.teacher.adapter if self.teacher else True)
         view = TeacherView(args.gkd_teacher_system, args.gkd_teacher_enable_thinking)
         self.encoder = SampleEncoder(template, view, needs_teacher=self.teacher is not None)
         self._init_rollout_engine()
+        if not args.use_vllm and (args.lmbda > 0 or args.gkd_eval_source == STUDENT):
+            check_generates(self.unwrapped_models, f'--model {args.model}')
+        if args.seq_kd or args.gkd_eval_source == TEACHER:
+            check_generates(self.teacher.chunks, f'--teacher_model {args.teacher_model}')
 
         self._ready: deque[list[Sample]] = deque()  # micro-batches that have their responses and wait for their optimizer step
         self._resumed: dict[str, Any] | None = None  # what the checkpoint has kept of those
@@ -102,10 +110,14 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
 
     # -- what is trained, and by whom ------------------------------------------------------------------------------------------
 
+    @property
+    def _needs_teacher(self) -> bool:
+        return self.args.gkd_loss_weight > 0 or self.args.seq_kd or self.args.gkd_eval_source == TEACHER
+
     def prepare_model(self) -> None:
         super().prepare_model()
         self.teacher_models = self.teacher_layout = None
-        if self.args.teacher_model is not None and self.args.gkd_loss_weight > 0:
+        if self.args.teacher_model is not None and self._needs_teacher:
             self.teacher_models = self._load_teacher_model()
 
     def _load_teacher_model(self) -> list[nn.Module]:
@@ -159,9 +171,76 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
     # -- who answers -------------------------------------------------------------------------------------------------------------
 
     def _answers(self) -> dict[Source, cycles.Answer]:
-        if self.args.lmbda > 0 or self.args.gkd_eval_source == STUDENT:
-            return {STUDENT: self._engine_answers}
-        return {}
+        args = self.args
+        answers: dict[Source, cycles.Answer] = {}
+        if args.lmbda > 0 or args.gkd_eval_source == STUDENT:
+            answers[STUDENT] = self._engine_answers if args.use_vllm else self._student_answers
+        if args.seq_kd or args.gkd_eval_source == TEACHER:
+            answers[TEACHER] = self._kept(self._teacher_answers) if args.gkd_save_teacher_responses else self._teacher_answers
+        return answers
+
+    def _sampling_options(self, source: Source) -> SamplingOptions:
+        args = self.args
+        temperature, limit = args.temperature, args.max_completion_length
+        if source == TEACHER:
+            temperature = temperature if args.gkd_teacher_temperature is None else args.gkd_teacher_temperature
+            limit = args.gkd_teacher_max_completion_length or limit
+        # Megatron-SWIFT has no --min_p.
+        return SamplingOptions(limit, temperature, args.top_k, args.top_p, 0.0, args.repetition_penalty, tuple(args.stop_words or ()))
+
+    def _seed(self, sample: Sample) -> int:
+        return sources.sampling_seed(self.args.seed, sample.row.epoch, sample.row.number, sample.source, sample.row.repeat)
+
+    def _ending_ids(self, model_dir: str) -> list[int]:
+        """The ids that end an answer: those of the model's generation config, brought in line with the template as ms-swift does."""
+        try:
+            config = GenerationConfig.from_pretrained(model_dir)
+        except OSError:
+            config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(model_dir, trust_remote_code=True))
+        update_generation_config_eos_token(config, self.template)
+        eos = self.template.tokenizer.eos_token_id if config.eos_token_id is None else config.eos_token_id
+        return eos if isinstance(eos, list) else [eos]
+
+    def _student_answers(self, samples: list[Sample]) -> None:
+        @contextmanager
+        def lend() -> Iterator[list[nn.Module]]:
+            with self._gathered_weights():
+                yield self.unwrapped_models
+
+        generator = Generator(self.template, lend, self._ending_ids(self.args.model_dir))
+        self._generate(samples, STUDENT, generator, [self.encoder.student_prompt(sample) for sample in samples])
+
+    def _teacher_answers(self, samples: list[Sample]) -> None:
+        @contextmanager
+        def lend() -> Iterator[list[nn.Module]]:
+            with self.teacher.ready():
+                yield self.teacher.chunks
+
+        model_dir = self.args.model_dir if self.teacher_models is None else self.args.teacher_model_dir
+        generator = Generator(self.template, lend, self._ending_ids(model_dir))
+        self._generate(samples, TEACHER, generator, [self.encoder.teacher_prompt(sample) for sample in samples])
+
+    def _generate(self, samples: list[Sample], source: Source, generator: Generator, prompts: list[dict[str, Any]]) -> None:
+        with self.metrics.seconds('seconds/generation'):
+            responses = generator(prompts, [self._seed(s) for s in samples], self._sampling_options(source))
+        for sample, response in zip(samples, responses, strict=True):
+            sample.response = response
+
+    def _kept(self, answer: cycles.Answer) -> cycles.Answer:
+        """``answer``, and what was answered in training goes to ``--gkd_save_teacher_responses``."""
+
+        def kept(samples: list[Sample]) -> None:
+            answer(samples)
+            if self._cycle_key[0] >= 0:  # not in an evaluation
+                self.teacher_responses.append(self._from_everyone([self.encoder.row_with_response(sample) for sample in samples]))
+
+        return kept
+
+    def _from_everyone(self, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What all data-parallel ranks have. A collective call."""
+        everyone: list[Any] = [None] * mpu.get_data_parallel_world_size()
+        dist.all_gather_object(everyone, lines, group=mpu.get_data_parallel_group())
+        return list(itertools.chain.from_iterable(everyone))
 
     def _engine_answers(self, samples: list[Sample]) -> None:
         """The student answers through ms-swift's rollout (vLLM). Every rank calls it, even with nothing to generate.
@@ -267,7 +346,7 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
     def _asked(self, batches: list[MicroBatch]) -> list[Iterator[Step]]:
         """One iterator per virtual stage: all of them run every micro-batch."""
         signals: list[Signal | None] = [None] * len(batches)
-        if self.teacher is not None:
+        if self.teacher is not None and self.args.gkd_loss_weight > 0:
             with self.metrics.seconds('seconds/teacher'):
                 signals = self.teacher.signals(batches, self._topk_options())
             if self.teacher.host_copy is not None:
@@ -369,6 +448,7 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
         counts = torch.zeros(2, dtype=torch.int64, device=self.device)
         tokens = 0
         loader = iter(_filled_up(self._row_loader(dataset, seed=None), args.num_microbatches))
+        answers = self._answers()
         for number in itertools.count():
             micro_batches = list(itertools.islice(loader, args.num_microbatches))
             if not micro_batches:
@@ -376,8 +456,8 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
             self._step, self._cycle_key = self.state.iteration, (-1, number)
             samples = [[self._eval_sample(row, source) for row in rows] for rows in micro_batches]
             everyone = [sample for one in samples for sample in one if sample.row.counts]
-            if source == STUDENT:
-                self._engine_answers(everyone)
+            if source != DATASET:
+                answers[source](everyone)
             batches = [self.encoder.micro_batch(one) for one in samples]
             counted = sum(row.counts for rows in micro_batches for row in rows)
             counts += torch.tensor([len(everyone), counted - len(everyone)], device=self.device)
@@ -465,9 +545,7 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
             for sample in samples
             if sample.row.counts and sample.response is not None
         ]
-        everyone: list[Any] = [None] * mpu.get_data_parallel_world_size()
-        dist.all_gather_object(everyone, lines, group=mpu.get_data_parallel_group())
-        self.completions.append(list(itertools.chain.from_iterable(everyone)))
+        self.completions.append(self._from_everyone(lines))
 
     def on_log(self, logs: dict[str, Any], prefix: str = '') -> None:
         if not prefix:

@@ -31,6 +31,27 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def inference_template(template) -> Iterator[Any]:
+    """The template as an engine uses it: padded on the left, no labels. Its length limit holds, so that with
+    ``--truncation_strategy left`` the prompt is the one that is trained."""
+    before = template.padding_free, template.sequence_parallel_size
+    template.padding_free, template.sequence_parallel_size = False, 1
+    try:
+        with template.generate_context():
+            yield template
+    finally:
+        template.padding_free, template.sequence_parallel_size = before
+
+
+def ends_of_responses(template, eos: int | list[int], options: SamplingOptions, model: nn.Module | None = None) -> StoppingCriteriaList:
+    """What ends a response: the ids ``eos``, the template's stop words and those of the options."""
+    config = GenerationConfig()
+    config.stop_words = [*options.stop_words, *template.template_meta.stop_words]
+    stops = template.prepare_generate_kwargs({'generation_config': config}, model=model)['stopping_criteria']
+    return StoppingCriteriaList([EosTokenCriteria(eos), *stops])
+
+
 class LocalGenerator:
     """Generates with one model of this process.
 
@@ -45,19 +66,6 @@ class LocalGenerator:
     def __init__(self, template, lend_model: Callable[[], AbstractContextManager[nn.Module]], device: torch.device, lockstep: bool = False):
         self.template, self.lend_model, self.device, self.lockstep = template, lend_model, device, lockstep
 
-    @contextmanager
-    def _inference_template(self) -> Iterator[Any]:
-        """The template as an engine uses it: padded on the left, no labels. Its length limit holds, so that with
-        ``--truncation_strategy left`` the prompt is the one that is trained."""
-        template = self.template
-        before = template.padding_free, template.sequence_parallel_size
-        template.padding_free, template.sequence_parallel_size = False, 1
-        try:
-            with template.generate_context():
-                yield template
-        finally:
-            template.padding_free, template.sequence_parallel_size = before
-
     def __call__(self, prompts: list[dict[str, Any]], seeds: list[int], options: SamplingOptions) -> list[Response]:
         """Answer each prompt.
 
@@ -71,7 +79,7 @@ class LocalGenerator:
         """
         if not prompts:
             return []
-        with self.lend_model() as model, evaluation_mode(model), self._inference_template() as template, torch.no_grad():
+        with self.lend_model() as model, evaluation_mode(model), inference_template(self.template) as template, torch.no_grad():
             encoded = [template.encode(prompt) for prompt in prompts]
             inputs = template.data_collator(encoded)
             inputs = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
@@ -91,11 +99,9 @@ class LocalGenerator:
             pad_token_id=template.tokenizer.pad_token_id,
             repetition_penalty=options.repetition_penalty,
         )
-        config.stop_words = [*options.stop_words, *template.template_meta.stop_words]
         # Decoder-only models return the prompt too, unless it went in as embeddings.
         prompt_length = inputs['input_ids'].shape[1] if inputs.get('inputs_embeds') is None else 0
-        stops = template.prepare_generate_kwargs({'generation_config': config}, model=model)['stopping_criteria']
-        finished = FinishedAt(StoppingCriteriaList([EosTokenCriteria(eos), *stops]), prompt_length)
+        finished = FinishedAt(ends_of_responses(template, eos, options, model), prompt_length)
         processors = LogitsProcessorList()
         if options.temperature > 0:
             processors.append(RowSeededSampling(options, seeds, self.device))

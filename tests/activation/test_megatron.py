@@ -35,18 +35,18 @@ def test_commands_of_earlier_versions_run_as_they_are(all_finished):
         "--save is spelled --output_dir in today's ms-swift",
         "--save_interval is spelled --save_steps in today's ms-swift",
         "--load_safetensors is no option of today's ms-swift and is left out: the weights of --model",
-        'None of --lmbda, --use_vllm and --vllm_mode is given: --lmbda is 0',
+        'Neither --lmbda nor vLLM is asked for: --lmbda is 0',
     ):
         assert off_policy.output.count(notice) == 1
-    assert 'None of --lmbda' not in on_policy.output and on_policy.probe['args']['lmbda'] == 0.5
+    assert 'Neither --lmbda' not in on_policy.output and on_policy.probe['args']['lmbda'] == 0.5
 
 
-@pytest.mark.command(f'{OFF_POLICY} {TINY} --lmbda 0.5', env=STAND_INS)
+@pytest.mark.command(f'{OFF_POLICY} {TINY} --gkd_teacher_engine vllm', env=STAND_INS)
 @pytest.mark.command(f'{OFF_POLICY} {TINY} --tensor_model_parallel_size 3', env=STAND_INS)
 @pytest.mark.command(f'{OFF_POLICY} {TINY} --beta 1.5', env=STAND_INS)
 def test_refusals_are_one_line(all_finished):
     starts = (
-        '--lmbda 0.5: the student generates with vLLM only',
+        '--gkd_teacher_engine vllm: the teacher answers by megatron-core here',
         '--tensor_model_parallel_size 3 x --pipeline_model_parallel_size 1 x --context_parallel_size 1 = 3 does not divide the 2 ranks',
         '--beta 1.5: must be in [0, 1]',
     )

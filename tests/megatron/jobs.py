@@ -36,18 +36,23 @@ def exported_gradients(trainer) -> dict[str, torch.Tensor]:
 def make_recorder():
     from swift.megatron.callbacks.base import MegatronCallback
 
+    from swift_gkd_plugin.responses.local import inference_template
+
     class Recorder(MegatronCallback):
         """``gradients.pt``: the first step's gradient. ``batches.pt``: its micro-batches, of a run with one data-parallel rank.
+        ``answers_rank<r>.json``: the responses that this rank was given, with their prompts.
         ``seen.json``: the largest tensor that was saved for a backward pass, in elements, and what the teacher left behind."""
 
         def on_train_begin(self) -> None:
             trainer, step = self.trainer, self.trainer.optimizer.step
             self.batches: list[dict[str, Any]] = []
+            self.answers: list[dict[str, Any]] = []
             self.seen = {'payload': 0, 'payload_dtype': None}
             encode = trainer.encoder.micro_batch
 
             def remembered(samples):
                 batch = encode(samples)
+                self.answers += [self.answer(sample) for sample in samples if sample.row.counts and sample.response is not None]
                 if trainer.state.iteration == 0:
                     self.batches.append({k: v for k, v in vars(batch).items() if k != 'samples'})
                 return batch
@@ -76,6 +81,14 @@ def make_recorder():
 
             trainer.optimizer.step = recorded
 
+        def answer(self, sample) -> dict[str, Any]:
+            encoder, state = self.trainer.encoder, self.trainer.state
+            view = encoder.student_prompt if sample.source == 'student' else encoder.teacher_prompt
+            with inference_template(encoder.template) as template:
+                prompt = template.encode(view(sample))['input_ids']
+            when = {'step': state.iteration, 'training': self.trainer.unwrapped_models[0].training}
+            return {**when, 'key': sample.row.key, 'source': sample.source, 'prompt': prompt, **vars(sample.response)}
+
         def on_step_end(self) -> None:
             if os.environ['SAVE'] == '0':
                 self.state.should_save = False  # stock saves after the last step, whatever --save_steps says
@@ -83,6 +96,7 @@ def make_recorder():
         def on_train_end(self) -> None:
             if dist.get_rank() == dist.get_world_size() - 1:
                 Path(self.args.output_dir, 'seen.json').write_text(json.dumps(self.seen))
+            Path(self.args.output_dir, f'answers_rank{dist.get_rank()}.json').write_text(json.dumps(self.answers))
             if os.environ['EXPORT'] == '1':
                 with self.trainer._gathered_weights():
                     weights = {k: v.clone() for k, v in self.trainer.bridge.export_weights(self.trainer.unwrapped_models)}

@@ -76,6 +76,11 @@ class Run:
         return self.saved('gradients')
 
     @property
+    def answers(self) -> list[dict[str, Any]]:
+        """The responses of all ranks; those of ranks with the same rows are there several times."""
+        return [answer for path in self.output_dir.glob('answers_rank*.json') for answer in json.loads(path.read_text())]
+
+    @property
     def seen(self) -> dict[str, Any]:
         return json.loads((self.output_dir / 'seen.json').read_text())
 

@@ -35,7 +35,7 @@ def test_off_policy_command_as_it_is_written(models, tiny_models, tmp_path):
     returncode, output = run_megatron(f'{OFF_POLICY} {TINY}', models, tiny_models, tmp_path, nproc=2)
     assert returncode == 0, output[-6000:]
     assert 'swift_gkd_plugin.megatron.trainer.GKDTrainer of swift-gkd-plugin' in output
-    assert '--lmbda is 0, all responses come from the dataset' in output
+    assert '--lmbda is 0, the student answers nothing' in output
     assert 'Output heads with 512 (student) and 536 (teacher) columns' in output
     saved = tmp_path / 'megatron_output' / 'gkd'
     rows = [json.loads(row) for row in (saved / 'logging.jsonl').read_text().splitlines()]

@@ -50,11 +50,8 @@ def options(**given) -> SimpleNamespace:
 @pytest.mark.parametrize(
     'given',
     [
-        dict(seq_kd=True),
-        dict(gkd_eval_source='teacher'),
-        dict(gkd_eval_source='student'),
-        dict(lmbda=0.1),
         dict(use_vllm=True),
+        dict(gkd_teacher_engine='vllm'),
         dict(teacher_model_server='http://localhost:1'),
         dict(streaming=True),
         dict(use_megatron_fsdp=True),
@@ -75,7 +72,14 @@ def test_refused(given):
 
 
 @pytest.mark.parametrize(
-    'given', [{}, dict(lmbda=0.5, use_vllm=True, vllm_mode='colocate'), dict(tuner_type='lora', teacher_model='student')]
+    'given',
+    [
+        {},
+        dict(lmbda=0.5),
+        dict(seq_kd=True, gkd_eval_source='teacher'),
+        dict(lmbda=0.5, use_vllm=True, vllm_mode='colocate'),
+        dict(tuner_type='lora', teacher_model='student'),
+    ],
 )
 def test_supported(given):
     check_supported(options(**given))

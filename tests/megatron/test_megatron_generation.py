@@ -1,0 +1,189 @@
+"""Student and teacher answer by megatron-core, in every layout as transformers would on the same weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import helpers
+import pytest
+import torch
+from cases import LORA, MOE, make_datasets
+from peft import PeftModel
+from runs import Run
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
+
+from swift_gkd_plugin.responses import SamplingOptions
+from swift_gkd_plugin.responses.sampling import RowSeededSampling
+from swift_gkd_plugin.sources import sampling_seed
+
+pytestmark = [pytest.mark.e2e, pytest.mark.megatron, pytest.mark.timeout(900)]
+
+GREEDY = {'temperature': 0, 'gkd_temperature': 1}
+LIMITS = {'max_completion_length': 5, 'gkd_teacher_max_completion_length': 8}
+BOTH = {**LIMITS, 'dataset': 'mixed', 'max_length': 256, 'seq_kd': 'true', 'lmbda': 0.5, 'train_iters': 3}
+TRAINED = {**BOTH, **GREEDY, 'lr': 1e-2, 'eval_steps': 3, 'val_dataset': 'mixed', 'gkd_eval_source': 'student', 'export': True}
+SAMPLED = {
+    **BOTH,
+    'temperature': 0.8,
+    'top_p': 0.9,
+    'top_k': 40,
+    'repetition_penalty': 1.2,
+    'gkd_teacher_temperature': 1.5,
+    'gkd_num_samples': 2,
+    'stop_words': ['a', 'e', 'n', '1'],
+    'lr': 0,
+}
+SELF = {
+    **LORA,
+    **BOTH,
+    **GREEDY,
+    'teacher_model': 'student',
+    'lr': 0,
+    'eval_steps': 3,
+    'val_dataset': 'mixed',
+    'gkd_eval_source': 'teacher',
+}
+DENSE = {'trained': TRAINED, 'sampled': SAMPLED, 'self': SELF}
+EXPERTS = {'experts': {**MOE, **TRAINED}}
+# What runs in each layout. PP2xVPP2 needs 4 layers, TP2 experts only with sequence parallelism.
+JOBS = {
+    '1': {**DENSE, **EXPERTS},
+    'TP2': DENSE,
+    'TP2+SP': {'trained': TRAINED, **EXPERTS},
+    'PP2': {**DENSE, **EXPERTS},
+    'CP2': {**DENSE, **EXPERTS},
+    'DP2': DENSE,
+    'EP2': EXPERTS,
+    'PP2xVPP2': {'trained': TRAINED},
+    'TP2xPP2': {'trained': TRAINED, 'sampled': SAMPLED},
+    'TP2xCP2': EXPERTS,
+}
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory, tiny_models) -> dict[str, Path]:
+    """``mixed``: prompts of very different length, some of them longer for the teacher."""
+    directory = tmp_path_factory.mktemp('data')
+    rows = []
+    for n in range(10):
+        question = {'role': 'user', 'content': ' '.join(f'what is {i} plus {n} ?' for i in range(1 + 7 * (n % 4) + n))}
+        row = {'messages': [question, {'role': 'assistant', 'content': f'{n} plus {n} is {2 * n} .'}]}
+        rows.append(row | {'teacher_prompt': f'{question["content"]} think of {n}' if n % 3 == 0 else None})
+    return {**make_datasets(tiny_models.train, directory), 'mixed': helpers.write_rows(directory / 'mixed.jsonl', rows)}
+
+
+@pytest.fixture(scope='module')
+def answered(run_jobs, data):
+    """The runs of a layout, made when they are first asked for."""
+    made: dict[str, dict[str, Run]] = {}
+
+    def of(layout: str) -> dict[str, Run]:
+        if layout not in made:
+            jobs = {name: {k: data[v] if k.endswith('dataset') else v for k, v in job.items()} for name, job in JOBS[layout].items()}
+            made[layout] = run_jobs(jobs, layout, timeout=600)
+        return made[layout]
+
+    return of
+
+
+def of_transformers(model, answer: Mapping[str, Any], job: Mapping[str, Any], tokenizer) -> tuple[list[int], str]:
+    """(ids, finish reason) of a response to the same prompt, by ``transformers.generate``."""
+    teacher = answer['source'] == 'teacher'
+    limit = job['gkd_teacher_max_completion_length' if teacher else 'max_completion_length']
+    temperature = job.get('gkd_teacher_temperature', job['temperature']) if teacher else job['temperature']
+    penalty = job.get('repetition_penalty', 1.0)
+    options = SamplingOptions(limit, temperature, job.get('top_k', -1), job.get('top_p', 1.0), 0.0, penalty)
+    number, epoch, repeat = answer['key']
+    warp = LogitsProcessorList()
+    if temperature > 0:
+        warp.append(RowSeededSampling(options, [sampling_seed(42, epoch, number, answer['source'], repeat)], torch.device('cpu')))
+    prompt = torch.tensor([answer['prompt']])
+    ids = model.generate(prompt, max_new_tokens=limit, do_sample=False, repetition_penalty=penalty, pad_token_id=0, logits_processor=warp)[
+        0, prompt.shape[1] :
+    ].tolist()
+    for n in range(1, len(ids) + 1):
+        if ids[n - 1] == tokenizer.eos_token_id or any(word in tokenizer.decode(ids[:n]) for word in job.get('stop_words', ())):
+            return ids[:n], 'stop'
+    return ids, 'length'
+
+
+def which(answer: Mapping[str, Any]) -> tuple:
+    return answer['training'], answer['source'], *answer['key']
+
+
+def loaded(path: Path):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def with_weights(path: Path, run: Run) -> Path:
+    """A model's directory with the weights that a run has left. transformers puts experts together while it loads."""
+    directory = run.output_dir / 'exported'
+    shutil.copytree(path, directory)
+    save_file({name: w.contiguous() for name, w in run.saved('weights').items()}, directory / 'model.safetensors', {'format': 'pt'})
+    return directory
+
+
+@pytest.mark.parametrize('layout', JOBS)
+def test_same_tokens_as_transformers(answered, models, layout):
+    runs = answered(layout)
+    tokenizer = AutoTokenizer.from_pretrained(models['student'])
+    for name, job in JOBS[layout].items():
+        run = runs[name].ok()
+        student = loaded(models[job.get('model', 'student')])
+        teacher = loaded(models[job.get('teacher_model', 'teacher')])
+        before = PeftModel.from_pretrained(loaded(models['student']), models['adapter']) if name == 'self' else student
+        after = loaded(with_weights(models[job.get('model', 'student')], run)) if job.get('export') else before
+        found = {which(a): a for a in run.answers}
+        assert all(found[which(a)]['token_ids'] == a['token_ids'] for a in run.answers)  # ranks with the same rows agree
+        compared = 0
+        for answer in found.values():
+            if answer['source'] == 'teacher':
+                model = teacher
+            elif not answer['training']:
+                model = after
+            elif answer['step'] == 0 or job['lr'] == 0:
+                model = before
+            else:
+                continue  # of weights that the next step has changed
+            assert (answer['token_ids'], answer['finish_reason']) == of_transformers(model, answer, job, tokenizer), (name, answer)
+            compared += 1
+        assert compared >= 8, name
+        trained = [a for a in found.values() if a['training']]
+        assert {a['source'] for a in trained} == {'student', 'teacher'}
+        if 'val_dataset' in job:
+            assert sum(not a['training'] for a in found.values()) == 10 and len(run.values('eval_loss')) == 1
+        if name == 'sampled':
+            assert {a['finish_reason'] for a in trained} == {'stop', 'length'}
+            assert {a['key'][2] for a in trained} == {0, 1}
+        if job.get('export'):  # what was trained changes what is answered
+            changed = [a for a in found.values() if a['source'] == 'student' and not a['training']]
+            assert any(a['token_ids'] != of_transformers(before, a, job, tokenizer)[0] for a in changed)
+
+
+@pytest.mark.parametrize('layout', [name for name in JOBS if name != '1'])
+def test_training_on_answers_is_the_same_in_every_layout(answered, layout):
+    for name, run in answered(layout).items():
+        alone = answered('1')[name].ok()
+        assert run.ok().losses == pytest.approx(alone.losses, abs=1e-6), name
+        assert run.values('eval_loss') == pytest.approx(alone.values('eval_loss'), abs=1e-6), name
+
+
+def test_kept_answers_are_those_of_the_run(answered, run_jobs, data, tmp_path):
+    kept = tmp_path / 'kept.jsonl'
+    runs = run_jobs(
+        {
+            'kept': {**BOTH, **GREEDY, 'dataset': data['mixed'], 'lmbda': 0, 'gkd_save_teacher_responses': kept},
+            'fallback': {**BOTH, **GREEDY, 'dataset': data['ten'], 'seq_kd': 'false', 'gkd_on_missing_engine': 'dataset'},
+        },
+        'DP2',
+    )
+    rows = [json.loads(line) for line in kept.read_text().splitlines()]
+    answers = [a['token_ids'] for a in runs['kept'].ok().answers]
+    assert sorted(row['response_token_ids'] for row in rows) == sorted(answers) and len(rows) == 10
+    assert not runs['fallback'].ok().answers and runs['fallback'].values('source/dataset') == [1, 1, 1]
+    assert 'responses of the dataset instead' in runs['fallback'].output
