@@ -218,6 +218,20 @@ def load(checkpoint: str) -> dict[str, Any] | None:
     return state
 
 
+def stop_together(error: TeacherServerError | None, device: torch.device, step: int) -> None:
+    """Raise on every rank if a teacher server has given up on one. A collective call.
+
+    Args:
+        error: This rank's.
+
+    Raises:
+        TeacherServerError: With this rank's reason, or naming the number of other ranks that failed.
+    """
+    failed = total_over_ranks(int(error is not None), device)
+    if failed:
+        raise error or TeacherServerError(f'The teacher server of {failed} other ranks gave up at step {step}.')
+
+
 def total_over_ranks(value: int, device: torch.device) -> int:
     """The sum of a number over all ranks. A collective call."""
     if _world_size() == 1:

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from .. import checks
 from ..arguments import OptionError
 from ..samples import RESPONSE_COLUMNS
-from ..teachers.server import ServerOptions, TeacherServerError, TeacherServers
+from ..teachers.remote import check_servers
 
 logger = get_logger()
 
@@ -156,26 +156,9 @@ class GKDPipeline(SwiftRLHF):
                 logger.warning(f'--{name}{shown} is not used as such: {why}.')
 
     def _check_servers(self) -> None:
-        """One short question to each teacher server: is it there, does it know our tokens, does it send enough of them?
-
-        Raises:
-            OptionError: In one line, what to change.
-        """
-        args = self.args
-        if args.teacher_model_server is None or (args.gkd_loss_weight == 0 and not args.seq_kd):
-            return
-        _, processor = args.get_model_processor(load_model=False)
-        tokenizer = getattr(processor, 'tokenizer', processor)
-        options = ServerOptions(args.gkd_logits_topk, args.gkd_server_timeout, 0, 1)
-        try:
-            servers = TeacherServers(args.teacher_model_server, options).servers
-            if len(servers) > 1:
-                checks.check_tags(self._datasets, args.teacher_tag_key, {tag for server in servers for tag in server.tags})
-            for server in servers:
-                server.connect()
-                server.check(tokenizer, checks.has_media(self._datasets))
-        except TeacherServerError as error:
-            raise OptionError(f'--teacher_model_server: {error}') from None
+        if self.args.teacher_model_server is not None:
+            _, processor = self.args.get_model_processor(load_model=False)
+            check_servers(self.args, getattr(processor, 'tokenizer', processor), self._datasets)
 
     def _check_tokenizers(self) -> tuple[int, int] | None:
         """Lengths of the student's and the teacher's tokenizer; None if there is no other model."""

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..responses import SamplingOptions
 from ..responses.local import evaluation_mode
-from ..samples import MicroBatch, Sample
+from ..samples import MicroBatch
 from ..teachers import HiddenStates, Logits, Signal, TopK, TopKOptions
 from ..teachers.adapters import adapters_off
 from ..teachers.server import Question, Scores, TeacherServers

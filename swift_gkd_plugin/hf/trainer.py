@@ -44,11 +44,12 @@ from ..samples import MicroBatch, Sample, SampleEncoder, TeacherView
 from ..sources import DATASET, STUDENT, TEACHER, Source
 from ..teachers import TopKOptions
 from ..teachers.engine import TeacherEngine
+from ..teachers.remote import RemoteTeacher
 from ..teachers.server import ServerOptions, TeacherServerError, TeacherServers
 from .engine import EngineRollout
 from .head import OutputHead
 from .loss import DistillationLoss
-from .teachers import LiveStudent, LocalTeacher, RemoteTeacher, SharedBase
+from .teachers import LiveStudent, LocalTeacher, SharedBase
 
 logger = get_logger()
 
@@ -312,9 +313,7 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
             ask()
         except TeacherServerError as caught:
             error = caught
-        failed = cycles.total_over_ranks(int(error is not None), self.args.device)
-        if failed:
-            raise error or TeacherServerError(f'The teacher server of {failed} other ranks gave up at step {self.state.global_step + 1}.')
+        cycles.stop_together(error, self.args.device, self.state.global_step + 1)
 
     def _generate(self, samples: list[Sample], source: Source, lend, prompts: list[dict[str, Any]]) -> None:
         """Generate with transformers. Where ranks share the weights, all of them take part if one has a prompt."""
