@@ -10,16 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from ..responses import SamplingOptions
 from ..responses.local import evaluation_mode
 from ..samples import MicroBatch
 from ..teachers import HiddenStates, Logits, Signal, TopK, TopKOptions
 from ..teachers.adapters import adapters_off
-from ..teachers.server import Question, Scores, TeacherServers
 from .head import OutputHead
 
 
