@@ -100,6 +100,11 @@ class GKDOptions:
     gkd_teacher_engine_args: str = option(
         '', "More of the teacher engine's command line, in vLLM's spelling, say '--max-model-len 4096 --gpu-memory-utilization 0.4'."
     )
+    gkd_teacher_offload: Optional[Literal['model', 'layer']] = option(
+        None,
+        'Keep a separate --teacher_model on the host. model, the same as --offload_teacher_model true: it comes to the device once per '
+        'optimizer step. layer: two of its layers at a time, for every micro-batch.',
+    )
     gkd_save_teacher_responses: Optional[str] = option(
         None,
         'With --seq_kd: append what the teacher answers to this JSONL file, a dataset for later runs '
@@ -133,6 +138,11 @@ class GKDOptions:
 
 
 OPTION_NAMES = tuple(f.name for f in fields(GKDOptions))
+
+
+def teacher_offload(args: Any) -> Optional[str]:
+    """How a separate teacher is kept on the host: ``model``, ``layer`` or not (None)."""
+    return args.gkd_teacher_offload or ('model' if args.offload_teacher_model else None)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -187,6 +197,8 @@ def check_values(args: Any) -> None:
         ('gkd_teacher_engine', ('transformers', 'vllm')),
     ):
         _require(getattr(args, name) in allowed, f'--{name} {getattr(args, name)}: must be one of {", ".join(allowed)}.')
+    offload = args.gkd_teacher_offload
+    _require(offload in (None, 'model', 'layer'), f'--gkd_teacher_offload {offload}: must be model or layer.')
     if args.gkd_logits_topk is not None:
         _require(args.gkd_logits_topk > 0, f'--gkd_logits_topk {args.gkd_logits_topk}: must be > 0; leave it out for the full vocabulary.')
         _require(

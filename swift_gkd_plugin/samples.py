@@ -20,7 +20,7 @@ from swift.utils import get_logger, remove_response
 from .data import Row
 from .responses import Response
 from .sources import DATASET, STUDENT, Source
-from .teachers import TopK
+from .teachers import Signal
 from .teachers.server import Question, Scores, as_request
 
 logger = get_logger()
@@ -138,7 +138,7 @@ class MicroBatch:
     imitated: torch.Tensor = field(repr=False)
     lengths: list[int] = field(repr=False)
     questions: list[Question] = field(default_factory=list, repr=False)
-    signal: TopK | None = field(default=None, repr=False)
+    signal: Signal | None = field(default=None, repr=False)
 
     @property
     def num_tokens(self) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -13,7 +14,7 @@ from swift.utils import get_logger
 from transformers import AutoConfig
 
 from .. import checks
-from ..arguments import OptionError
+from ..arguments import OPTION_NAMES, OptionError, teacher_offload
 from ..samples import RESPONSE_COLUMNS
 from ..teachers.remote import check_servers
 
@@ -53,11 +54,13 @@ NOT_USED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ('teacher_deepspeed', lambda a: a.teacher_model is None, 'the teacher is the student itself, with its --deepspeed'),
     ('teacher_deepspeed', lambda a: a.teacher_model is not None and not a.deepspeed, 'it needs --deepspeed for the student'),
     ('offload_teacher_model', lambda a: a.teacher_model is None, 'the teacher is the student itself and stays where it is'),
+    ('gkd_teacher_offload', lambda a: a.teacher_model is None, 'the teacher is the student itself and stays where it is'),
     ('teacher_tag_key', lambda a: a.teacher_model_server is None, 'it routes samples to teacher servers'),
     ('gkd_server_timeout', lambda a: a.teacher_model_server is None, 'it belongs to --teacher_model_server'),
     ('gkd_server_retry_seconds', lambda a: a.teacher_model_server is None, 'it belongs to --teacher_model_server'),
     ('gkd_server_in_flight', lambda a: a.teacher_model_server is None, 'it belongs to --teacher_model_server'),
     ('router_aux_loss_coef', lambda a: not a.model_info.is_moe_model, 'the student has no router'),
+    *((name, lambda a: True, 'it belongs to `megatron rlhf`') for name in OPTION_NAMES if name.endswith('_parallel_size')),
     ('structured_outputs_regex', lambda a: not a.use_vllm, 'it needs --use_vllm true'),
     ('num_beams', lambda a: True, 'responses are sampled, or greedy at --temperature 0'),
     ('predict_with_generate', lambda a: True, 'evaluation measures the loss; see --gkd_eval_source'),
@@ -88,7 +91,18 @@ class GKDPipeline(SwiftRLHF):
         # An engine that scores holds the teacher's only copy.
         if key == 'teacher' and self.args.gkd_teacher_engine == 'vllm' and self.args.gkd_logits_topk is not None:
             return None
+        if key == 'teacher' and teacher_offload(self.args) and not self.args.deepspeed:
+            with self._loading_to('cpu'):
+                return super()._prepare_single_model(key, *args)
         return super()._prepare_single_model(key, *args)
+
+    @contextmanager
+    def _loading_to(self, device_map: str) -> Iterator[None]:
+        before, self.args.device_map = self.args.device_map, device_map
+        try:
+            yield
+        finally:
+            self.args.device_map = before
 
     def _loaded_datasets(self):
         if not (self.args.dataset or self.args.val_dataset):
@@ -142,6 +156,8 @@ class GKDPipeline(SwiftRLHF):
                 f'--gkd_prefetch true with --multi_turn_scheduler {args.multi_turn_scheduler}: its turns are made by the trainer; give the '
                 'scheduler to swift rollout.'
             )
+        if teacher_offload(args) and args.teacher_model is not None:
+            self._check_offload(teacher_offload(args))
         if args.gkd_teacher_engine == 'vllm' and importlib.util.find_spec('vllm') is None:
             raise OptionError('--gkd_teacher_engine vllm: vLLM is not installed; pip install vllm, or leave the option out.')
         if args.gkd_logits_topk is not None:
@@ -154,6 +170,21 @@ class GKDPipeline(SwiftRLHF):
             if value not in (None, [], default.get(name)) and applies(args):
                 shown = '' if isinstance(value, dict) else f' {value}'
                 logger.warning(f'--{name}{shown} is not used as such: {why}.')
+
+    def _check_offload(self, how: str) -> None:
+        args = self.args
+        if args.fsdp:
+            raise OptionError(
+                f'--gkd_teacher_offload {how} with --fsdp: FSDP2 moves its own shards; leave the option out, or use --teacher_model_server.'
+            )
+        if how == 'layer' and args.deepspeed:
+            raise OptionError('--gkd_teacher_offload layer with --deepspeed: use --teacher_deepspeed zero3_offload, or model.')
+        answers = args.seq_kd or args.gkd_eval_source == 'teacher'
+        if how == 'layer' and answers and args.gkd_teacher_engine == 'transformers':
+            raise OptionError(
+                '--gkd_teacher_offload layer with --seq_kd: every token of an answer would move the whole teacher; use '
+                '--gkd_teacher_offload model, --gkd_teacher_engine vllm or --teacher_model_server.'
+            )
 
     def _check_servers(self) -> None:
         if self.args.teacher_model_server is not None:

@@ -6,8 +6,8 @@ forward itself is the same for all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ..responses.local import evaluation_mode
 from ..samples import MicroBatch
 from ..teachers import HiddenStates, Logits, Signal, TopK, TopKOptions
 from ..teachers.adapters import adapters_off
+from ..teachers.offload import HostCopy, LayerStream
 from .head import OutputHead
 
 
@@ -26,42 +27,50 @@ class LocalTeacher:
     Args:
         model: The prepared (wrapped) model.
         bare: The same without its wrapper.
-        present: A context in which its weights are on the device.
+        host_copy: Its weights, if they are on the host and visit the device.
     """
 
     adapter = True
     description = 'a separate model'
 
-    def __init__(self, model: nn.Module, bare: nn.Module, present: Callable[[], AbstractContextManager] = nullcontext):
-        self.model, self.bare, self.present = model, bare, present
+    def __init__(self, model: nn.Module, bare: nn.Module, host_copy: HostCopy | LayerStream | None = None):
+        self.model, self.bare, self.host_copy = model, bare, host_copy
         self.head = OutputHead(bare)
+
+    @property
+    def comes_once(self) -> bool:
+        """Whether it is to look at a whole step's micro-batches in one visit."""
+        return isinstance(self.host_copy, HostCopy)
 
     @contextmanager
     def ready(self) -> Iterator[nn.Module]:
         """The model in the state in which it teaches: on its device, no dropout, no gradient checkpointing, no gradient."""
-        with self.present(), evaluation_mode(self.bare), torch.no_grad():
+        with self.host_copy.on_device() if self.host_copy else nullcontext(), evaluation_mode(self.bare), torch.no_grad():
             yield self.model
 
-    def signal(self, batch: MicroBatch, forward: Callable[..., Any], topk: TopKOptions | None = None) -> Signal:
-        """What the teacher says about the n trained tokens of a micro-batch.
+    def signals(self, batches: Iterable[MicroBatch], forward: Callable[..., Any], topk: TopKOptions | None = None) -> list[Signal]:
+        """What the teacher says about the n trained tokens of each micro-batch.
 
         Args:
-            batch: On the device.
+            batches: On the device.
             forward: Calls a model with keyword arguments, in the template's forward context.
             topk: Reduce it to the k largest log-probabilities.
         """
+        with self.ready() as model:
+            return [self._signal(model, batch, forward, topk) for batch in batches]
+
+    def _signal(self, model: nn.Module, batch: MicroBatch, forward: Callable[..., Any], topk: TopKOptions | None) -> Signal:
         inputs = batch.teacher_inputs or batch.student_inputs
 
         def chosen(states: torch.Tensor) -> torch.Tensor:
             return states.reshape(-1, states.shape[-1])[batch.teacher_index.to(states.device)]
 
-        with self.ready() as model:
-            if self.head.dense:
-                found = Logits(chosen(forward(model, inputs).logits))
-            else:
-                with self.head.replaced(chosen, self.adapter):
-                    found = HiddenStates(forward(model, inputs).logits, self.head)
-            return found if topk is None else self._reduced(found, topk)
+        if self.head.dense:
+            found = Logits(chosen(forward(model, inputs).logits))
+        else:
+            with self.head.replaced(chosen, self.adapter):
+                found = HiddenStates(forward(model, inputs).logits, self.head)
+        return found if topk is None else self._reduced(found, topk)
 
     def _reduced(self, found: HiddenStates | Logits, topk: TopKOptions, chunk_tokens: int = 256) -> TopK:
         """The k largest log-probabilities, a chunk of tokens at a time, so that the logits never exist as a whole."""

@@ -32,7 +32,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from .. import activation, checks, sources
 from .. import cycle as cycles
-from ..arguments import OptionError
+from ..arguments import OptionError, teacher_offload
 from ..cycle import Cycle
 from ..data import Row, row_loader
 from ..divergence import Divergence, TokenStats
@@ -42,8 +42,9 @@ from ..responses import SamplingOptions
 from ..responses.local import LocalGenerator, evaluation_mode
 from ..samples import MicroBatch, Sample, SampleEncoder, TeacherView
 from ..sources import DATASET, STUDENT, TEACHER, Source
-from ..teachers import TopKOptions
+from ..teachers import Signal, TopKOptions
 from ..teachers.engine import TeacherEngine
+from ..teachers.offload import HostCopy, LayerStream
 from ..teachers.remote import RemoteTeacher
 from ..teachers.server import ServerOptions, TeacherServerError, TeacherServers
 from .engine import EngineRollout
@@ -116,7 +117,7 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         self._resumed: dict[str, Any] | None = None  # what the checkpoint has kept of those
         self._begun: list[list[Sample]] = []  # the cycle that the rollout server answers while a step trains
         self._cycle_key = 0, 0  # optimizer step and number of the cycle in it
-        self._step_tokens = 1
+        self._step_tokens = self._step_batches = 1
         self._step_losses: list[tuple[torch.Tensor, list[Sample]]] = []
 
     # -- what is trained, and by whom ------------------------------------------------------------------------------------------
@@ -139,12 +140,38 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
             update_generation_config_eos_token(bare.generation_config, self.template)
             if self.is_fsdp_enabled:
                 dist.fsdp.register_fsdp_forward_method(bare, 'generate')  # PEFT's goes past the root's forward
-            teacher = LocalTeacher(self.teacher_model, bare, self.load_teacher_model_context)
+            teacher = LocalTeacher(self.teacher_model, bare, self._host_copy(bare))
         else:
             kind = SharedBase if self._teacher_use_disable_adapter else LiveStudent
             teacher = kind(self.model, self._bare())
         logger.info(f'Student: {type(self._bare()).__name__}; teacher: {teacher.description}.')
         return teacher
+
+    def _setup_teacher(self) -> None:
+        model = None
+        if teacher_offload(self.args) and not self.is_deepspeed_enabled:
+            # ms-swift would bring the whole of it to the device, where it may not fit.
+            model, self._teacher_model = self._teacher_model, None
+        super()._setup_teacher()
+        if model is not None:
+            self.teacher_model = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+
+    def _host_copy(self, teacher: nn.Module) -> HostCopy | LayerStream | None:
+        """``--gkd_teacher_offload``. The output head stays on the device, for the loss comes after the teacher has left."""
+        how, device = teacher_offload(self.args), self.args.device
+        if how is None:
+            return None
+        if how == 'layer':
+            host_copy = LayerStream(teacher, device)
+        else:
+            head = {id(p) for p in teacher.get_output_embeddings().parameters()}
+            host_copy = HostCopy((getattr(p, 'ds_tensor', p) for p in teacher.parameters() if id(p) not in head), device)
+        visitors = {id(weight) for weight in host_copy.weights}
+        for tensor in (*(getattr(p, 'ds_tensor', p) for p in teacher.parameters()), *teacher.buffers()):
+            if id(tensor) not in visitors:
+                tensor.data = tensor.data.to(device)
+        logger.info(f'The teacher lives on the host; {host_copy.bytes / 2**30:.2f} GiB come to the device with each visit.')
+        return host_copy
 
     def _teacher_that_answers(self) -> RemoteTeacher | None:
         """The teacher's servers or its engine; None if a local model is all there is."""
@@ -378,6 +405,7 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         if self.args.gkd_prefetch and len(self._ready) < num_batches:
             self._begin_next_cycle(epoch_iterator)
         batches = [self.encoder.micro_batch(one) for one in samples]
+        self._step_batches = max(len(batches), 1)
         if isinstance(self.teacher, RemoteTeacher) and self.args.gkd_loss_weight > 0:
             try:
                 self._ask_teacher(batches)
@@ -385,8 +413,26 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
                 self._ready.extendleft(reversed(samples))
                 self._save_before_leaving()
                 raise
+        elif self._uses_local_teacher and self.teacher.comes_once and batches:
+            self._verify_heads(self.model_wrapped, batches[0].to(self.args.device))
+            for batch, signal in zip(batches, self._signals(batches), strict=True):
+                batch.signal = signal
         self._count(batches)
         return batches, None
+
+    @property
+    def _uses_local_teacher(self) -> bool:
+        return isinstance(self.teacher, LocalTeacher) and self.args.gkd_loss_weight > 0
+
+    def _signals(self, batches: list[MicroBatch]) -> list[Signal]:
+        """What a local teacher says, in one visit if it lives on the host."""
+        host_copy = self.teacher.host_copy
+        moved = host_copy.moved if host_copy else 0
+        with self.metrics.seconds('seconds/teacher'):
+            found = self.teacher.signals((batch.to(self.args.device) for batch in batches), self._call, self._topk_options())
+        if host_copy:
+            self.metrics.add('teacher/moved_gib', (host_copy.moved - moved) / 2**30, len(batches) / self._step_batches)
+        return found
 
     def _ask_teacher(self, batches: list[MicroBatch]) -> None:
         with self.metrics.seconds('seconds/teacher'):
@@ -497,9 +543,8 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         signal = None
         if batch.signal is not None:
             signal = batch.signal
-        elif self.teacher is not None and self.args.gkd_loss_weight > 0:
-            with self.metrics.seconds('seconds/teacher'):
-                signal = self.teacher.signal(batch, self._call, self._topk_options())
+        elif self._uses_local_teacher:
+            (signal,) = self._signals([batch])
         with self.metrics.seconds('seconds/student'):
             total, outputs = self.loss(lambda inputs: model(**self._with_router_logits(inputs)), batch, signal, stats)
         return total, outputs, stats

@@ -102,7 +102,7 @@ def loss_and_gradient(student, teacher, batch, dense: bool):
     loss = DistillationLoss(options, OutputHead(student))
     if dense:
         loss.head.dense = teacher.head.dense = 'the test wants it'
-    signal = teacher.signal(batch, lambda model, inputs: model(**inputs))
+    (signal,) = teacher.signals([batch], lambda model, inputs: model(**inputs))
     total, _ = loss(lambda inputs: student(**inputs), batch, signal, TokenStats())
     total.backward()
     return total.item(), {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
