@@ -69,6 +69,7 @@ def runs(run_jobs, tiny_models, tmp_path_factory):
                 'gkd_skew': 0.3,
                 'gkd_tail': 'renormalize',
                 'num_beams': 2,
+                'teacher_tensor_model_parallel_size': 2,
                 'enable_dft_loss': 'true',
                 'teacher_deepspeed': 'zero0',
             },
@@ -127,6 +128,7 @@ def test_no_effect_is_said(runs):
         'beta 0.3',
         'gkd_skew 0.3',
         'num_beams 2',
+        'teacher_tensor_model_parallel_size 2',
         'enable_dft_loss True',
         'teacher_deepspeed',
     ):

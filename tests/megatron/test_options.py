@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from swift_gkd_plugin.arguments import OptionError
-from swift_gkd_plugin.megatron.options import check_layout, check_model, check_supported
+from swift_gkd_plugin.megatron.options import SIZES, check_layout, check_model, check_supported, check_teacher, teacher_arguments
 
 DEFAULTS = dict(
     model='student',
@@ -40,6 +40,8 @@ DEFAULTS = dict(
     decoder_first_pipeline_num_layers=None,
     decoder_last_pipeline_num_layers=None,
     sequence_parallel=False,
+    tp_comm_overlap=False,
+    **{f'teacher_{name}': None for name in SIZES},
 )
 
 
@@ -107,9 +109,38 @@ def test_layout_that_does_not_fit_the_ranks(given, message, monkeypatch):
         check_layout(options(**given))
 
 
+@pytest.mark.parametrize(
+    ('given', 'message'),
+    [
+        (dict(teacher_tensor_model_parallel_size=3), r'--teacher_tensor_model_parallel_size 3 x .* = 3 does not divide the 8 ranks'),
+        # Sizes that are not given are the student's.
+        (
+            dict(tensor_model_parallel_size=4, teacher_context_parallel_size=4),
+            r'--teacher_tensor_model_parallel_size 4 x .* --teacher_context_parallel_size 4 = 16 does not divide the 8 ranks',
+        ),
+        (dict(teacher_expert_model_parallel_size=16), r'--teacher_expert_model_parallel_size 16 x .* = 16 does not divide the 8 ranks'),
+        (dict(teacher_pipeline_model_parallel_size=0), r'--teacher_pipeline_model_parallel_size 0: must be at least 1'),
+        (
+            dict(teacher_tensor_model_parallel_size=2, teacher_model=None),
+            r'--teacher_tensor_model_parallel_size 2: only a --teacher_model other than the student has a layout of its own',
+        ),
+    ],
+    ids=str,
+)
+def test_layout_of_the_teacher_that_does_not_fit_the_ranks(given, message, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '8')
+    with pytest.raises(OptionError, match=f'^{message}[^\n]*$'):
+        check_layout(options(**given))
+
+
 def test_layouts_that_fit(monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '8')
-    for given in ({}, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, context_parallel_size=2)):
+    for given in (
+        {},
+        dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, context_parallel_size=2),
+        dict(teacher_tensor_model_parallel_size=8),
+        dict(pipeline_model_parallel_size=8, teacher_pipeline_model_parallel_size=1, teacher_expert_model_parallel_size=8),
+    ):
         check_layout(options(**given))
 
 
@@ -130,3 +161,49 @@ def test_model_that_does_not_fit_the_layout(given, message):
     config.get_text_config = lambda: config
     with pytest.raises(OptionError, match=f'^--model m: {message}'):
         check_model('--model', 'm', config, options(**given))
+
+
+@pytest.mark.parametrize(
+    ('given', 'message'),
+    [
+        (
+            dict(teacher_pipeline_model_parallel_size=4),
+            'its 6 layers do not split .* choose another --teacher_pipeline_model_parallel_size',
+        ),
+        (dict(teacher_tensor_model_parallel_size=8), 'its 4 attention heads do not split over --teacher_tensor_model_parallel_size 8'),
+        (dict(teacher_expert_model_parallel_size=3), 'its 8 experts do not split over --teacher_expert_model_parallel_size 3'),
+        # The uneven stages of the student are not those of other stages.
+        (
+            dict(pipeline_model_parallel_size=2, decoder_first_pipeline_num_layers=2, teacher_pipeline_model_parallel_size=4),
+            'its 6 layers do not split into 4 pipeline stages',
+        ),
+    ],
+    ids=str,
+)
+def test_teacher_that_does_not_fit_its_layout(given, message):
+    config = SimpleNamespace(num_hidden_layers=6, num_attention_heads=4, num_experts=8)
+    config.get_text_config = lambda: config
+    with pytest.raises(OptionError, match=f'^--teacher_model m: {message}'):
+        check_teacher('m', config, options(**given))
+
+
+def test_key_value_heads_that_do_not_split():
+    config = SimpleNamespace(num_hidden_layers=6, num_attention_heads=12, num_key_value_heads=4)
+    config.get_text_config = lambda: config
+    with pytest.raises(OptionError, match=r'^--model m: its 4 key-value heads do not split over --tensor_model_parallel_size 6'):
+        check_model('--model', 'm', config, options(tensor_model_parallel_size=6))
+    check_model('--model', 'm', config, options(tensor_model_parallel_size=12))
+
+
+def test_layout_of_the_teacher_follows_the_student():
+    args = options(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2, decoder_first_pipeline_num_layers=1)
+    theirs = teacher_arguments(args)
+    assert vars(theirs) == vars(args) and theirs is not args
+    # With other stages the layers are dealt out evenly; experts under tensor parallelism bring sequence parallelism with them.
+    theirs = teacher_arguments(options(**vars(args) | dict(teacher_pipeline_model_parallel_size=1)))
+    assert theirs.virtual_pipeline_model_parallel_size is None and theirs.decoder_first_pipeline_num_layers is None
+    own = options(teacher_tensor_model_parallel_size=2)
+    assert [teacher_arguments(own, experts).sequence_parallel for experts in (False, True)] == [False, True]
+    assert not teacher_arguments(
+        options(tensor_model_parallel_size=2, sequence_parallel=True, teacher_tensor_model_parallel_size=1)
+    ).sequence_parallel
