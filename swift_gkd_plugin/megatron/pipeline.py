@@ -17,6 +17,7 @@ from .trainer import GKDTrainer
 
 logger = get_logger()
 
+
 def _teacher_is_silent(args: Any) -> bool:
     return not args.seq_kd and args.gkd_eval_source != 'teacher'
 
