@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from swift.dataset import RowPreprocessor
 from swift.rl_core.data import GKDSample
 from swift.rlhf_trainers.utils import encode_sample, get_response_prefix_ids
 from swift.utils import get_logger, remove_response
@@ -27,6 +28,17 @@ logger = get_logger()
 
 # What `SampleEncoder.row_with_response` writes beside ms-swift's columns.
 RESPONSE_COLUMNS = ('response_token_ids', 'add_eos')
+
+
+def used_columns(dataset, tag_key: str):
+    """The dataset with the columns of ms-swift's format, those of saved responses, and the tags of teacher servers."""
+    columns = getattr(dataset, 'column_names', None)
+    if not columns:
+        return dataset
+    used = {*RowPreprocessor.standard_keys, *RESPONSE_COLUMNS, tag_key}
+    kept = [name for name in columns if name in used]
+    return dataset if kept == list(columns) else dataset.select_columns(kept)
+
 
 IGNORED = -100  # label of a token that isn't trained, as everywhere in transformers
 

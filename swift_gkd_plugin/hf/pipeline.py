@@ -8,14 +8,13 @@ from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from typing import Any
 
-from swift.dataset import RowPreprocessor
 from swift.pipelines.train.rlhf import SwiftRLHF
 from swift.utils import get_logger
 from transformers import AutoConfig
 
 from .. import checks
 from ..arguments import OPTION_NAMES, OptionError, teacher_offload
-from ..samples import RESPONSE_COLUMNS
+from ..samples import used_columns
 from ..teachers.remote import check_servers
 
 logger = get_logger()
@@ -115,16 +114,7 @@ class GKDPipeline(SwiftRLHF):
             return None, None
         finally:
             args.remove_unused_columns = removes
-        return tuple(map(self._used_columns, datasets)) if removes else datasets
-
-    def _used_columns(self, dataset):
-        """The columns of ms-swift's format, those of saved responses, and the tags of teacher servers."""
-        columns = getattr(dataset, 'column_names', None)
-        if not columns:
-            return dataset
-        used = {*RowPreprocessor.standard_keys, *RESPONSE_COLUMNS, self.args.teacher_tag_key}
-        kept = [name for name in columns if name in used]
-        return dataset if kept == list(columns) else dataset.select_columns(kept)
+        return tuple(used_columns(dataset, args.teacher_tag_key) for dataset in datasets) if removes else datasets
 
     def _get_dataset(self):
         return self._datasets

@@ -65,7 +65,16 @@ class DistillationLoss:
         if signal is None:
             return linear_divergence(chosen, head.weight, None, None, options.divergence, **common)
         if isinstance(signal, TopK):
-            return topk_divergence(chosen, head.weight, signal.logprobs, signal.ids, options.divergence, tail=options.tail, **common)
+            return topk_divergence(
+                chosen,
+                head.weight,
+                signal.logprobs.to(device),
+                signal.ids.to(device),
+                options.divergence,
+                tail=options.tail,
+                topk_temperature=signal.temperature,
+                **common,
+            )
         teacher = signal.head.tensors(self.teacher_adapter)
         return linear_divergence(
             chosen,

@@ -14,11 +14,6 @@ from ..arguments import OptionError
 # Options that are refused: name, when, and what to do instead.
 REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ('vllm_mode', lambda a: a.use_vllm and a.vllm_mode is None, 'give colocate or server, or --use_vllm false'),
-    (
-        'teacher_model_server',
-        lambda a: a.teacher_model_server is not None,
-        'the Megatron back end has local teachers only; use --teacher_model, or `swift rlhf`',
-    ),
     ('gkd_teacher_engine', lambda a: a.gkd_teacher_engine != 'transformers', 'the teacher answers by megatron-core here; leave it out'),
     ('streaming', lambda a: a.streaming, 'the Megatron back end needs a dataset with a length'),
     ('use_megatron_fsdp', lambda a: a.use_megatron_fsdp, "use megatron-core's own data parallelism with --use_distributed_optimizer"),

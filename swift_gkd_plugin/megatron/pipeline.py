@@ -6,12 +6,15 @@ from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any
 
+import torch.distributed as dist
 from swift.megatron.pipelines.train.rlhf import MegatronRLHF
 from swift.utils import get_logger
 from transformers import AutoConfig
 
 from .. import checks
 from ..arguments import OptionError
+from ..samples import used_columns
+from ..teachers.remote import check_servers
 from .options import SIZES, check_layout, check_model, check_teacher, said_once
 from .trainer import GKDTrainer
 
@@ -41,7 +44,10 @@ NOT_USED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ('gkd_teacher_max_completion_length', _teacher_is_silent, 'the teacher answers with --seq_kd or --gkd_eval_source teacher'),
     ('offload_teacher_model', lambda a: a.teacher_model is None, 'the teacher is the student itself and stays where it is'),
     *((f'teacher_{name}', lambda a: a.gkd_loss_weight == 0, 'at --gkd_loss_weight 0 no teacher is loaded') for name in SIZES),
-    ('teacher_tag_key', lambda a: True, 'it routes samples to teacher servers'),
+    ('teacher_tag_key', lambda a: a.teacher_model_server is None, 'it routes samples to teacher servers'),
+    ('gkd_server_timeout', lambda a: a.teacher_model_server is None, 'it belongs to --teacher_model_server'),
+    ('gkd_server_retry_seconds', lambda a: a.teacher_model_server is None, 'it belongs to --teacher_model_server'),
+    ('gkd_server_in_flight', lambda a: a.teacher_model_server is None, 'it belongs to --teacher_model_server'),
     ('loss_type', lambda a: True, '--gkd_divergence chooses the loss'),
     ('enable_dft_loss', lambda a: True, 'it belongs to SFT'),
     ('enable_channel_loss', lambda a: True, 'it belongs to SFT'),
@@ -63,11 +69,16 @@ class GKDPipeline(MegatronRLHF):
         return GKDTrainer(self.args, self.template, vllm_client=self._prepare_vllm_client(), tokenizer_lengths=self._tokens)
 
     def _get_dataset(self):
-        args = self.args
+        args, removes = self.args, self.args.remove_unused_columns
+        args.remove_unused_columns = False  # ms-swift's default would drop columns of ours
         try:
             train_dataset, val_dataset = super()._get_dataset()
         except StopIteration:  # what ms-swift makes of a file without a row
             train_dataset, val_dataset = None, None
+        finally:
+            args.remove_unused_columns = removes
+        if removes:
+            train_dataset, val_dataset = (used_columns(dataset, args.teacher_tag_key) for dataset in (train_dataset, val_dataset))
         needed = None if args.lmbda == 1 or args.seq_kd else f'--lmbda {args.lmbda} without --seq_kd trains on responses of the dataset'
         with said_once():
             rows = train_dataset if train_dataset is not None else []
@@ -75,7 +86,22 @@ class GKDPipeline(MegatronRLHF):
             if val_dataset is not None:
                 needed = '--gkd_eval_source dataset scores responses of the dataset' if args.gkd_eval_source == 'dataset' else None
                 checks.check_rows(val_dataset, '--val_dataset', needed, 'score generated ones: --gkd_eval_source student')
+        if args.teacher_model_server is not None:
+            self._check_servers(train_dataset, val_dataset)
         return train_dataset, val_dataset
+
+    def _check_servers(self, *datasets) -> None:
+        """One rank asks for all of them."""
+        problem: list[str | None] = [None]
+        if dist.get_rank() == 0:
+            try:
+                check_servers(self.args, getattr(self.processor, 'tokenizer', self.processor), datasets)
+            except OptionError as error:
+                problem = [str(error)]
+        dist.broadcast_object_list(problem, src=0)
+        with said_once():
+            if problem[0] is not None:
+                raise OptionError(problem[0])
 
     def _check_options(self) -> None:
         args = self.args

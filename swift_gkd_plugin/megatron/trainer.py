@@ -14,10 +14,11 @@ itself, which is cheaper than sending them around.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -31,7 +32,7 @@ from swift.megatron.model import get_mcore_model
 from swift.megatron.trainers.gkd_trainer import MegatronGKDTrainer
 from swift.megatron.trainers.rlhf_mixin import MegatronRLHFTrainer
 from swift.megatron.trainers.rollout_mixin import MegatronRolloutMixin
-from swift.megatron.utils import disable_forward_pre_hook, enable_forward_pre_hook
+from swift.megatron.utils import disable_forward_pre_hook, enable_forward_pre_hook, maybe_finalize_async_save
 from swift.template import update_generation_config_eos_token
 from swift.utils import JsonlWriter, get_current_device, get_logger
 from torch import nn
@@ -46,9 +47,12 @@ from ..divergence import Divergence, TokenStats
 from ..metrics import Metrics
 from ..objective import LossOptions
 from ..responses import Response, SamplingOptions
+from ..responses.local import inference_template
 from ..samples import MicroBatch, Sample, SampleEncoder, TeacherView
 from ..sources import DATASET, STUDENT, TEACHER, Source
-from ..teachers import Signal, TopKOptions
+from ..teachers import Signal, TopK, TopKOptions
+from ..teachers.remote import RemoteTeacher
+from ..teachers.server import Scores, ServerOptions, TeacherServerError, TeacherServers
 from .generation import Generator, check_generates
 from .head import OutputHead
 from .layouts import Layout, RelocatedTeacher, common_padding
@@ -80,7 +84,10 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
         self._tokenizer_lengths = kwargs.pop('tokenizer_lengths', None)
         self.args = args
         self.steps_per_generation = args.steps_per_generation
+        # ms-swift would make its own client of it, with vLLM installed.
+        server_urls, args.teacher_model_server = args.teacher_model_server, None
         self._setup_teacher()
+        args.teacher_model_server = server_urls
         super().__init__(args, template, **kwargs)
         logger.info(activation.banner(type(self)))
         self.device = args.device = get_current_device()  # transformers' arguments have it, and Cycle asks for it
@@ -96,11 +103,14 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
         head = OutputHead(self.unwrapped_models)
         self.loss = DistillationLoss(self._loss_options(head), head, self.teacher.adapter if self.teacher else True)
         view = TeacherView(args.gkd_teacher_system, args.gkd_teacher_enable_thinking)
-        self.encoder = SampleEncoder(template, view, needs_teacher=self.teacher is not None)
+        tag_key = args.teacher_tag_key if isinstance(self.teacher, RemoteTeacher) else None
+        self.encoder = SampleEncoder(template, view, self.teacher is not None, tag_key)
         self._init_rollout_engine()
+        if isinstance(self.teacher, RemoteTeacher):
+            self._asked_once(lambda: self.teacher.servers.connect(args.gkd_server_retry_seconds), lambda: None, lambda _: None)
         if not args.use_vllm and (args.lmbda > 0 or args.gkd_eval_source == STUDENT):
             check_generates(self.unwrapped_models, f'--model {args.model}')
-        if args.seq_kd or args.gkd_eval_source == TEACHER:
+        if self.teacher_models is not None and (args.seq_kd or args.gkd_eval_source == TEACHER):
             check_generates(self.teacher.chunks, f'--teacher_model {args.teacher_model}')
 
         self._ready: deque[list[Sample]] = deque()  # micro-batches that have their responses and wait for their optimizer step
@@ -139,8 +149,13 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
             chunks[0].config.bridge.load_weights(chunks, args.teacher_model_dir)
         return chunks
 
-    def _resolve_teacher(self) -> LocalTeacher:
-        if self.teacher_layout is not None:
+    def _resolve_teacher(self) -> LocalTeacher | RemoteTeacher:
+        args = self.args
+        if args.teacher_model_server is not None:
+            options = ServerOptions(args.gkd_logits_topk, args.gkd_server_timeout, args.gkd_server_retry_seconds, args.gkd_server_in_flight)
+            servers = TeacherServers(args.teacher_model_server, options, lambda: str(self.state.iteration + 1))
+            teacher = RemoteTeacher(servers, args.gkd_logits_topk)
+        elif self.teacher_layout is not None:
             teacher = RelocatedTeacher(self.args, self.teacher_layout, self.teacher_models, self.args.offload_teacher_model)
         elif self.teacher_models is not None:
             teacher = LocalTeacher(self.args, self.teacher_models, self.args.offload_teacher_model)
@@ -176,7 +191,8 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
         if args.lmbda > 0 or args.gkd_eval_source == STUDENT:
             answers[STUDENT] = self._engine_answers if args.use_vllm else self._student_answers
         if args.seq_kd or args.gkd_eval_source == TEACHER:
-            answers[TEACHER] = self._kept(self._teacher_answers) if args.gkd_save_teacher_responses else self._teacher_answers
+            answer = self._server_answers if isinstance(self.teacher, RemoteTeacher) else self._teacher_answers
+            answers[TEACHER] = self._kept(answer) if args.gkd_save_teacher_responses else answer
         return answers
 
     def _sampling_options(self, source: Source) -> SamplingOptions:
@@ -220,6 +236,67 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
         generator = Generator(self.template, lend, self._ending_ids(model_dir))
         self._generate(samples, TEACHER, generator, [self.encoder.teacher_prompt(sample) for sample in samples])
 
+    def _server_answers(self, samples: list[Sample]) -> None:
+        """A teacher server answers. Every rank calls it, and all of them stop if one has no answer."""
+        seeds, stop_ids = [self._seed(s) for s in samples], sorted(self._ending_ids(self.args.model_dir))
+        with inference_template(self.template) as template:
+            encoded = [template.encode(self.encoder.teacher_prompt(sample)) for sample in samples]
+        prompts = [self.encoder.question(s, p, prompt_only=True) for s, p in zip(samples, encoded, strict=True)]
+
+        def take(answers: list[tuple[Response | None, Scores | None]]) -> None:
+            for sample, (response, scores) in zip(samples, answers, strict=True):
+                sample.response, sample.scores = response, scores
+
+        with self.metrics.seconds('seconds/generation'):
+            self._asked_once(
+                lambda: self.teacher.answer(samples, prompts, seeds, self._sampling_options(TEACHER), stop_ids),
+                lambda: [(sample.response, sample.scores) for sample in samples],
+                take,
+            )
+
+    def _asked_once(self, ask: Callable[[], None], told: Callable[[], Any], take: Callable[[Any], None]) -> None:
+        """The first of the ranks with the same rows asks a server, and the others get what it was told, all of it or a part. Every rank
+        calls it.
+
+        Raises:
+            TeacherServerError: On every rank, if a server gave up.
+        """
+        group = self._get_rollout_group()
+        error, found = None, [None]
+        if dist.get_rank(group) == 0:
+            try:
+                ask()
+            except TeacherServerError as caught:
+                error = caught
+            found = [told()]
+        dist.broadcast_object_list(found, dist.get_global_rank(group, 0), group=group)
+        take(found[0])
+        cycles.stop_together(error, torch.device(self.device), self.state.iteration + 1)
+
+    def _ask_teacher(self, batches: list[MicroBatch]) -> None:
+        """Give each micro-batch what a teacher server says about it. A collective call."""
+
+        def take(signals: list[TopK | None]) -> None:
+            for batch, signal in zip(batches, signals, strict=True):
+                batch.signal = signal
+
+        with self.metrics.seconds('seconds/teacher'):
+            self._asked_once(lambda: self.teacher.ask(batches), lambda: [batch.signal for batch in batches], take)
+
+    def _save_before_leaving(self) -> None:
+        """A checkpoint of the last finished step, with the responses that exist. A collective call."""
+        checkpoint = os.path.join(self.args.output_dir, f'checkpoint-{self.state.iteration}')
+        # The last file of a checkpoint.
+        complete = int(os.path.isfile(os.path.join(checkpoint, 'latest_checkpointed_iteration.txt')))
+        if cycles.total_over_ranks(complete, torch.device(self.device)):
+            cycles.save(checkpoint, list(self._ready))
+        else:
+            with self._gathered_weights():
+                self.save_checkpoint()
+            maybe_finalize_async_save(self.args, blocking=True, terminate=True)
+        name = 'mcore_adapter' if self.args.tuner_type == 'lora' else 'mcore_model'
+        logger.error(f'The run ends here. To go on: --{name} {checkpoint} --finetune false')
+
     def _generate(self, samples: list[Sample], source: Source, generator: Generator, prompts: list[dict[str, Any]]) -> None:
         with self.metrics.seconds('seconds/generation'):
             responses = generator(prompts, [self._seed(s) for s in samples], self._sampling_options(source))
@@ -230,11 +307,21 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
         """``answer``, and what was answered in training goes to ``--gkd_save_teacher_responses``."""
 
         def kept(samples: list[Sample]) -> None:
-            answer(samples)
-            if self._cycle_key[0] >= 0:  # not in an evaluation
-                self.teacher_responses.append(self._from_everyone([self.encoder.row_with_response(sample) for sample in samples]))
+            try:
+                answer(samples)
+            except TeacherServerError:  # on every rank; some samples may have their answers
+                self._keep(samples)
+                raise
+            self._keep(samples)
 
         return kept
+
+    def _keep(self, samples: list[Sample]) -> None:
+        """Append rows with the teacher's answers to a dataset on disk. A collective call."""
+        if self._cycle_key[0] < 0:  # an evaluation
+            return
+        lines = [self.encoder.row_with_response(sample) for sample in samples if sample.response is not None]
+        self.teacher_responses.append(self._from_everyone(lines))
 
     def _from_everyone(self, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """What all data-parallel ranks have. A collective call."""
@@ -324,18 +411,38 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
         self._step = self.state.iteration
         if not self._ready:
             self._ready.extend(self._next_cycle(rows))
-        batches = [self.encoder.micro_batch(self._ready.popleft()) for _ in range(self.args.num_microbatches)]
+        samples = [self._ready.popleft() for _ in range(self.args.num_microbatches)]
+        batches = [self.encoder.micro_batch(one) for one in samples]
+        if self._asks_server:
+            try:
+                self._ask_teacher(batches)
+            except TeacherServerError:
+                self._ready.extendleft(reversed(samples))
+                self._save_before_leaving()
+                raise
         self._count(batches)
         return self._asked(batches)
 
+    @property
+    def _asks_server(self) -> bool:
+        return isinstance(self.teacher, RemoteTeacher) and self.args.gkd_loss_weight > 0
+
     def _next_cycle(self, rows: Iterator[list[Row]]) -> list[list[Sample]]:
-        """A cycle's samples with their responses; first what a checkpoint has kept of one."""
-        if self._resumed is not None:
-            state, self._resumed = self._resumed, None
-            return cycles.restored(self.cycle, state, list(itertools.islice(rows, len(state['micro_batches']))))
-        cycle = list(itertools.islice(rows, self.args.num_microbatches * self.steps_per_generation))
-        self._cycle_key = self.state.iteration, 0
-        samples = self.cycle.samples(cycle, self._cycle_key)
+        """A cycle's samples with their responses; first what a checkpoint has kept of one.
+
+        If the teacher's server fails while it is made, what exists of it is in the checkpoint that is left behind.
+        """
+        try:
+            if self._resumed is not None:
+                state, self._resumed = self._resumed, None
+                return cycles.restored(self.cycle, state, list(itertools.islice(rows, len(state['micro_batches']))))
+            cycle = list(itertools.islice(rows, self.args.num_microbatches * self.steps_per_generation))
+            self._cycle_key = self.state.iteration, 0
+            samples = self.cycle.samples(cycle, self._cycle_key)
+        except cycles.Unanswered as failure:
+            self._ready.extend(failure.samples)
+            self._save_before_leaving()
+            raise failure.__cause__ from None
         for sample in itertools.chain.from_iterable(samples):
             if sample.response is not None:
                 sample.generated_at = self.state.iteration
@@ -345,8 +452,8 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
 
     def _asked(self, batches: list[MicroBatch]) -> list[Iterator[Step]]:
         """One iterator per virtual stage: all of them run every micro-batch."""
-        signals: list[Signal | None] = [None] * len(batches)
-        if self.teacher is not None and self.args.gkd_loss_weight > 0:
+        signals: list[Signal | None] = [batch.signal for batch in batches]
+        if isinstance(self.teacher, LocalTeacher) and self.args.gkd_loss_weight > 0:
             with self.metrics.seconds('seconds/teacher'):
                 signals = self.teacher.signals(batches, self._topk_options())
             if self.teacher.host_copy is not None:
@@ -382,6 +489,8 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
         stats = TokenStats(detail=self.args.gkd_detailed_metrics and self.teacher is not None)
         with self.metrics.seconds('seconds/student'):
             view = local_view(self.args, batch.student_inputs, batch.student_index, chunk.vp_stage)
+            if batch.signal is not None and view.here is not None:  # a server's, of all tokens
+                signal = dataclasses.replace(signal, logprobs=view.of(signal.logprobs), ids=view.of(signal.ids))
             output = self.loss(lambda inputs: model(**inputs), batch, view, signal, stats)
         return view, output, stats
 
@@ -459,6 +568,8 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
             if source != DATASET:
                 answers[source](everyone)
             batches = [self.encoder.micro_batch(one) for one in samples]
+            if self._asks_server:
+                self._ask_teacher(batches)
             counted = sum(row.counts for rows in micro_batches for row in rows)
             counts += torch.tensor([len(everyone), counted - len(everyone)], device=self.device)
             tokens += sum(batch.num_tokens for batch in batches)

@@ -58,7 +58,7 @@ def make_recorder():
                 return batch
 
             trainer.encoder.micro_batch = remembered
-            if trainer.teacher is not None:
+            if trainer.teacher is not None and trainer.args.teacher_model_server is None:
                 signals = trainer.teacher.signals
 
                 def weighed(*args, **kwargs):

@@ -23,7 +23,7 @@ from transformers import (
 VOCAB = 512
 
 
-def make_models(directory: Path, tiny: helpers.TinyModels) -> dict[str, Path]:
+def make_models(directory: Path, tiny: helpers.TinyModels, head_dim: int = 16) -> dict[str, Path]:
     """Students and teachers with the tokenizer of the other tests. The same seeds give the same files.
 
     ``student`` and ``teacher`` have 4 layers; ``wide`` is a teacher with 24 more padding rows, so that its shards and the student's hold
@@ -46,7 +46,7 @@ def make_models(directory: Path, tiny: helpers.TinyModels) -> dict[str, Path]:
         tie_word_embeddings=False,
         vocab_size=VOCAB,
     )
-    qwen3 = dict(common, head_dim=16)
+    qwen3 = dict(common, head_dim=head_dim)
     teacher = dict(hidden_size=64, intermediate_size=96)
     moe = dict(
         qwen3,

@@ -54,7 +54,6 @@ def options(**given) -> SimpleNamespace:
     [
         dict(use_vllm=True),
         dict(gkd_teacher_engine='vllm'),
-        dict(teacher_model_server='http://localhost:1'),
         dict(streaming=True),
         dict(use_megatron_fsdp=True),
         dict(bridge_backend='megatron-bridge'),
