@@ -100,6 +100,14 @@ class GKDOptions:
     gkd_teacher_engine_args: str = option(
         '', "More of the teacher engine's command line, in vLLM's spelling, say '--max-model-len 4096 --gpu-memory-utilization 0.4'."
     )
+    gkd_self_teacher: Optional[Literal['base', 'live', 'ema']] = option(
+        None,
+        "Without --teacher_model: the teacher is the student's base with its adapter off, the student as it is at this step (the default), "
+        'or the exponential moving average of the student, which costs one more copy of what is trained.',
+    )
+    gkd_ema_decay: float = option(
+        0.999, 'With --gkd_self_teacher ema: share of the average that an optimizer step keeps, in [0, 1]. 1 keeps the start.'
+    )
     gkd_teacher_offload: Optional[Literal['model', 'layer']] = option(
         None,
         'Keep a separate --teacher_model on the host. model, the same as --offload_teacher_model true: it comes to the device once per '
@@ -197,6 +205,11 @@ def check_values(args: Any) -> None:
         ('gkd_teacher_engine', ('transformers', 'vllm')),
     ):
         _require(getattr(args, name) in allowed, f'--{name} {getattr(args, name)}: must be one of {", ".join(allowed)}.')
+    _require(0 <= args.gkd_ema_decay <= 1, f'--gkd_ema_decay {args.gkd_ema_decay}: must be in [0, 1].')
+    _require(
+        args.gkd_self_teacher is None or args.teacher_model_server is None,
+        f'--gkd_self_teacher {args.gkd_self_teacher} and --teacher_model_server {args.teacher_model_server}: give one of them.',
+    )
     offload = args.gkd_teacher_offload
     _require(offload in (None, 'model', 'layer'), f'--gkd_teacher_offload {offload}: must be model or layer.')
     if args.gkd_logits_topk is not None:
@@ -221,7 +234,10 @@ def check_values(args: Any) -> None:
     teacher_answers = args.seq_kd or args.gkd_eval_source == 'teacher'
     flag = '--seq_kd true' if args.seq_kd else '--gkd_eval_source teacher'
     _require(
-        not teacher_answers or args.teacher_model is not None or args.teacher_model_server is not None,
+        not teacher_answers
+        or args.teacher_model is not None
+        or args.teacher_model_server is not None
+        or args.gkd_self_teacher in ('base', 'ema'),
         f'{flag} needs a teacher that can generate: give --teacher_model or --teacher_model_server.',
     )
     _require(

@@ -117,3 +117,24 @@ def same_weights(args: Any, teacher: str) -> bool:
         return False
     own = [path for path in (args.model, args.model_dir) if path and os.path.isdir(path)]
     return os.path.realpath(teacher) in [os.path.realpath(path) for path in own]
+
+
+def teaches_as_base(args: Any, teacher: str | None, can_switch_off: bool) -> bool:
+    """Whether the teacher is the student's base with its adapter off.
+
+    Args:
+        teacher: ``--teacher_model`` as it was given.
+        can_switch_off: Whether the student's tuner is one that can be switched off for a forward.
+
+    Raises:
+        OptionError: ``--gkd_self_teacher`` contradicts ``--teacher_model``, or there is no adapter to switch off.
+    """
+    shared = can_switch_off and not args.teacher_adapters and teacher is not None and same_weights(args, teacher)
+    how = args.gkd_self_teacher
+    if how is None:
+        return shared
+    if teacher is not None and not (how == 'base' and shared):
+        raise OptionError(f'--gkd_self_teacher {how} and --teacher_model {teacher}: give one of them.')
+    if how == 'base' and not can_switch_off:
+        raise OptionError(f'--gkd_self_teacher base with --tuner_type {args.tuner_type}: there is no adapter to switch off; use lora.')
+    return how == 'base'

@@ -79,6 +79,7 @@ def linear_divergence(
     student_transform: LogitTransform | None = None,
     teacher_transform: LogitTransform | None = None,
     student_lora: Lora | None = None,
+    teacher_lora: Lora | None = None,
     labels: Tensor | None = None,
     label_weights: Tensor | None = None,
     vocab_size: int | None = None,
@@ -103,7 +104,7 @@ def linear_divergence(
             of a trained head (weight, bias or LoRA) then costs a second pass over the logits.
         student_bias, teacher_bias: [vocab], added to the products.
         student_transform, teacher_transform: what the model does to its logits after the head.
-        student_lora: (A [rank, student_dim], B [student_vocab, rank], scaling), a low-rank term of the head.
+        student_lora, teacher_lora: (A [rank, dim], B [vocab, rank], scaling), a low-rank term of the head.
         labels: [tokens] long; those outside [0, vocab_size), -100 for instance, have no cross-entropy.
         label_weights: [tokens] weight of the cross-entropy, which is taken at temperature 1. None: labels are for
             `stats` only, or weighted by ones where there is no teacher.
@@ -116,7 +117,7 @@ def linear_divergence(
             all-reduced. Collectives per chunk: three all-reduces of a few numbers per token (1 MAX, 2 SUM); with labels
             1 SUM more, 2 at a temperature other than 1; with `stats.detail` 2 MIN and at most 2 SUM more. Per call: one
             all-reduce of the hidden-state gradient (one more for LoRA A), and where the two heads are split at
-            different ids one all-to-all of teacher rows (one more for a bias). The backward pass has none, but for
+            different ids one all-to-all of teacher rows (one more each for a bias and for LoRA B). The backward pass has none, but for
             reduction='none' with a trained head, where it is a second pass.
         stats: filled with per-token statistics.
 
@@ -134,7 +135,7 @@ def linear_divergence(
     tokens = len(student_hidden)
     student_vocab, teacher_vocab = len(student_weight), len(student_weight)
     if teacher_hidden is not None:
-        _check_head('teacher', teacher_hidden, teacher_weight, teacher_bias, None)
+        _check_head('teacher', teacher_hidden, teacher_weight, teacher_bias, teacher_lora)
         if len(teacher_hidden) != tokens:
             raise ValueError(f'student_hidden has {tokens} tokens, teacher_hidden {len(teacher_hidden)}')
         teacher_vocab = len(teacher_weight)
@@ -159,13 +160,11 @@ def linear_divergence(
     )
     teacher = []
     if teacher_hidden is not None:
-        for column, weight, bias in _teacher_pieces(teacher_weight, teacher_bias, columns_here, have, want, vocab_group):
-            teacher.append(
-                (
-                    column,
-                    LinearHead(teacher_hidden, weight, bias, None, teacher_transform, len(weight), divergence.temperature),
-                )
-            )
+        a, b, scaling = teacher_lora or (None, None, None)
+        rows = (teacher_weight, teacher_bias, b)
+        for column, (weight, bias, b) in _teacher_pieces(rows, columns_here, have, want, vocab_group):
+            lora = None if b is None else (a, b, scaling)
+            teacher.append((column, LinearHead(teacher_hidden, weight, bias, lora, teacher_transform, len(weight), divergence.temperature)))
     return _apply(
         student,
         teacher,
@@ -315,14 +314,13 @@ def logits_divergence(
     )
 
 
-def _teacher_pieces(weight: Tensor, bias: Tensor | None, columns_here: int, have, want, group):
-    """(first column, weight rows, bias rows) of the teacher's head that cover this rank's columns."""
+def _teacher_pieces(rows: tuple[Tensor | None, ...], columns_here: int, have, want, group) -> list[tuple[int, tuple[Tensor | None, ...]]]:
+    """(first column, rows) of the teacher's head (weight, bias, LoRA B) that cover this rank's columns."""
     if group is None:
-        return [(0, weight[:columns_here], None if bias is None else bias[:columns_here])]
+        return [(0, tuple(None if x is None else x[:columns_here] for x in rows))]
     first = want[torch.distributed.get_rank(group)][0]
-    weights = realigned(weight.detach(), have, want, group)
-    biases = [(0, None)] * len(weights) if bias is None else realigned(bias.detach(), have, want, group)
-    return [(start - first, w, b) for (start, w), (_, b) in zip(weights, biases, strict=False)]
+    pieces = [None if x is None else realigned(x.detach(), have, want, group) for x in rows]
+    return [(start - first, tuple(None if x is None else x[i][1] for x in pieces)) for i, (start, _) in enumerate(pieces[0])]
 
 
 def _apply(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +88,11 @@ class HeadTensors:
     bias: torch.Tensor | None
     transform: LogitTransform | None
     lora: tuple[torch.Tensor, torch.Tensor, float] | None = None
+
+    def detached(self) -> HeadTensors:
+        """The same values, whatever becomes of the parameters."""
+        lora = None if self.lora is None else (self.lora[0].detach(), self.lora[1].detach(), self.lora[2])
+        return HeadTensors(self.weight.detach(), None if self.bias is None else self.bias.detach(), self.transform, lora)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, dim] -> [n, vocab] in fp32 from inputs of any precision; for a few tokens, and without a gradient."""
@@ -302,3 +307,25 @@ class OutputHead:
         with torch.no_grad(), self.replaced(lambda hidden: hidden.new_full((), _PROBE, dtype=torch.float32)):
             returned = forward().logits.item()
         return None if returned == _PROBE else f"the model's post-processing can't be switched off ({_PROBE} became {returned:.6g})"
+
+
+@dataclass(frozen=True)
+class KeptHead:
+    """A head with tensors of another time: that of a model whose parameters have changed since.
+
+    Attributes:
+        head: Whose they are.
+        kept: :meth:`OutputHead.tensors` of then.
+    """
+
+    head: OutputHead
+    kept: HeadTensors
+
+    def executed(self, adapter: bool) -> nn.Module:
+        return self.head.executed(adapter)
+
+    def tensors(self, adapter: bool = True) -> HeadTensors:
+        return self.kept
+
+    def gathered(self, adapter: bool = True) -> AbstractContextManager:
+        return nullcontext()

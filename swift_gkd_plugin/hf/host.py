@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any, Literal, Optional
 
 from ..arguments import OPTION_NAMES, check_values
-from ..checks import same_weights
+from ..checks import teaches_as_base
 from ..seams import Renamed, extended, fields_of, for_gkd, forget_external_plugin, modern_command_line, option_fields, take_options
 
 # Options of ms-swift 2.x and 3.x that command lines for gkd still carry.
@@ -52,9 +52,7 @@ def take_over_arguments(module: ModuleType) -> dict[str, Any]:
         # Stock compares two strings, ignores the revisions and knows LoRA only.
         teacher = self.teacher_model
         stock()
-        if teacher is None:
-            return
-        shared = self.tuner_type in SHARED_BASE_TUNERS and not self.teacher_adapters and same_weights(self, teacher)
+        shared = teaches_as_base(self, teacher, self.tuner_type in SHARED_BASE_TUNERS)
         self._teacher_use_disable_adapter = shared
         self.teacher_model = None if shared else teacher
 

@@ -104,6 +104,7 @@ class DistillationLoss:
                 options.divergence,
                 teacher_bias=None if teacher.bias is None else teacher.bias.detach().to(device),
                 teacher_transform=teacher.transform,
+                teacher_lora=teacher.lora,
                 **student,
                 **common,
             )

@@ -53,6 +53,7 @@ NOT_USED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ('teacher_deepspeed', lambda a: a.teacher_model is None, 'the teacher is the student itself, with its --deepspeed'),
     ('teacher_deepspeed', lambda a: a.teacher_model is not None and not a.deepspeed, 'it needs --deepspeed for the student'),
     ('offload_teacher_model', lambda a: a.teacher_model is None, 'the teacher is the student itself and stays where it is'),
+    ('gkd_ema_decay', lambda a: a.gkd_self_teacher != 'ema', 'it belongs to --gkd_self_teacher ema'),
     ('gkd_teacher_offload', lambda a: a.teacher_model is None, 'the teacher is the student itself and stays where it is'),
     ('teacher_tag_key', lambda a: a.teacher_model_server is None, 'it routes samples to teacher servers'),
     ('gkd_server_timeout', lambda a: a.teacher_model_server is None, 'it belongs to --teacher_model_server'),
@@ -145,6 +146,12 @@ class GKDPipeline(SwiftRLHF):
             raise OptionError(
                 f'--gkd_prefetch true with --multi_turn_scheduler {args.multi_turn_scheduler}: its turns are made by the trainer; give the '
                 'scheduler to swift rollout.'
+            )
+        zero3 = bool(args.deepspeed) and args.deepspeed.get('zero_optimization', {}).get('stage') == 3
+        if args.gkd_self_teacher == 'ema' and (args.fsdp or zero3):
+            raise OptionError(
+                f'--gkd_self_teacher ema with {"--fsdp" if args.fsdp else "ZeRO-3"}: its parameters must be whole on each rank; '
+                'use --deepspeed zero2 or none.'
             )
         if teacher_offload(args) and args.teacher_model is not None:
             self._check_offload(teacher_offload(args))

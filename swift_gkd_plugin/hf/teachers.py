@@ -17,8 +17,9 @@ from ..responses.local import evaluation_mode
 from ..samples import MicroBatch
 from ..teachers import HiddenStates, Logits, Signal, TopK, TopKOptions
 from ..teachers.adapters import adapters_off
+from ..teachers.average import MovingAverage
 from ..teachers.offload import HostCopy, LayerStream
-from .head import OutputHead
+from .head import KeptHead, OutputHead
 
 
 class LocalTeacher:
@@ -69,8 +70,11 @@ class LocalTeacher:
             found = Logits(chosen(forward(model, inputs).logits))
         else:
             with self.head.replaced(chosen, self.adapter):
-                found = HiddenStates(forward(model, inputs).logits, self.head)
+                found = HiddenStates(forward(model, inputs).logits, self._head_for_the_loss())
         return found if topk is None else self._reduced(found, topk)
+
+    def _head_for_the_loss(self) -> OutputHead:
+        return self.head
 
     def _reduced(self, found: HiddenStates | Logits, topk: TopKOptions, chunk_tokens: int = 256) -> TopK:
         """The k largest log-probabilities, a chunk of tokens at a time, so that the logits never exist as a whole."""
@@ -104,3 +108,26 @@ class LiveStudent(LocalTeacher):
     """The student itself, as it is at this step; it teaches by what only its own prompt or images tell (``teacher_prompt``)."""
 
     description = 'the live student'
+
+
+class AveragedStudent(LocalTeacher):
+    """The moving average of the student.
+
+    Args:
+        average: Of the parameters that are trained.
+    """
+
+    description = 'the moving average of the student'
+
+    def __init__(self, model: nn.Module, bare: nn.Module, average: MovingAverage):
+        super().__init__(model, bare)
+        self.average = average
+
+    @contextmanager
+    def ready(self) -> Iterator[nn.Module]:
+        with self.average.in_place_of_the_student(), super().ready() as model:
+            yield model
+
+    def _head_for_the_loss(self) -> OutputHead:
+        # The loss reads the teacher's head when the student's weights are back.
+        return KeptHead(self.head, self.head.tensors().detached()) if self.average.concerns(self.head.executed(True)) else self.head

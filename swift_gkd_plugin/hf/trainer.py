@@ -43,6 +43,7 @@ from ..responses.local import LocalGenerator, evaluation_mode
 from ..samples import MicroBatch, Sample, SampleEncoder, TeacherView
 from ..sources import DATASET, STUDENT, TEACHER, Source
 from ..teachers import Signal, TopKOptions
+from ..teachers.average import MovingAverage
 from ..teachers.engine import TeacherEngine
 from ..teachers.offload import HostCopy, LayerStream
 from ..teachers.remote import RemoteTeacher
@@ -50,7 +51,7 @@ from ..teachers.server import ServerOptions, TeacherServerError, TeacherServers
 from .engine import EngineRollout
 from .head import OutputHead
 from .loss import DistillationLoss
-from .teachers import LiveStudent, LocalTeacher, SharedBase
+from .teachers import AveragedStudent, LiveStudent, LocalTeacher, SharedBase
 
 logger = get_logger()
 
@@ -66,6 +67,16 @@ class BeforeUpdate(TrainerCallback):
         if args.log_completions:
             self.trainer.write_completions()
         self.trainer.stop_on_nan()
+
+
+class AfterUpdate(TrainerCallback):
+    """A moving teacher follows the student, before any checkpoint is written."""
+
+    def __init__(self, average: MovingAverage):
+        self.average = average
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.average.follow()
 
 
 class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
@@ -142,10 +153,17 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
                 dist.fsdp.register_fsdp_forward_method(bare, 'generate')  # PEFT's goes past the root's forward
             teacher = LocalTeacher(self.teacher_model, bare, self._host_copy(bare))
         else:
-            kind = SharedBase if self._teacher_use_disable_adapter else LiveStudent
-            teacher = kind(self.model, self._bare())
+            teacher = self._self_teacher()
         logger.info(f'Student: {type(self._bare()).__name__}; teacher: {teacher.description}.')
         return teacher
+
+    def _self_teacher(self) -> LocalTeacher:
+        if self.args.gkd_self_teacher == 'ema':
+            average = MovingAverage(self._bare(), self.args.gkd_ema_decay)
+            self.add_callback(AfterUpdate(average))
+            return AveragedStudent(self.model, self._bare(), average)
+        kind = SharedBase if self._teacher_use_disable_adapter else LiveStudent
+        return kind(self.model, self._bare())
 
     def _setup_teacher(self) -> None:
         model = None
@@ -230,7 +248,7 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         """A teacher that is the student, asked the same question, has nothing to say."""
         args = self.args
         starts_equal = self._teacher_is_start or (isinstance(self.teacher, SharedBase) and not self._adapter_has_effect())
-        equal = isinstance(self.teacher, LiveStudent) or (starts_equal and not args.resume_from_checkpoint)
+        equal = isinstance(self.teacher, LiveStudent | AveragedStudent) or (starts_equal and not args.resume_from_checkpoint)
         if not equal or args.sft_alpha > 0:
             return
         columns = getattr(self.train_dataset, 'column_names', None)
@@ -756,6 +774,8 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         resume = resume_from_checkpoint or self.args.resume_from_checkpoint
         if resume and not self.args.resume_only_model and not self.args.ignore_data_skip:
             self._resumed = cycles.load(resume)
+        if resume and not self.args.resume_only_model and isinstance(self.teacher, AveragedStudent):
+            self.teacher.average.load(resume)
         if self.aux_loss_enabled:
             HfConfigFactory.set_config_attr(self._bare().config, 'router_aux_loss_coef', self.aux_loss_coef)
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -765,5 +785,8 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
             self._ready.extend(self._finish_cycle())
         if not self.args.save_only_model:
             # Before the rest: a checkpoint that looks complete has to be.
-            cycles.save(os.path.join(self.args.output_dir, f'checkpoint-{self.state.global_step}'), list(self._ready))
+            checkpoint = os.path.join(self.args.output_dir, f'checkpoint-{self.state.global_step}')
+            cycles.save(checkpoint, list(self._ready))
+            if isinstance(self.teacher, AveragedStudent) and self.args.should_save:
+                self.teacher.average.save(checkpoint)
         return super()._save_checkpoint(*args, **kwargs)

@@ -496,6 +496,10 @@ class TeacherServer:
                     logger.info(f'Teacher server {self.url} is back after {time.monotonic() - failed_since:.0f} s.')
                 return found
 
+    def _again(self, method: str, path: str, payload: Any = None) -> bytes:
+        """For questions whose failure says something: a kept connection that the server has just closed says nothing."""
+        return self._ask(method, path, payload, lambda reply: reply, retry_seconds=2)
+
     def _error(self, problem: object) -> TeacherServerError:
         return TeacherServerError(f'Teacher server {self.url}, step {self.step()}: {problem}.')
 
@@ -509,9 +513,9 @@ class TeacherServer:
         """
         models = self._ask('GET', '/v1/models', None, lambda reply: [m.id for m in _read(_Models, reply).data], retry_seconds)
         try:
-            self._request('POST', '/infer/', {'infer_requests': []})
+            self._again('POST', '/infer/', {'infer_requests': []})
             self.protocol = _SwiftDeploy()
-        except (_Final, _Retry):
+        except TeacherServerError:
             if not models:
                 raise self._error('it lists no model') from None
             self.protocol = _VLLM(models[0])
@@ -553,8 +557,8 @@ class TeacherServer:
     def _sends_one(self, tokenizer: Any, media: bool) -> bool:
         """Whether it is only the number of log-probabilities that a server minds: swift deploy says no more than HTTP 500."""
         try:
-            self.protocol.check(self._request, tokenizer.encode(PROBE, add_special_tokens=False), 1, media)
-        except (_Retry, _Final):
+            self.protocol.check(self._again, tokenizer.encode(PROBE, add_special_tokens=False), 1, media)
+        except (_Retry, _Final, TeacherServerError):
             return False
         return True
 

@@ -41,10 +41,12 @@ def compare(divergence, student_vocab, teacher_vocab, uneven, detail, dtype=torc
         'a': torch.randn(3, DIM),
         'b': torch.randn(student_vocab, 3) * 0.1,
     }
-    other, head, head_bias = (
+    other, head, head_bias, head_a, head_b = (
         torch.randn(TOKENS, OTHER),
         torch.randn(teacher_vocab, OTHER) * 0.5,
         torch.randn(teacher_vocab),
+        torch.randn(3, OTHER),
+        torch.randn(teacher_vocab, 3) * 0.1,
     )
     labels = torch.randint(-1, min(student_vocab, teacher_vocab), (TOKENS,))
     common = dict(
@@ -58,8 +60,8 @@ def compare(divergence, student_vocab, teacher_vocab, uneven, detail, dtype=torc
     local = {n: shard(t, student_cut) if n in ('weight', 'bias', 'b') else t for n, t in x.items()}
     found, expected = [], []
     for out, tensors, teacher, group in (
-        (expected, x, (head, head_bias), None),
-        (found, local, [shard(t, teacher_cut) for t in (head, head_bias)], dist.group.WORLD),
+        (expected, x, (head, head_bias, head_b), None),
+        (found, local, [shard(t, teacher_cut) for t in (head, head_bias, head_b)], dist.group.WORLD),
     ):
         tensors = {n: t.clone().requires_grad_() for n, t in tensors.items()}
         for reduction in ('sum', 'none'):
@@ -76,6 +78,7 @@ def compare(divergence, student_vocab, teacher_vocab, uneven, detail, dtype=torc
                 vocab_group=group,
                 stats=stats,
                 student_lora=(tensors['a'], tensors['b'], 0.5),
+                teacher_lora=(head_a, teacher[2], 2.0),
                 **common,
             )
             out.append((loss, torch.autograd.grad(loss.sum(), list(tensors.values())), stats))

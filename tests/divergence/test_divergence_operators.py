@@ -36,6 +36,8 @@ def case():
         'other': torch.randn(TOKENS, 12, **double),
         'head': torch.randn(VOCAB + 10, 12, **double) * 0.5,
         'head_bias': torch.randn(VOCAB + 10, **double),
+        'head_a': torch.randn(RANK, 12, **double),
+        'head_b': torch.randn(VOCAB + 10, RANK, **double) * 0.1,
         'token_weights': torch.rand(TOKENS),
         'label_weights': torch.rand(TOKENS),
         'labels': torch.where(torch.rand(TOKENS) < 0.2, -100, torch.randint(VOCAB, (TOKENS,))),
@@ -56,6 +58,7 @@ def run(case, dtype, divergence, reduction, **extra):
         student_bias=x['bias'],
         teacher_bias=case['head_bias'].to(dtype),
         student_lora=(x['a'], x['b'], 0.5),
+        teacher_lora=(case['head_a'].to(dtype), case['head_b'].to(dtype), 2.0),
         **extra,
     )
     return loss, torch.autograd.grad(loss.sum(), list(x.values()))
@@ -68,7 +71,8 @@ def expect(case, dtype, divergence, transform=None, teacher_transform=None, labe
         case['other'].to(dtype).double(),
         case['head'].to(dtype).double(),
         case['head_bias'].to(dtype).double(),
-        transform=teacher_transform,
+        (case['head_a'].to(dtype).double(), case['head_b'].to(dtype).double(), 2.0),
+        teacher_transform,
     )
     loss = case['token_weights'] * reference.divergence_of_logits(divergence, student, teacher)
     if labels:

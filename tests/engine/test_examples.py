@@ -29,15 +29,15 @@ def small(models: helpers.TinyModels, output_dir: Path) -> list[str]:
     )
 
 
-@pytest.mark.parametrize('example', ['vllm_colocate', 'vllm_server'])
+@pytest.mark.parametrize('example', ['vllm_colocate', 'vllm_server', 'vllm_prefetch'])
 def test_example(tiny_models, tmp_path, example):
     variables = {**ENVIRONMENT, 'PATH': f'{helpers.SCRIPTS}{os.pathsep}{os.environ["PATH"]}', 'MASTER_PORT': str(helpers.free_port())}
     script, argv = EXAMPLES / f'{example}.sh', small(tiny_models, tmp_path)
     server = None
     if example == 'vllm_colocate':
         argv += ['--ddp_backend', 'gloo']
-    if example == 'vllm_server':
-        server = RolloutServer(tiny_models, {}, tmp_path / 'server.log', [script, 'rollout'])
+    if example != 'vllm_colocate':
+        server = RolloutServer(tiny_models, {}, tmp_path / 'server.log', [EXAMPLES / 'vllm_server.sh', 'rollout'])
         variables['PORT'] = str(server.port)
         argv += ['--vllm_server_group_port', str(helpers.free_port())]
     try:

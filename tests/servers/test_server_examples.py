@@ -1,0 +1,62 @@
+"""The example scripts with a teacher server and a teacher's engine, and the one that samples beforehand, on tiny models."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import helpers
+import pytest
+import serving
+from proxy import KEY
+
+EXAMPLES = Path(__file__).parents[2] / 'examples'
+
+
+def run(script: str, models: helpers.TinyModels, output_dir: Path, without: tuple[str, ...] = (), **variables: str) -> list[dict]:
+    options = {k: v for k, v in models.with_teacher.items() if k not in without}
+    argv = helpers.command_line(
+        {**helpers.QUICK, **options, 'fp16': 'false', 'max_steps': 2, 'gradient_accumulation_steps': 1, 'output_dir': output_dir}
+    )
+    environment = {'PATH': f'{helpers.SCRIPTS}{os.pathsep}{os.environ["PATH"]}', 'GKD_TEACHER_API_KEY': KEY, 'OUTPUT': str(output_dir)}
+    returncode, output = helpers.run([EXAMPLES / script, *argv], env={**environment, **variables}, cwd=output_dir, timeout=600)
+    assert returncode == 0, output[-6000:]
+    return [json.loads(line) for line in (output_dir / 'logging.jsonl').read_text().splitlines()]
+
+
+def test_teacher_server(vllm_server, tiny_models, tmp_path):
+    server = ('teacher_model', 'teacher_model_type')
+    logs = run('teacher_server.sh', tiny_models, tmp_path, server, SERVER=vllm_server, K='8')
+    assert logs[-1]['global_step/max_steps'] == '2/2'
+    assert all(json.loads(line)['response_token_ids'] for line in (tmp_path / 'answers.jsonl').read_text().splitlines())
+
+
+def test_teacher_engine(tiny_models, tmp_path):
+    engine = '--enforce-eager --max-model-len 512 --max-num-seqs 8'
+    logs = run('teacher_engine.sh', tiny_models, tmp_path, K='8', ENGINE=engine, **helpers.vllm_environment())
+    assert logs[-1]['global_step/max_steps'] == '2/2'
+
+
+@pytest.mark.parametrize('backend', ['vllm', 'transformers'])
+def test_presampled(tiny_models, tmp_path, backend):
+    """Seed 001's two steps: `swift infer`, then training with --seq_kd false."""
+    first = {
+        'model_type': 'qwen3',
+        'template': 'qwen3',
+        'torch_dtype': 'float32',
+        'max_new_tokens': 8,
+        'vllm_max_model_len': 256,
+        'vllm_enforce_eager': 'true',
+        'external_plugins': serving.ON_CPU,
+        'load_from_cache_file': 'false',
+        'check_model': 'false',
+    }
+    if backend == 'transformers':
+        first = {name: value for name, value in first.items() if not name.startswith('vllm') and name != 'external_plugins'}
+    variables = {'BACKEND': backend, 'TEACHER': str(tiny_models.teacher), 'DATASET': f'{tiny_models.train}#16', 'LMBDA': '0'}
+    variables['INFER_OPTIONS'] = ' '.join(map(str, helpers.command_line(first)))
+    answers = tmp_path / 'teacher_generated_data.jsonl'
+    environment = helpers.vllm_environment() if backend == 'vllm' else {}
+    logs = run('presampled.sh', tiny_models, tmp_path, ('dataset',), **variables, **environment)
+    assert logs[-1]['global_step/max_steps'] == '2/2' and len(answers.read_text().splitlines()) == 16
