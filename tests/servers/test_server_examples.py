@@ -14,7 +14,7 @@ from proxy import KEY
 EXAMPLES = Path(__file__).parents[2] / 'examples'
 
 
-def run(script: str, models: helpers.TinyModels, output_dir: Path, without: tuple[str, ...] = (), **variables: str) -> list[dict]:
+def run(script: str, models: helpers.TinyModels, output_dir: Path, without: tuple[str, ...] = (), **variables: str) -> list[float]:
     options = {k: v for k, v in models.with_teacher.items() if k not in without}
     argv = helpers.command_line(
         {**helpers.QUICK, **options, 'fp16': 'false', 'max_steps': 2, 'gradient_accumulation_steps': 1, 'output_dir': output_dir}
@@ -22,20 +22,20 @@ def run(script: str, models: helpers.TinyModels, output_dir: Path, without: tupl
     environment = {'PATH': f'{helpers.SCRIPTS}{os.pathsep}{os.environ["PATH"]}', 'GKD_TEACHER_API_KEY': KEY, 'OUTPUT': str(output_dir)}
     returncode, output = helpers.run([EXAMPLES / script, *argv], env={**environment, **variables}, cwd=output_dir, timeout=600)
     assert returncode == 0, output[-6000:]
-    return [json.loads(line) for line in (output_dir / 'logging.jsonl').read_text().splitlines()]
+    return [row['loss'] for row in map(json.loads, (output_dir / 'logging.jsonl').read_text().splitlines()) if 'loss' in row]
 
 
 def test_teacher_server(vllm_server, tiny_models, tmp_path):
     server = ('teacher_model', 'teacher_model_type')
-    logs = run('teacher_server.sh', tiny_models, tmp_path, server, SERVER=vllm_server, K='8')
-    assert logs[-1]['global_step/max_steps'] == '2/2'
+    losses = run('teacher_server.sh', tiny_models, tmp_path, server, SERVER=vllm_server, K='8')
+    assert len(losses) == 2
     assert all(json.loads(line)['response_token_ids'] for line in (tmp_path / 'answers.jsonl').read_text().splitlines())
 
 
 def test_teacher_engine(tiny_models, tmp_path):
     engine = '--enforce-eager --max-model-len 512 --max-num-seqs 8'
-    logs = run('teacher_engine.sh', tiny_models, tmp_path, K='8', ENGINE=engine, **helpers.vllm_environment())
-    assert logs[-1]['global_step/max_steps'] == '2/2'
+    losses = run('teacher_engine.sh', tiny_models, tmp_path, K='8', ENGINE=engine, **helpers.vllm_environment())
+    assert len(losses) == 2
 
 
 @pytest.mark.parametrize('backend', ['vllm', 'transformers'])
@@ -50,7 +50,6 @@ def test_presampled(tiny_models, tmp_path, backend):
         'vllm_enforce_eager': 'true',
         'external_plugins': serving.ON_CPU,
         'load_from_cache_file': 'false',
-        'check_model': 'false',
     }
     if backend == 'transformers':
         first = {name: value for name, value in first.items() if not name.startswith('vllm') and name != 'external_plugins'}
@@ -58,5 +57,5 @@ def test_presampled(tiny_models, tmp_path, backend):
     variables['INFER_OPTIONS'] = ' '.join(map(str, helpers.command_line(first)))
     answers = tmp_path / 'teacher_generated_data.jsonl'
     environment = helpers.vllm_environment() if backend == 'vllm' else {}
-    logs = run('presampled.sh', tiny_models, tmp_path, ('dataset',), **variables, **environment)
-    assert logs[-1]['global_step/max_steps'] == '2/2' and len(answers.read_text().splitlines()) == 16
+    losses = run('presampled.sh', tiny_models, tmp_path, ('dataset',), **variables, **environment)
+    assert len(losses) == 2 and len(answers.read_text().splitlines()) == 16
