@@ -1,0 +1,286 @@
+"""What student, teacher, payload and operator take on each rank, as a function of the layout: the memory model of docs_en/megatron.md.
+
+python benchmarks/megatron/memory.py            the table for Qwen3-235B-A22B -> Qwen3-30B-A3B
+python benchmarks/megatron/memory.py --check    small models in three layouts on CPU: measured against the model, into memory.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+BF16, FP32 = 2, 4
+CHUNK = {'cpu': 320 << 20, 'cuda': 640 << 20}  # swift_gkd_plugin/divergence/chunks.py
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Qwen3 model, dense or with experts in every layer, embedding and head untied."""
+
+    hidden: int
+    layers: int
+    heads: int
+    groups: int
+    head_dim: int
+    vocab: int
+    ffn: int  # of each expert, with experts
+    experts: int = 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A model's layout on ``world`` ranks."""
+
+    world: int
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    ep: int = 1
+    etp: int = 1
+
+    @property
+    def dp(self) -> int:
+        return self.world // (self.tp * self.pp * self.cp)
+
+    @property
+    def expert_dp(self) -> int:
+        return self.world // (self.etp * self.ep * self.pp)
+
+
+def parameters(shape: Shape, layout: Layout, stage: int) -> tuple[int, int]:
+    """(numbers outside of the experts, numbers in experts) of one rank of a pipeline stage."""
+    attention = shape.hidden * shape.head_dim * (2 * shape.heads + 2 * shape.groups) // layout.tp
+    norms = 2 * shape.hidden + 2 * shape.head_dim
+    matrices = 3 * shape.hidden * shape.ffn
+    dense = attention + norms + (shape.hidden * shape.experts if shape.experts else matrices // layout.tp)
+    expert = matrices * shape.experts // (layout.ep * layout.etp)
+    layers = shape.layers // layout.pp
+    table = math.ceil(shape.vocab / layout.tp) * shape.hidden
+    first, last = stage == 0, stage == layout.pp - 1
+    return layers * dense + first * table + last * (table + shape.hidden), layers * expert
+
+
+def student_bytes(shape: Shape, layout: Layout, stage: int, *, trained: bool = True) -> dict[str, int]:
+    """bf16 weights, fp32 gradients, and the distributed optimizer's fp32 weights and two moments; with LoRA (``trained`` false) the
+    weights alone, for the adapter is small."""
+    dense, expert = parameters(shape, layout, stage)
+    found = {'student weights': BF16 * (dense + expert)}
+    if trained:
+        found['student gradients'] = FP32 * (dense + expert)
+        found['optimizer'] = 3 * FP32 * (dense // (layout.dp * layout.cp) + expert // layout.expert_dp)
+    return found
+
+
+def teacher_bytes(shape: Shape, layout: Layout, stage: int, student: Layout, student_last: bool) -> dict[str, int]:
+    """bf16 weights, and in a layout of its own the rows of its head that belong to the student's vocabulary shard."""
+    dense, expert = parameters(shape, layout, stage)
+    found = {'teacher weights': BF16 * (dense + expert)}
+    found['teacher head'] = BF16 * math.ceil(shape.vocab / student.tp) * shape.hidden if layout != student and student_last else 0
+    return found
+
+
+def payload_bytes(teacher: Shape, tokens: int) -> int:
+    """Hidden states of the trained tokens that a rank of the student's last stage owns in one optimizer step."""
+    return BF16 * tokens * teacher.hidden
+
+
+def operator_bytes(hidden: int, width: int, tokens: int, *, device: str = 'cuda', sharded: bool = False, trained: bool = True) -> int:
+    """Two buffers of a chunk's logits, the gradient of the hidden states, and that of a trained head in fp32 and bf16.
+
+    Args:
+        hidden: Of the student.
+        width: Columns of this rank's vocabulary shard.
+        tokens: Of a micro-batch.
+        sharded: Whether the vocabulary is.
+    """
+    chunk = min(tokens, max(64, CHUNK[device] // (2 * FP32 * width) // 64 * 64))
+    states = (FP32 + BF16 if sharded else BF16) * tokens * hidden
+    return 2 * FP32 * chunk * width + states + (FP32 + BF16) * width * hidden * trained
+
+
+def estimate(
+    student: Shape, layout: Layout, teacher: Shape, own: Layout, tokens: int, longest: int, trained: bool = True
+) -> dict[str, int]:
+    """The fullest rank. ``tokens``: trained tokens that a data-parallel rank owns in a step; ``longest``: of one micro-batch."""
+
+    def rank(stage: int, of_teacher: int) -> dict[str, int]:
+        last = stage == layout.pp - 1
+        return {
+            **student_bytes(student, layout, stage, trained=trained),
+            **teacher_bytes(teacher, own, of_teacher, layout, last),
+            'payload': payload_bytes(teacher, tokens // layout.cp) if last else 0,
+            'operator': operator_bytes(student.hidden, width, longest // layout.cp, sharded=layout.tp > 1, trained=trained) if last else 0,
+        }
+
+    width = math.ceil(student.vocab / layout.tp)
+    # Stages are consecutive ranks in both layouts.
+    places = [(r // (layout.world // layout.pp), r // (layout.world // own.pp)) for r in range(layout.world)]
+    return max((rank(*place) for place in places), key=lambda found: sum(found.values()))
+
+
+QWEN3_30B = Shape(hidden=2048, layers=48, heads=32, groups=4, head_dim=128, vocab=151936, ffn=768, experts=128)
+QWEN3_235B = Shape(hidden=4096, layers=94, heads=64, groups=4, head_dim=128, vocab=151936, ffn=1536, experts=128)
+# GPUs, the student's and the teacher's layout, and whether all of the student is trained. 94 layers split into 2 stages, not into 4.
+PLANS: tuple[tuple[str, Layout, Layout, bool], ...] = (
+    ('8 GPUs, LoRA, one layout', Layout(8, ep=8), Layout(8, ep=8), False),
+    ('8 GPUs, LoRA, teacher TP 8', Layout(8, ep=8), Layout(8, tp=8, ep=8), False),
+    ('8 GPUs, full, teacher TP 8', Layout(8, ep=8), Layout(8, tp=8, ep=8), True),
+    ('64 GPUs, full, one layout', Layout(64, pp=2, ep=8), Layout(64, pp=2, ep=8), True),
+    ('64 GPUs, full, teacher TP 8 EP 32 PP 2', Layout(64, ep=8), Layout(64, tp=8, pp=2, ep=32), True),
+)
+STEP, SEQUENCE = 64 * 4096, 4096  # trained tokens of a step, of all ranks; tokens of a micro-batch
+
+
+def table() -> None:
+    names = ['student weights', 'student gradients', 'optimizer', 'teacher weights', 'teacher head', 'payload', 'operator']
+    print('| GiB per GPU | ' + ' | '.join(names) + ' | sum |\n|' + '---|' * (len(names) + 2))
+    for name, layout, own, trained in PLANS:
+        found = estimate(QWEN3_30B, layout, QWEN3_235B, own, STEP // layout.dp, SEQUENCE, trained)
+        cells = [f'{found.get(key, 0) / 2**30:.1f}' for key in names]
+        print(f'| {name} | ' + ' | '.join(cells) + f' | {sum(found.values()) / 2**30:.1f} |')
+
+
+SMALL = Shape(hidden=128, layers=4, heads=4, groups=2, head_dim=32, vocab=4096, ffn=256)
+SMALL_TEACHER = Shape(hidden=256, layers=4, heads=4, groups=2, head_dim=64, vocab=4096, ffn=512)
+SMALL_MOE = Shape(hidden=128, layers=4, heads=4, groups=2, head_dim=32, vocab=4096, ffn=128, experts=8)
+CHECKED: tuple[tuple[str, str, Shape, Layout, Shape, Layout], ...] = (
+    ('dense, DP 2, teacher TP 2', 'DP2', SMALL, Layout(2), SMALL_TEACHER, Layout(2, tp=2)),
+    ('dense, TP 2 x PP 2', 'TP2xPP2', SMALL, Layout(4, tp=2, pp=2), SMALL_TEACHER, Layout(4, tp=2, pp=2)),
+    ('experts, EP 2, teacher PP 2', 'EP2', SMALL_MOE, Layout(2, ep=2), SMALL_MOE, Layout(2, pp=2)),
+)
+
+
+def write_models(root: Path, tokenizer: Path) -> dict[Shape, Path]:
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    paths = {}
+    for number, shape in enumerate((SMALL, SMALL_TEACHER, SMALL_MOE)):
+        common: dict[str, Any] = dict(
+            hidden_size=shape.hidden,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.groups,
+            head_dim=shape.head_dim,
+            vocab_size=shape.vocab,
+            tie_word_embeddings=False,
+            max_position_embeddings=2048,
+        )
+        if shape.experts:
+            moe = dict(num_experts=shape.experts, num_experts_per_tok=2, moe_intermediate_size=shape.ffn, norm_topk_prob=True)
+            model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **moe, decoder_sparse_step=1))
+        else:
+            model = Qwen3ForCausalLM(Qwen3Config(**common, intermediate_size=shape.ffn))
+        paths[shape] = root / str(number)
+        model.save_pretrained(paths[shape])
+        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(paths[shape])
+    return paths
+
+
+TOKENS = 2048  # of the micro-batch with which the operator is weighed; the training runs have a few
+
+
+def operator_peak(hidden: int, teacher_hidden: int, width: int) -> int:
+    """The most that ``linear_divergence`` allocates at a time, on a CPU, for one vocabulary shard."""
+    import weakref
+
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    from swift_gkd_plugin.divergence import Divergence, linear_divergence
+
+    class Weighed(TorchDispatchMode):
+        def __init__(self, given):
+            super().__init__()
+            self.now = self.peak = 0
+            self.known = weakref.WeakSet(t.untyped_storage() for t in given)
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for t in tree_leaves(out):
+                if isinstance(t, torch.Tensor) and t.untyped_storage() not in self.known:
+                    storage = t.untyped_storage()
+                    self.known.add(storage)
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self.freed, storage.nbytes())
+            return out
+
+        def freed(self, count: int) -> None:
+            self.now -= count
+
+    shapes = (TOKENS, hidden), (width, hidden), (TOKENS, teacher_hidden), (width, teacher_hidden)
+    tensors = [torch.randn(shape, dtype=torch.bfloat16) for shape in shapes]
+    for t in tensors[:2]:
+        t.requires_grad_()
+    with Weighed(tensors) as weighed:
+        linear_divergence(*tensors, Divergence(beta=0.5), token_weights=torch.ones(TOKENS), reduction='sum')
+    return weighed.peak
+
+
+def check(path: Path) -> None:
+    """Run one step in each layout and compare what the ranks of the last stage have allocated."""
+    tests = HERE.parents[1] / 'tests'
+    sys.path[:0] = [str(tests), str(tests / 'megatron')]
+    import helpers
+    from runs import run_jobs
+
+    os.environ.update(helpers.OFFLINE)
+    rows = []
+    with tempfile.TemporaryDirectory() as directory:
+        tiny = helpers.make_tiny_models(Path(directory, 'tiny'))
+        paths = write_models(Path(directory), tiny.student)
+        for name, key, student, layout, teacher, own in CHECKED:
+            kind = 'qwen3_moe' if student.experts else 'qwen3'
+            sizes = {'tensor_model': own.tp, 'pipeline_model': own.pp, 'expert_model': own.ep}
+            job = {
+                'model': paths[student],
+                'teacher_model': paths[teacher],
+                'model_type': kind,
+                'teacher_model_type': kind,
+                'torch_dtype': 'bfloat16',
+                'bf16': 'true',
+                'use_distributed_optimizer': 'true',
+                'train_iters': 1,
+                'external_plugins': HERE / 'memory_probe.py',
+                'callbacks': 'memory_probe',
+                **({f'teacher_{k}_parallel_size': v for k, v in sizes.items()} if own != layout else {}),
+            }
+            root = Path(directory, key)
+            root.mkdir()
+            run = run_jobs({'memory': job}, key, root, {}, tiny.train)['memory'].ok()
+            seen = json.loads((run.output_dir / 'memory.json').read_text())
+            stage = layout.pp - 1
+            expected = {
+                **student_bytes(student, layout, stage),
+                **teacher_bytes(teacher, own, own.pp - 1, layout, True),
+                'payload': payload_bytes(teacher, seen['trained tokens']),
+            }
+            width = math.ceil(student.vocab / layout.tp)
+            expected['operator'] = operator_bytes(student.hidden, width, TOKENS, device='cpu')
+            seen['operator'] = operator_peak(student.hidden, teacher.hidden, width)
+            for part, value in expected.items():
+                ratio = f'{seen[part] / value:.3f}' if value else ''
+                rows.append((name, part, value, seen[part], ratio))
+                print(*rows[-1], sep='\t', flush=True)
+    with path.open('w', newline='') as file:
+        writer = csv.writer(file)
+        writer.writerow(('run', 'part', 'bytes by the model', 'bytes measured', 'measured / model'))
+        writer.writerows(rows)
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--check', action='store_true')
+    parser.add_argument('--csv', type=Path, default=HERE / 'memory.csv')
+    options = parser.parse_args()
+    check(options.csv) if options.check else table()
