@@ -8,7 +8,7 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
-from cases import compared
+from cases import LORA, compared
 from runs import CPU, Jobs, Run
 from teacher_cases import MOE, PAIRS, STEPS, WIDE, layout, run_alone, run_in, run_pairs
 
@@ -76,6 +76,20 @@ def test_visit_leaves_no_trace(in_layout):
         for kind in ('gradients', 'weights'):
             a, b = alone.saved(kind), visited.saved(kind)
             assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a), (student, kind)
+
+
+@pytest.mark.e2e
+def test_bad_layout_is_one_line_before_any_weights(run_jobs):
+    runs = run_jobs({'ranks': layout(tp=2), 'the base itself': {**LORA, 'teacher_model': 'student', **layout(tp=1)}}, '1')
+    for name, message in (
+        ('ranks', '--teacher_tensor_model_parallel_size 2 x --teacher_pipeline_model_parallel_size 1 x '),
+        (
+            'the base itself',
+            '--teacher_tensor_model_parallel_size 1: only a --teacher_model other than the student has a layout of its own',
+        ),
+    ):
+        assert runs[name].error.startswith(f'OptionError: {message}') and '\n' not in runs[name].error
+        assert runs[name].loaded == 0
 
 
 CHECK = """
