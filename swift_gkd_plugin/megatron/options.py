@@ -15,6 +15,19 @@ from ..arguments import OptionError
 REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ('vllm_mode', lambda a: a.use_vllm and a.vllm_mode is None, 'give colocate or server, or --use_vllm false'),
     ('gkd_teacher_engine', lambda a: a.gkd_teacher_engine != 'transformers', 'the teacher answers by megatron-core here; leave it out'),
+    ('gkd_teacher_offload', lambda a: a.gkd_teacher_offload == 'layer', 'the Megatron back end moves the whole teacher; use model'),
+    ('gkd_self_teacher', lambda a: a.gkd_self_teacher == 'ema', 'the Megatron back end keeps no average; use `swift rlhf`'),
+    (
+        'gkd_self_teacher',
+        lambda a: a.gkd_self_teacher == 'base' and a.teacher_model is None,
+        'give --teacher_model the value of --model, with --tuner_type lora',
+    ),
+    (
+        'gkd_self_teacher',
+        lambda a: a.gkd_self_teacher == 'live' and a.teacher_model is not None,
+        'there is a --teacher_model; give one of them',
+    ),
+    ('gkd_prefetch', lambda a: a.gkd_prefetch, 'responses are generated between the steps here; leave it out'),
     ('streaming', lambda a: a.streaming, 'the Megatron back end needs a dataset with a length'),
     ('use_megatron_fsdp', lambda a: a.use_megatron_fsdp, "use megatron-core's own data parallelism with --use_distributed_optimizer"),
     ('bridge_backend', lambda a: a.bridge_backend != 'mcore-bridge', 'use mcore-bridge'),

@@ -43,7 +43,12 @@ NOT_USED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ('gkd_teacher_temperature', _teacher_is_silent, 'the teacher answers with --seq_kd or --gkd_eval_source teacher'),
     ('gkd_teacher_max_completion_length', _teacher_is_silent, 'the teacher answers with --seq_kd or --gkd_eval_source teacher'),
     ('offload_teacher_model', lambda a: a.teacher_model is None, 'the teacher is the student itself and stays where it is'),
-    *((f'teacher_{name}', lambda a: a.gkd_loss_weight == 0, 'at --gkd_loss_weight 0 no teacher is loaded') for name in SIZES),
+    *(
+        (f'teacher_{name}', lambda a: a.gkd_loss_weight == 0 and _teacher_is_silent(a), 'at --gkd_loss_weight 0 no teacher is loaded')
+        for name in SIZES
+    ),
+    ('gkd_teacher_offload', lambda a: a.teacher_model is None, 'the teacher is the student itself and stays where it is'),
+    ('gkd_ema_decay', lambda a: True, 'it belongs to --gkd_self_teacher ema'),
     ('teacher_tag_key', lambda a: a.teacher_model_server is None, 'it routes samples to teacher servers'),
     ('gkd_server_timeout', lambda a: a.teacher_model_server is None, 'it belongs to --teacher_model_server'),
     ('gkd_server_retry_seconds', lambda a: a.teacher_model_server is None, 'it belongs to --teacher_model_server'),

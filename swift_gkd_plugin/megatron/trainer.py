@@ -40,7 +40,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from .. import activation, checks, sources
 from .. import cycle as cycles
-from ..arguments import OptionError
+from ..arguments import OptionError, teacher_offload
 from ..cycle import Cycle
 from ..data import Row, row_loader
 from ..divergence import Divergence, TokenStats
@@ -156,9 +156,9 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
             servers = TeacherServers(args.teacher_model_server, options, lambda: str(self.state.iteration + 1))
             teacher = RemoteTeacher(servers, args.gkd_logits_topk)
         elif self.teacher_layout is not None:
-            teacher = RelocatedTeacher(self.args, self.teacher_layout, self.teacher_models, self.args.offload_teacher_model)
+            teacher = RelocatedTeacher(self.args, self.teacher_layout, self.teacher_models, bool(teacher_offload(self.args)))
         elif self.teacher_models is not None:
-            teacher = LocalTeacher(self.args, self.teacher_models, self.args.offload_teacher_model)
+            teacher = LocalTeacher(self.args, self.teacher_models, bool(teacher_offload(self.args)))
         else:
             kind = SharedBase if self._teacher_use_disable_adapter else LiveStudent
             teacher = kind(self.args, self.unwrapped_models)
