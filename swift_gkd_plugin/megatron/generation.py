@@ -264,10 +264,6 @@ def check_generates(chunks: list[nn.Module], side: str) -> None:
     OptionError: The model cannot answer in the training processes.
     """
     config = chunks[0].config
-    if config.is_multimodal:
-        raise OptionError(
-            f'{side}: models with images, videos or audio answer through vLLM only; add --use_vllm true (student), or leave out.'
-        )
     models = [m for chunk in chunks for m in chunk.modules() if isinstance(m, GPTModel)]
     if not models or (
         config.context_parallel_size > 1

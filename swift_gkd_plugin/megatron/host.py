@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -66,9 +67,13 @@ def take_over_arguments(module: ModuleType) -> dict[str, Any]:
         self._seq_kd, self.seq_kd = self.seq_kd, False
 
     @for_gkd(cls, '_init_generation_batch_params')
-    def show_seq_kd(self: Any, stock: Callable[[], None]) -> None:
+    def count_generation_batches(self: Any, stock: Callable[[], None]) -> None:
         self.seq_kd = self._seq_kd
-        stock()
+        # Stock wants a row of every cycle for each rank. Ours share out what there is.
+        self.generation_batch_size, self.steps_per_generation = self.resolve_generation_batch_size(
+            self.generation_batch_size, self.steps_per_generation, self.global_batch_size, self.num_generations
+        )
+        self.per_device_generation_batch_size = -(-self.generation_batch_size // int(os.environ.get('WORLD_SIZE', 1)))
 
     @for_gkd(cls, 'init_iters')
     def count_every_row(self: Any, stock: Callable[..., None], train_dataset: Any, val_dataset: Any) -> None:

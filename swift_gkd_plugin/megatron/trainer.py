@@ -334,6 +334,8 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
 
         Ranks with the same rows share the prompts out, any number of them.
         """
+        if not cycles.total_over_ranks(len(samples), torch.device(self.device)):
+            return  # the engine sleeps on, with the weights that it has
         group = self._get_rollout_group()
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         with self.metrics.seconds('seconds/generation'), self._gathered_weights():

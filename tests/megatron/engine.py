@@ -1,45 +1,68 @@
-"""A stand-in for vLLM: greedy ``generate`` of transformers, on the weights that the bridge exports, which is what vLLM would be sent."""
+"""The real vLLM on a CPU beside megatron-core.
+
+After each generation call the log-probabilities that the engine gave to the tokens that it sampled are compared with those of the live
+student, on the very tensors that are trained; ``engine-rank<r>.jsonl`` has a line for each call.
+"""
 
 from __future__ import annotations
 
-import copy
+import json
+import sys
+from pathlib import Path
 
 import torch
-from swift.infer_engine.protocol import ChatCompletionResponse, ChatCompletionResponseChoice, ChatMessage, RolloutOutput, UsageInfo
-from transformers import AutoConfig, AutoModelForCausalLM
+import torch.distributed as dist
+from accelerate import PartialState
+
+sys.path.insert(0, str(Path(__file__).parents[1] / 'engine'))
+import vllm_on_cpu  # noqa: F401
+
+from swift_gkd_plugin.megatron.teachers import LiveStudent
+from swift_gkd_plugin.megatron.views import local_view
+from swift_gkd_plugin.teachers import TopKOptions
+
+
+def largest_difference(trainer, samples) -> float:
+    """max |vLLM's log-probability - the live student's| over the sampled tokens that this rank predicts; inf if others are trained."""
+    if not samples:
+        return 0.0
+    batch = trainer.encoder.micro_batch(samples)
+    columns = trainer.loss.options.vocab_size
+    with trainer._gathered_weights():
+        (signal,) = LiveStudent(trainer.args, trainer.unwrapped_models).signals([batch], TopKOptions(columns, 1.0, columns))
+    if signal is None:  # before the last stage
+        return 0.0
+    sampled = [[p for turn in sample.generated.rollout_logprobs for p in turn] for sample in samples]
+    if list(map(len, sampled)) != batch.lengths:
+        return float('inf')
+    view = local_view(trainer.args, batch.student_inputs, batch.student_index)
+    theirs, labels = (view.of(torch.tensor(values)) for values in ([p for one in sampled for p in one], batch.labels.tolist()))
+    ours = signal.logprobs[signal.ids == labels[:, None]]
+    return (ours - theirs).abs().max().item() if len(ours) else 0.0
 
 
 def install(trainer: type) -> None:
-    """Replace the two methods of ms-swift's rollout that need vLLM."""
+    answer, sync, start = trainer._engine_answers, trainer._move_model_to_vllm, trainer._init_rollout_engine
 
-    def _init_rollout_engine(self) -> None:
-        self._init_rollout_params()
-        self.vllm_mode, self.vllm_tensor_parallel_size, self.generated_on = 'colocate', 1, []
-        config = AutoConfig.from_pretrained(self.args.model_dir)
-        # Where a model of Megatron exists, the bridge's function computes the rotary embedding, and transformers 5 lacks what it reads.
-        config.rope_theta = config.rope_parameters['rope_theta']
-        self.engine = AutoModelForCausalLM.from_pretrained(self.args.model_dir, config=config, dtype=torch.float32)
+    def watched(self, samples) -> None:
+        answer(self, samples)
+        line = {
+            'step': self.state.iteration,
+            'share': len(samples),
+            'tokens': sum(len(sample.response.token_ids) for sample in samples),
+            'error': largest_difference(self, samples),
+        }
+        with open(Path(self.args.output_dir, f'engine-rank{dist.get_rank()}.jsonl'), 'a') as file:
+            file.write(json.dumps(line) + '\n')
 
-    def _generate_completions(self, samples: list) -> list:
-        samples = self._preprocess_inputs(samples)
-        self.merge_lora_adapters()
-        weights = {name: weight.clone() for name, weight in self.bridge.export_weights(self.unwrapped_models)}
-        self.unmerge_lora_adapters()
-        missing, unexpected = self.engine.load_state_dict(weights, strict=False)
-        assert not unexpected and set(missing) <= {'lm_head.weight'}, (missing, unexpected)
-        self.generated_on.append(len(samples))
-        outputs = []
-        template = copy.copy(self.template)
-        template.padding_free, template.use_megatron = False, False
-        for sample in samples:
-            with template.generate_context():
-                ids = template.encode({'messages': sample.messages})['input_ids']
-            new = self.engine.generate(
-                torch.tensor([ids]), max_new_tokens=self.args.max_completion_length, do_sample=False, pad_token_id=0
-            )[0, len(ids) :].tolist()
-            choice = ChatCompletionResponseChoice(0, ChatMessage('assistant', template.safe_decode(new)), 'length', token_ids=new)
-            outputs.append(RolloutOutput(response=ChatCompletionResponse('stand-in', [choice], UsageInfo(0, 0, 0))))
-        return self._postprocess_rollout_outputs(samples, outputs)
+    def synced(self) -> None:
+        if 'without sync' not in Path(self.args.output_dir).name:
+            sync(self)
 
-    trainer._init_rollout_engine = _init_rollout_engine
-    trainer._generate_completions = _generate_completions
+    def started(self) -> None:
+        # ms-swift gathers requests by accelerate, which without a GPU takes each rank for the only one.
+        PartialState._reset_state()
+        PartialState(cpu=True)
+        start(self)
+
+    trainer._engine_answers, trainer._move_model_to_vllm, trainer._init_rollout_engine = watched, synced, started

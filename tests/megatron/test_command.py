@@ -12,6 +12,7 @@ import helpers
 import pytest
 from runs import CPU
 
+EXAMPLES = Path(__file__).parents[2] / 'examples'
 pytestmark = [pytest.mark.e2e, pytest.mark.megatron]
 
 OFF_POLICY = """rlhf --rlhf_type gkd --model {student} --teacher_model {wide} --load_safetensors true --save_safetensors true
@@ -44,6 +45,19 @@ def test_off_policy_command_as_it_is_written(models, tiny_models, tmp_path):
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_pretrained(saved / 'checkpoint-4')
+
+
+def test_example_of_sequence_level_distillation(models, tiny_models, tmp_path):
+    variables = {'MODEL': models['student'], 'TEACHER': models['teacher'], 'DATASET': tiny_models.train, 'OUTPUT': tmp_path / 'out'}
+    env = {name: str(value) for name, value in variables.items()}
+    env |= {**CPU, 'NPROC_PER_NODE': '2', 'MASTER_PORT': str(helpers.free_port()), 'PATH': f'{helpers.SCRIPTS}:{os.environ["PATH"]}'}
+    argv = ['bash', EXAMPLES / 'megatron_seq_kd.sh', *shlex.split(TINY), '--max_completion_length', 6]
+    returncode, output = helpers.run(argv, env=env, cwd=tmp_path, timeout=300)
+    assert returncode == 0, output[-6000:]
+    rows = [json.loads(row) for row in (tmp_path / 'out' / 'answers.jsonl').read_text().splitlines()]
+    assert len(rows) == 64 and all(1 <= len(row['response_token_ids']) <= 6 for row in rows)
+    logs = [json.loads(row) for row in (tmp_path / 'out' / 'logging.jsonl').read_text().splitlines()]
+    assert [row['source/teacher'] for row in logs if 'loss' in row] == [1, 1, 1, 1]
 
 
 def test_wrong_layout_is_one_line_before_any_weights(models, tiny_models, tmp_path):

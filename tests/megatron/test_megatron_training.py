@@ -18,8 +18,6 @@ EVALUATED = {**STEPS, 'eval_steps': 2, 'val_dataset': 'val', 'lr': 0}
 SAVED = {**STEPS, 'train_iters': 5, 'no_save_optim': 'false', 'save_steps': 3, 'steps_per_generation': 2}
 ON_POLICY = {
     **STEPS,
-    'use_vllm': 'true',
-    'vllm_mode': 'colocate',
     'lmbda': 0.5,
     'max_completion_length': 6,
     'log_completions': 'true',
@@ -45,7 +43,7 @@ def jobs(data, **cases):
 @pytest.fixture(scope='module')
 def alone(run_jobs, data, tmp_path_factory) -> dict[str, Run]:
     """One process, one run after the other."""
-    whole = tmp_path_factory.mktemp('whole')
+    whole, answered = tmp_path_factory.mktemp('whole'), tmp_path_factory.mktemp('answered')
     runs = run_jobs(
         jobs(
             data,
@@ -63,6 +61,8 @@ def alone(run_jobs, data, tmp_path_factory) -> dict[str, Run]:
             missing={'gkd_logits_topk': 100000},
             on_policy=ON_POLICY,
             on_policy_lora={**LORA, **ON_POLICY, 'lmbda': 1},
+            answered={**ON_POLICY, **SAVED, 'save': True, 'output_dir': answered},
+            answered_resumed={**ON_POLICY, **SAVED, 'mcore_model': answered / 'checkpoint-3', 'finetune': 'false'},
             base={**LORA, **STEPS, 'teacher_model': 'student', 'export': True},
         )
     )
@@ -108,6 +108,9 @@ def test_student_answers_the_same_in_every_layout(alone, parallel, split):
 def test_resumed_is_not_interrupted(alone):
     assert alone['resumed'].ok().losses == alone['whole'].ok().losses[3:]
     assert alone['whole'].losses[:4] == alone['steps'].ok().losses  # a cycle of two steps has the same rows
+    assert alone['answered_resumed'].ok().losses == alone['answered'].ok().losses[3:] != alone['whole'].losses[3:]
+    responses = [[(a['key'], a['token_ids']) for a in alone[name].answers] for name in ('answered', 'answered_resumed')]
+    assert responses[1] == responses[0][-len(responses[1]) :] and responses[1]
 
 
 def test_evaluation_is_a_fixed_measurement(alone, parallel):
