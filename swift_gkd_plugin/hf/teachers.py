@@ -20,6 +20,7 @@ from ..teachers.adapters import adapters_off
 from ..teachers.average import MovingAverage
 from ..teachers.offload import HostCopy, LayerStream
 from .head import KeptHead, OutputHead
+from .shared_work import SharedWork
 
 
 class LocalTeacher:
@@ -29,10 +30,14 @@ class LocalTeacher:
         model: The prepared (wrapped) model.
         bare: The same without its wrapper.
         host_copy: Its weights, if they are on the host and visit the device.
+
+    Attributes:
+        shared_work: What it leaves to the student, if it lives in the student's model; None for nothing.
     """
 
     adapter = True
     description = 'a separate model'
+    shared_work: SharedWork | None = None
 
     def __init__(self, model: nn.Module, bare: nn.Module, host_copy: HostCopy | LayerStream | None = None):
         self.model, self.bare, self.host_copy = model, bare, host_copy
@@ -58,7 +63,11 @@ class LocalTeacher:
             topk: Reduce it to the k largest log-probabilities.
         """
         with self.ready() as model:
-            return [self._signal(model, batch, forward, topk) for batch in batches]
+            found = []
+            for batch in batches:
+                with self.shared_work.kept(batch) if self.shared_work else nullcontext():
+                    found.append(self._signal(model, batch, forward, topk))
+            return found
 
     def _signal(self, model: nn.Module, batch: MicroBatch, forward: Callable[..., Any], topk: TopKOptions | None) -> Signal:
         inputs = batch.teacher_inputs or batch.student_inputs

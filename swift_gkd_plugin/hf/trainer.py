@@ -51,6 +51,7 @@ from ..teachers.server import ServerOptions, TeacherServerError, TeacherServers
 from .engine import EngineRollout
 from .head import OutputHead
 from .loss import DistillationLoss
+from .shared_work import SharedWork
 from .teachers import AveragedStudent, LiveStudent, LocalTeacher, SharedBase
 
 logger = get_logger()
@@ -158,6 +159,15 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         return teacher
 
     def _self_teacher(self) -> LocalTeacher:
+        teacher = self._kind_of_self_teacher()
+        shared = SharedWork(self._bare(), layers=not self.aux_loss_enabled)
+        if shared:
+            parts = ', '.join(type(tower).__name__ for tower in shared.towers)
+            logger.info(f'Teacher and student share the work of {parts or "no tower"} and the lowest {len(shared.layers)} layers.')
+            teacher.shared_work = shared
+        return teacher
+
+    def _kind_of_self_teacher(self) -> LocalTeacher:
         if self.args.gkd_self_teacher == 'ema':
             average = MovingAverage(self._bare(), self.args.gkd_ema_decay)
             self.add_callback(AfterUpdate(average))
@@ -563,7 +573,8 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
             signal = batch.signal
         elif self._uses_local_teacher:
             (signal,) = self._signals([batch])
-        with self.metrics.seconds('seconds/student'):
+        shared = getattr(self.teacher, 'shared_work', None)
+        with self.metrics.seconds('seconds/student'), shared.used(batch) if shared else nullcontext():
             total, outputs = self.loss(lambda inputs: model(**self._with_router_logits(inputs)), batch, signal, stats)
         return total, outputs, stats
 

@@ -22,14 +22,15 @@ class Recorder(TrainerCallback):
     """Keeps what a run saw beside its logs.
 
     ``gradients-<step>.pt``: each step's gradient, before clipping. ``seen.json``: the longest input of the student in tokens, on which
-    sides its batches were padded, the largest dropout, how often the template's forward context was entered, and how many parameters
-    are spread over the ranks.
+    sides its batches were padded, the largest dropout, how often the template's forward context was entered, how many parameters are
+    spread over the ranks, and how often a vision tower and the lowest decoder layer ran.
     """
 
     def __init__(self, args, trainer):
         super().__init__()
         self.trainer = trainer
         self.seen = {'longest': 0, 'padded_left': False, 'padded_right': False, 'dropout': 0.0, 'forward_contexts': 0, 'sharded': 0}
+        self.seen |= {'towers': 0, 'lowest_layers': 0}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         seen, template = self.seen, self.trainer.template
@@ -48,6 +49,17 @@ class Recorder(TrainerCallback):
                 seen['padded_left'] |= bool(pad[:, 0].any())
                 seen['padded_right'] |= bool(pad[:, -1].any())
 
+        def count(name):
+            def add(*args):
+                seen[name] += 1
+
+            return add
+
+        for name, module in model.named_modules():
+            if name.endswith('visual.blocks.0.mlp'):
+                module.register_forward_pre_hook(count('towers'))
+            elif name.endswith('layers.0.mlp'):
+                module.register_forward_pre_hook(count('lowest_layers'))
         template.forward_context = counted
         model.get_input_embeddings().register_forward_pre_hook(look)
         if self.trainer.is_deepspeed_enabled:
@@ -117,11 +129,13 @@ def allow_fsdp_on_cpu() -> None:
 
 @contextmanager
 def forced(job):
-    """What a job asks for beside its options: ``dense``, whole logits for every model; ``evaluate_first``, before any training."""
+    """What a job asks for beside its options: ``dense``, whole logits for every model; ``evaluate_first``, before any training;
+    ``nothing_shared``, teacher and student each do all of their work."""
     from swift_gkd_plugin.hf.head import OutputHead
+    from swift_gkd_plugin.hf.shared_work import SharedWork
     from swift_gkd_plugin.hf.trainer import GKDTrainer
 
-    why_dense, train = OutputHead._why_dense, GKDTrainer.train
+    why_dense, train, shared = OutputHead._why_dense, GKDTrainer.train, SharedWork.__bool__
 
     def evaluate_and_train(self, *args, **kwargs):
         self.evaluation_loop(self.get_eval_dataloader(), 'before')  # evaluate() logs, which ms-swift can't before training
@@ -131,10 +145,12 @@ def forced(job):
         OutputHead._why_dense = lambda self: 'the test wants it'
     if job.get('evaluate_first'):
         GKDTrainer.train = evaluate_and_train
+    if job.get('nothing_shared'):
+        SharedWork.__bool__ = lambda self: False
     try:
         yield
     finally:
-        OutputHead._why_dense, GKDTrainer.train = why_dense, train
+        OutputHead._why_dense, GKDTrainer.train, SharedWork.__bool__ = why_dense, train, shared
 
 
 def main(path: str) -> None:
@@ -174,7 +190,7 @@ def main(path: str) -> None:
         error, trace = None, ''
         loaded.clear()
         try:
-            with forced(job) if job.get('dense') or job.get('evaluate_first') else nullcontext():
+            with forced(job) if {'dense', 'evaluate_first', 'nothing_shared'} & job.keys() else nullcontext():
                 rlhf_main(job['argv'])
         except BaseException as e:
             error = f'{type(e).__name__}: {e}'

@@ -38,15 +38,16 @@ CASES = (
     'shared base',
     'modules_to_save',
     'lora on head',
+    'last layer',
 )
 LAYOUTS = {
-    'ddp': ('separate', 'checkpointing', 'padding_free', 'live lora', 'tied', 'modules_to_save'),
-    'zero2': ('separate', 'checkpointing', 'tied', 'shared base', 'modules_to_save'),
-    'zero3': CASES,
+    'ddp': ('separate', 'checkpointing', 'padding_free', 'live lora', 'tied', 'modules_to_save', 'last layer', 'on host', 'average'),
+    'zero2': ('separate', 'checkpointing', 'tied', 'shared base', 'modules_to_save', 'last layer', 'on host', 'average'),
+    'zero3': (*CASES, 'on host'),
     'fsdp2': CASES,
 }
-# Gradient checkpointing, packed rows and whole logits change nothing.
-SAME_AS = {'checkpointing': 'separate', 'padding_free': 'separate', 'dense': 'topk'}
+# Gradient checkpointing, packed rows, a teacher on the host and whole logits change nothing.
+SAME_AS = {'checkpointing': 'separate', 'padding_free': 'separate', 'on host': 'separate', 'dense': 'topk'}
 
 
 @pytest.fixture(scope='module')
@@ -72,6 +73,7 @@ ADAPTERS = {
     'lora': {},
     'modules_to_save': {'modules_to_save': 'lm_head'},
     'lora on head': {'target_modules': ['q_proj', 'lm_head']},
+    'last layer': {'target_modules': ['layers.1.self_attn.q_proj', 'layers.1.mlp.up_proj']},
 }
 
 
@@ -97,6 +99,7 @@ def cases(tiny_models, files, adapters):
         'separate': {},
         'checkpointing': {'gradient_checkpointing': 'true'},
         'padding_free': {'padding_free': 'true', 'attn_impl': 'sdpa', 'per_device_train_batch_size': 2, 'gradient_accumulation_steps': 1},
+        'on host': {'gkd_teacher_offload': 'model'},
         'topk': {'gkd_logits_topk': 8},
         'dense': {'gkd_logits_topk': 8, 'dense': True},
         'live': {**none, **privileged},
@@ -106,6 +109,9 @@ def cases(tiny_models, files, adapters):
         'shared base': {**same, 'adapters': adapters['lora'], 'gradient_checkpointing': 'true'},
         'modules_to_save': {**same, 'adapters': adapters['modules_to_save']},
         'lora on head': {**same, 'adapters': adapters['lora on head']},
+        # Teacher and student share the work of the first layer.
+        'last layer': {'tuner_type': 'lora', 'teacher_model': tiny_models.student, 'adapters': adapters['last layer']},
+        'average': {**none, **privileged, 'gkd_self_teacher': 'ema', 'gkd_ema_decay': 0.5},
     }
 
 

@@ -1,0 +1,170 @@
+"""What a teacher that lives in the student's own model has computed already, and the student need not compute again.
+
+A part of the model that nothing trains and no adapter sits in gives both of them the same: vision and audio towers with their projectors,
+and the decoder layers below the first one that is trained or has an adapter. The teacher goes first; what these parts give is kept, and the
+student's forward takes it from there. It takes the very tensors, so both see the same bits, and there is nothing to propagate back
+through them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..samples import MicroBatch
+from .head import unwrap_peft
+
+MEDIA_INPUTS = ('pixel_values', 'pixel_values_videos', 'input_features', 'image_grid_thw', 'video_grid_thw', 'feature_attention_mask')
+
+
+class SharedWork:
+    """The parts of one model that teacher and student have in common.
+
+    Args:
+        model: The (PEFT) model without its wrapper, its trained parameters chosen.
+        layers: Whether decoder layers may be left out: not if something else, a router's loss, needs what happens inside them.
+    """
+
+    def __init__(self, model: nn.Module, layers: bool = True):
+        bare = unwrap_peft(model)
+        arch = getattr(getattr(bare, 'model_meta', None), 'model_arch', None)
+        names = [*getattr(arch, 'vision_tower', ()), *getattr(arch, 'aligner', ())]
+        towers = [bare.get_submodule(name) for name in names if _has(bare, name)]
+        inside = {id(m) for tower in towers for m in tower.modules() if m is not tower}
+        self.towers = [tower for tower in towers if id(tower) not in inside and _is_fixed(tower)]
+        self.layers = _lowest_layers(bare) if layers else []
+        self._kept: dict[int, list[Any]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.towers or self.layers)
+
+    def _shared(self, batch: MicroBatch) -> list[nn.Module]:
+        """The parts that see the same in both forwards of a micro-batch."""
+        if batch.teacher_inputs is None:
+            return [*self.towers, *self.layers]
+        mine, theirs = ([inputs.get(name) for name in MEDIA_INPUTS] for inputs in (batch.student_inputs, batch.teacher_inputs))
+        return self.towers if all(map(_equal, mine, theirs)) else []
+
+    @contextmanager
+    def kept(self, batch: MicroBatch) -> Iterator[None]:
+        """Around the teacher's forward."""
+        self._kept = {id(module): [] for module in self._shared(batch)}
+        with ExitStack() as stack:
+            for module in self._shared(batch):
+                if module not in self.layers[:-1]:  # of the layers the last one's output is all that counts
+                    stack.enter_context(_instead(module, self._keeping(module)))
+            yield
+
+    @contextmanager
+    def used(self, batch: MicroBatch) -> Iterator[None]:
+        """Around the student's forward. Afterwards nothing is kept."""
+        try:
+            with ExitStack() as stack:
+                for module in self._shared(batch) if self._kept else ():
+                    stack.enter_context(_without_recomputation(module))
+                    stack.enter_context(_instead(module, self._passing if module in self.layers[:-1] else self._using(module)))
+                yield
+        finally:
+            self._kept = {}
+
+    def _keeping(self, module: nn.Module):
+        forward, kept = module.forward, self._kept[id(module)]
+
+        def keep(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            # Models write into what they are given: into a layer's output, or a field of a tower's.
+            kept.append(output.clone() if isinstance(output, torch.Tensor) else copy.copy(output))
+            return output
+
+        return keep
+
+    def _using(self, module: nn.Module):
+        forward, kept = module.forward, self._kept[id(module)]
+
+        def use(*args: Any, **kwargs: Any) -> Any:
+            if not kept:
+                return forward(*args, **kwargs)
+            output = kept.pop(0)
+            if module in self.layers and torch.is_grad_enabled():
+                # A checkpointed layer that follows has a gradient only if one of its inputs asks for it. A model may write into that.
+                return output.requires_grad_().clone()
+            return output
+
+        return use
+
+    @staticmethod
+    def _passing(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _is_fixed(module: nn.Module) -> bool:
+    """Nothing in it is trained, switched off for the teacher, or random."""
+    if any(p.requires_grad for p in module.parameters()):
+        return False
+    return not any(
+        hasattr(m, '_disable_adapters') or (isinstance(m, nn.Dropout) and m.p > 0) or getattr(m, 'attention_dropout', 0)
+        for m in module.modules()
+    )
+
+
+def _lowest_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder's layers below the first one that differs, if nothing in front of them differs."""
+    decoder = model.get_decoder() if hasattr(model, 'get_decoder') else None
+    layers = list(getattr(decoder, 'layers', ()))
+    fixed = []
+    for layer in layers:
+        if not _is_fixed(layer):
+            break
+        fixed.append(layer)
+    behind = [module for module in (*layers, getattr(decoder, 'norm', None), model.get_output_embeddings()) if module is not None]
+    behind = {id(m) for module in behind for m in module.modules()}
+    in_front = [m for m in model.modules() if id(m) not in behind]
+    changes = any(p.requires_grad for m in in_front for p in m.parameters(recurse=False)) or any(
+        hasattr(m, '_disable_adapters') for m in in_front
+    )
+    return [] if changes else fixed
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    return a is None and b is None
+
+
+@contextmanager
+def _instead(module: nn.Module, forward) -> Iterator[None]:
+    before = module.__dict__.get('forward')
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+@contextmanager
+def _without_recomputation(module: nn.Module) -> Iterator[None]:
+    """A backward pass must not run a forward again that was not run."""
+    before = module.__dict__.get('gradient_checkpointing')
+    if before:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        if before:
+            module.gradient_checkpointing = before
