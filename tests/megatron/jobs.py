@@ -133,9 +133,13 @@ def main(path: str) -> None:
         from swift_gkd_plugin.megatron.trainer import GKDTrainer
 
         engine.install(GKDTrainer)
+    from swift_gkd_plugin.megatron import generation
+
+    keeps_cache = generation.keeps_cache
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     for job in listed:
         os.environ['EXPORT'], os.environ['SAVE'] = str(int(job['export'])), str(int(job['save']))
+        generation.keeps_cache = (lambda model: False) if job['no_cache'] else keeps_cache
         error, trace = None, ''
         loaded.clear()
         # The bridge remembers the groups of the first model in the process, be it one without experts.

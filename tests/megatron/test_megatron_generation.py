@@ -48,15 +48,16 @@ SELF = {
     'val_dataset': 'mixed',
     'gkd_eval_source': 'teacher',
 }
+UNCACHED = {**SAMPLED, 'no_cache': True}
 DENSE = {'trained': TRAINED, 'sampled': SAMPLED, 'self': SELF}
 EXPERTS = {'experts': {**MOE, **TRAINED}}
 # What runs in each layout. PP2xVPP2 needs 4 layers, TP2 experts only with sequence parallelism.
 JOBS = {
-    '1': {**DENSE, **EXPERTS},
+    '1': {**DENSE, **EXPERTS, 'uncached': UNCACHED},
     'TP2': DENSE,
     'TP2+SP': {'trained': TRAINED, **EXPERTS},
-    'PP2': {**DENSE, **EXPERTS},
-    'CP2': {**DENSE, **EXPERTS},
+    'PP2': {**DENSE, **EXPERTS, 'uncached': UNCACHED},
+    'CP2': {'trained': TRAINED, **EXPERTS, 'uncached': UNCACHED},
     'DP2': DENSE,
     'EP2': EXPERTS,
     'PP2xVPP2': {'trained': TRAINED},
