@@ -24,6 +24,7 @@ MOE = {'model': 'moe', 'teacher_model': 'moe_teacher'}
 PADDED = {'micro_batch_size': 2, 'padding_free': 'false'}
 # Micro-batches that two replicas, or four, cannot share evenly.
 THREE, SIX = {'global_batch_size': 3}, {'global_batch_size': 6}
+EVALUATED = {**STEPS, 'val_dataset': 'privileged', 'eval_steps': 3, 'global_batch_size': 6}  # 8 rows
 ANSWERS = {**STEPS, 'seq_kd': 'true', 'lmbda': 0, 'gkd_teacher_temperature': 0, 'gkd_teacher_max_completion_length': 6}
 DP4 = {'tensor_model_parallel_size': 1, 'pipeline_model_parallel_size': 1}
 
@@ -35,6 +36,7 @@ PAIRS: dict[str, dict[str, tuple[dict, dict]]] = {
         'TP2, wide': (WIDE, layout(tp=2)),
         'TP2, top-k': (TOPK, layout(tp=2)),
         'TP2, answers': (ANSWERS, layout(tp=2)),
+        'TP2, evaluated': (EVALUATED, layout(tp=2)),
         'TP2, another family': ({'teacher_model': 'qwen2'}, layout(tp=2)),
         'PP2': (PRIVILEGED, layout(pp=2)),
         'CP2': (PRIVILEGED, layout(cp=2)),
@@ -50,6 +52,7 @@ PAIRS: dict[str, dict[str, tuple[dict, dict]]] = {
         'PP2, top-k': (TOPK, layout(tp=1, pp=2)),
         'CP2': (PRIVILEGED, layout(tp=1, cp=2)),
         'DP2, answers': (ANSWERS, layout(tp=1)),
+        'DP2, evaluated': (EVALUATED, layout(tp=1)),
     },
     'PP2': {
         'DP2, filler': (THREE, layout(pp=1)),
@@ -84,7 +87,7 @@ def run_in(student: str, jobs: Jobs, root: Path, models: Mapping[str, Path], tra
     """Run jobs with a layout of the student, a key of PAIRS or of runs.LAYOUTS."""
     root.mkdir(parents=True, exist_ok=True)
     datasets = make_datasets(train, root)
-    jobs = {name: {**job, 'dataset': datasets[job['dataset']]} if 'dataset' in job else job for name, job in jobs.items()}
+    jobs = {name: {key: datasets[value] if key.endswith('dataset') else value for key, value in job.items()} for name, job in jobs.items()}
     if student == 'DP4':  # four ranks of any kind
         student, jobs = 'TP2xPP2', {name: {**DP4, **job} for name, job in jobs.items()}
     return {name: run.ok() for name, run in run_jobs(jobs, student, root, models, train, timeout=600).items()}

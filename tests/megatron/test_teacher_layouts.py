@@ -39,6 +39,8 @@ def test_teacher_says_the_same_in_its_own_layout(alone, models, tiny_models, tmp
     assert {name: d for name, d in differences.items() if not (d[0] < 1e-6 and d[1] < 1e-5)} == {}
     for name, run in runs.items():
         assert 'a separate model on its own layout (TP ' in run.output, name
+        assert run.values('eval_loss') == pytest.approx(alone[student][name].values('eval_loss'), abs=1e-6)
+        assert len(run.values('eval_loss')) == ('evaluated' in name)
         if 'offloaded' in name:
             assert min(run.values('teacher/moved_gib')) > 0
 
