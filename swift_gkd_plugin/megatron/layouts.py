@@ -36,7 +36,7 @@ from ..samples import MicroBatch
 from ..teachers import HiddenStates, Signal, TopKOptions
 from .head import HeadTensors
 from .rota import Rota
-from .teachers import HostCopy, LocalTeacher
+from .teachers import LocalTeacher, host_copy
 from .views import LocalView, local_view
 
 logger = get_logger()
@@ -245,7 +245,7 @@ class RelocatedTeacher(LocalTeacher):
         with torch.no_grad():
             self.loss_head = HeadShard(self._head_of_student_shard())
         # The model's own head is not needed on the device for the loss.
-        self.host_copy = HostCopy(chunks) if offload else None
+        self.host_copy = host_copy(chunks) if offload else None
 
     @contextmanager
     def ready(self) -> Iterator[None]:

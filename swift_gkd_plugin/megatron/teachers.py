@@ -21,41 +21,21 @@ from ..responses.local import evaluation_mode
 from ..samples import MicroBatch
 from ..teachers import HiddenStates, Signal, TopK, TopKOptions
 from ..teachers.adapters import adapters_off
+from ..teachers.offload import HostCopy
 from .head import OutputHead
 from .views import LocalView, local_view
 
 
-class HostCopy:
-    """Frozen weights that live on the host and visit the device.
-
-    One pinned copy, made once; on the way back nothing is copied, for the weights have not changed. The output head stays on the device:
-    the student's loss needs it after the visit.
+def host_copy(chunks: list[nn.Module], head: OutputHead | None = None) -> HostCopy:
+    """A model that lives on the host.
 
     Args:
         chunks: The model's chunks on this rank.
-        head: Its output head, if the loss reads it.
+        head: Its output head, if the loss reads it, for which it stays on the device.
     """
-
-    def __init__(self, chunks: list[nn.Module], head: OutputHead | None = None):
-        stays = {id(head.tensors().weight)} if head is not None and head.model is not None else set()
-        self.params = [p for chunk in chunks for p in chunk.parameters() if id(p) not in stays]
-        self.copies = [p.detach().to('cpu').pin_memory() for p in self.params]
-        self.bytes = sum(p.numel() * p.element_size() for p in self.params)
-        self._leave()
-
-    def _leave(self) -> None:
-        for p, copy in zip(self.params, self.copies, strict=True):
-            p.data = copy
-
-    @contextmanager
-    def on_device(self) -> Iterator[None]:
-        device = get_current_device()
-        for p, copy in zip(self.params, self.copies, strict=True):
-            p.data = copy.to(device, non_blocking=True)
-        try:
-            yield
-        finally:
-            self._leave()
+    stays = {id(head.tensors().weight)} if head is not None and head.model is not None else set()
+    params = (p for chunk in chunks for p in chunk.parameters() if id(p) not in stays)
+    return HostCopy(params, torch.device(get_current_device()))
 
 
 class LocalTeacher:
@@ -73,7 +53,7 @@ class LocalTeacher:
     def __init__(self, args, chunks: list[nn.Module], offload: bool = False):
         self.args, self.chunks = args, chunks
         self.head = self.loss_head = OutputHead(chunks)
-        self.host_copy = HostCopy(chunks, self.head) if offload else None
+        self.host_copy = host_copy(chunks, self.head) if offload else None
 
     @contextmanager
     def ready(self) -> Iterator[None]:
