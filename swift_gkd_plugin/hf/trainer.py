@@ -294,7 +294,8 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         if source == TEACHER:
             temperature = temperature if args.gkd_teacher_temperature is None else args.gkd_teacher_temperature
             limit = args.gkd_teacher_max_completion_length or limit
-        return SamplingOptions(limit, temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, tuple(args.stop_words))
+        words, vocab_size = tuple(args.stop_words), self.loss.options.vocab_size
+        return SamplingOptions(limit, temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, words, vocab_size)
 
     def _student_answers(self, samples: list[Sample]) -> None:
         def lend():

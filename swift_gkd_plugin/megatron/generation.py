@@ -32,7 +32,7 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, 
 from ..arguments import OptionError
 from ..responses import Response, SamplingOptions
 from ..responses.local import ends_of_responses, evaluation_mode, inference_template
-from ..responses.sampling import RowSeededSampling
+from ..responses.sampling import sampling_processors
 
 # Rows share a micro-batch if their prompts differ by no more tokens than this: each of them is a pass for the whole batch.
 SPREAD = 64
@@ -159,8 +159,7 @@ class Generator:
         warp = LogitsProcessorList()
         if options.repetition_penalty != 1:
             warp.append(RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
-        if options.temperature > 0:
-            warp.append(RowSeededSampling(options, [seed], torch.device(get_current_device())))
+        warp.extend(sampling_processors(options, [seed], torch.device(get_current_device())))
         return _Row(number, ids, warp, ends_of_responses(template, self.eos, options))
 
 

@@ -202,7 +202,8 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
             temperature = temperature if args.gkd_teacher_temperature is None else args.gkd_teacher_temperature
             limit = args.gkd_teacher_max_completion_length or limit
         # Megatron-SWIFT has no --min_p.
-        return SamplingOptions(limit, temperature, args.top_k, args.top_p, 0.0, args.repetition_penalty, tuple(args.stop_words or ()))
+        words, vocab_size = tuple(args.stop_words or ()), self.loss.options.vocab_size
+        return SamplingOptions(limit, temperature, args.top_k, args.top_p, 0.0, args.repetition_penalty, words, vocab_size)
 
     def _seed(self, sample: Sample) -> int:
         return sources.sampling_seed(self.args.seed, sample.row.epoch, sample.row.number, sample.source, sample.row.repeat)

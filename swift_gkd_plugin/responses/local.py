@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
-from .sampling import FinishedAt, Response, RowSeededSampling, SamplingOptions
+from .sampling import FinishedAt, Response, SamplingOptions, sampling_processors
 
 
 @contextmanager
@@ -102,14 +102,11 @@ class LocalGenerator:
         # Decoder-only models return the prompt too, unless it went in as embeddings.
         prompt_length = inputs['input_ids'].shape[1] if inputs.get('inputs_embeds') is None else 0
         finished = FinishedAt(ends_of_responses(template, eos, options, model), prompt_length)
-        processors = LogitsProcessorList()
-        if options.temperature > 0:
-            processors.append(RowSeededSampling(options, seeds, self.device))
         sequences = template.generate(
             model,
             **inputs,
             generation_config=config,
-            logits_processor=processors,
+            logits_processor=sampling_processors(options, seeds, self.device),
             stopping_criteria=StoppingCriteriaList([finished]),
             synced_gpus=self.lockstep or None,
         )

@@ -27,6 +27,7 @@ class SamplingOptions:
         min_p: 0 is off.
         repetition_penalty: 1 is off.
         stop_words: Strings that end a response, besides the template's own.
+        vocab_size: Ids from here on are never sampled; None for all that the model has.
     """
 
     max_tokens: int
@@ -36,6 +37,7 @@ class SamplingOptions:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     stop_words: tuple[str, ...] = ()
+    vocab_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,27 @@ class Response:
     @property
     def cut_off(self) -> bool:
         return self.finish_reason == 'length'
+
+
+def sampling_processors(options: SamplingOptions, seeds: list[int], device: torch.device) -> LogitsProcessorList:
+    """What turns a model's scores [rows, vocab] into those of which the largest is the sample; ``seeds`` has one per row."""
+    processors = LogitsProcessorList()
+    if options.vocab_size is not None:
+        processors.append(WithinVocabulary(options.vocab_size))
+    if options.temperature > 0:
+        processors.append(RowSeededSampling(options, seeds, device))
+    return processors
+
+
+class WithinVocabulary(LogitsProcessor):
+    """Keeps to the ids that both models have: of two heads of one family the longer one has rows that no token belongs to."""
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        scores[:, self.vocab_size :] = -torch.inf
+        return scores
 
 
 class RowSeededSampling(LogitsProcessor):

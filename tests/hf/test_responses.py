@@ -158,3 +158,13 @@ def test_the_template_is_restored(tiny, generate):
     before = template.mode, template.max_length, template.padding_free
     generate(PROMPTS, [0] * 3, GREEDY)
     assert (template.mode, template.max_length, template.padding_free) == before
+
+
+@pytest.mark.parametrize('temperature', [0, 1])
+def test_ids_that_the_other_model_lacks_are_not_sampled(generate, temperature):
+    usual, within = (
+        generate(PROMPTS, [1, 2, 3], SamplingOptions(max_tokens=12, temperature=temperature, vocab_size=vocab_size))
+        for vocab_size in (None, 300)
+    )
+    assert max(max(response.token_ids) for response in usual) >= 300
+    assert max(max(response.token_ids) for response in within) < 300
