@@ -27,6 +27,7 @@ class RolloutServer:
         options: On top of what every server of the tests has.
         log: File for its output.
         command: What takes the options.
+        env: On top of the environment of every process with an engine.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class RolloutServer:
         options: Mapping[str, Any],
         log: Path,
         command: Sequence[Any] = (helpers.SCRIPTS / 'swift', 'rollout'),
+        env: Mapping[str, str] | None = None,
     ):
         self.port, self.log = helpers.free_port(), log
         argv = helpers.command_line(
@@ -52,7 +54,13 @@ class RolloutServer:
         )
         self.process = subprocess.Popen(
             [*map(str, command), *argv],
-            env={**os.environ, 'PATH': f'{helpers.SCRIPTS}{os.pathsep}{os.environ["PATH"]}', **helpers.OFFLINE, **ENVIRONMENT},
+            env={
+                **os.environ,
+                'PATH': f'{helpers.SCRIPTS}{os.pathsep}{os.environ["PATH"]}',
+                **helpers.OFFLINE,
+                **ENVIRONMENT,
+                **(env or {}),
+            },
             stdout=log.open('w'),
             stderr=subprocess.STDOUT,
             start_new_session=True,

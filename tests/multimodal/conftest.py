@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 ENGINE_TESTS = HERE.parent / 'engine'
 sys.path.insert(0, str(ENGINE_TESTS))
 
-from rollout_server import ENVIRONMENT  # noqa: E402
+from rollout_server import ENVIRONMENT, RolloutServer  # noqa: E402
 
 
 def pytest_collection_modifyitems(items) -> None:
@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items) -> None:
         if HERE not in item.path.parents:
             continue
         item.add_marker(pytest.mark.e2e)
-        needs_engine = {'vllm_server', 'text_server', 'deploy_server', 'run_jobs_with_engine', 'runs'} & set(item.fixturenames)
+        needs_engine = {'vllm_server', 'text_server', 'deploy_server', 'run_jobs_with_engine', 'runs_with_servers'} & set(item.fixturenames)
         if needs_engine:
             item.add_marker(pytest.mark.vllm)
         missing = no_vision or (needs_engine and no_vllm)
@@ -55,12 +55,26 @@ def run_jobs(tmp_path_factory, vision_models) -> job_runs.JobRunner:
     return job_runs.JobRunner(tmp_path_factory, vision_models, HERE.parent / 'hf' / 'jobs.py', environment)
 
 
+def with_engine() -> dict[str, str]:
+    both = f'{tiny_vision.environment()["PYTHONPATH"]}:{ENVIRONMENT["PYTHONPATH"]}'
+    return {**tiny_vision.environment(vllm=True), **ENVIRONMENT, 'PYTHONPATH': both}
+
+
 @pytest.fixture(scope='session')
 def run_jobs_with_engine(tmp_path_factory, vision_models) -> job_runs.JobRunner:
-    """With a colocated vLLM; what it samples is compared with the live student."""
-    environment = {**tiny_vision.environment(vllm=True), **ENVIRONMENT}
-    environment['PYTHONPATH'] = f'{tiny_vision.environment()["PYTHONPATH"]}:{ENVIRONMENT["PYTHONPATH"]}'
-    return job_runs.JobRunner(tmp_path_factory, vision_models, ENGINE_TESTS / 'jobs_with_engine.py', environment)
+    """With vLLM for the student; what it samples is compared with the live student."""
+    return job_runs.JobRunner(tmp_path_factory, vision_models, ENGINE_TESTS / 'jobs_with_engine.py', with_engine())
+
+
+@pytest.fixture(scope='session')
+def rollout_server(tmp_path_factory, vision_models) -> Iterator[RolloutServer]:
+    names = {'model_type': 'qwen3_vl', 'template': 'qwen3_vl'}
+    server = RolloutServer(vision_models, names, tmp_path_factory.mktemp('rollout') / 'log.txt', env=with_engine())
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.stop()
 
 
 @pytest.fixture(scope='session')

@@ -32,7 +32,7 @@ def asks(url: str) -> dict:
 
 
 @pytest.fixture(scope='module')
-def runs(run_jobs, vllm_server, text_server, deploy_server):
+def runs_with_servers(run_jobs, vllm_server, text_server, deploy_server):
     return run_jobs(
         {
             'local': STEP,
@@ -50,40 +50,42 @@ def runs(run_jobs, vllm_server, text_server, deploy_server):
     )
 
 
-def test_equals_whole_logits(runs):
-    ours, dense = runs['whole'].ok(), runs['dense path'].ok()
+def test_equals_whole_logits(runs_with_servers):
+    ours, dense = runs_with_servers['whole'].ok(), runs_with_servers['dense path'].ok()
     assert ours.losses == pytest.approx(dense.losses, rel=1e-5)
     assert job_runs.relative(ours.gradients(1), dense.gradients(1)) < 1e-4
 
 
 @pytest.mark.parametrize('name', ['vllm', 'deploy'])
-def test_servers_equal_the_local_teacher(runs, name):
-    found, local = runs[name].ok(), runs['local'].ok()
+def test_servers_equal_the_local_teacher(runs_with_servers, name):
+    found, local = runs_with_servers[name].ok(), runs_with_servers['local'].ok()
     assert found.losses == pytest.approx(local.losses, rel=1e-5)
     assert job_runs.relative(found.gradients(1), local.gradients(1)) < 1e-4
 
 
-def test_a_server_that_takes_no_images_is_found_at_the_start(runs):
-    run = runs['a server for text']
+def test_a_server_that_takes_no_images_is_found_at_the_start(runs_with_servers):
+    run = runs_with_servers['a server for text']
     assert '--enable-scale-out' in run.error and 'vLLM 0.32' in run.error and run.loaded == 0
 
 
-def test_student_and_teacher_answer(runs):
-    lines = runs['mixed'].ok().completions
+def test_student_and_teacher_answer(runs_with_servers):
+    lines = runs_with_servers['mixed'].ok().completions
     assert {line['source'] for line in lines} == {'student', 'teacher'}
 
 
 @pytest.mark.parametrize('name', ['vllm', 'deploy'])
-def test_servers_answer_as_the_local_teacher(runs, name):
-    found, local = runs[f'mixed, greedy, {name}'].ok(), runs['mixed, greedy'].ok()
+def test_servers_answer_as_the_local_teacher(runs_with_servers, name):
+    found, local = runs_with_servers[f'mixed, greedy, {name}'].ok(), runs_with_servers['mixed, greedy'].ok()
     assert [line['completion'] for line in found.completions] == [line['completion'] for line in local.completions]
     assert found.losses == pytest.approx(local.losses, rel=1e-4)
 
 
-def test_colocated_engine_sees_the_images(run_jobs_with_engine):
+def test_engines_see_the_images(run_jobs_with_engine, rollout_server):
     """vLLM's log-probabilities of what it sampled are the live student's, with the images, after every update."""
-    engine = {'use_vllm': 'true', 'vllm_mode': 'colocate', 'ddp_backend': 'gloo', **ENGINE}
-    job = {**STEP, 'lmbda': 1, 'learning_rate': 1e-2, 'top_p': 1, 'top_k': -1, 'log_completions': 'true', **engine}
-    (run,) = run_jobs_with_engine({'colocate': job}, env=helpers.one_rank()).values()
-    calls = run.ok().lines('engine-rank0.jsonl')
-    assert len(calls) == 2 and all(call['tokens'] > 0 and call['error'] < 1e-4 for call in calls)
+    job = {**STEP, 'lmbda': 1, 'learning_rate': 1e-2, 'top_p': 1, 'top_k': -1, 'use_vllm': 'true', 'ddp_backend': 'gloo', **ENGINE}
+    runs = run_jobs_with_engine(
+        {'colocate': {**job, 'vllm_mode': 'colocate'}, 'server': {**job, **rollout_server.options}}, env=helpers.one_rank()
+    )
+    for run in runs.values():
+        calls = run.ok().lines('engine-rank0.jsonl')
+        assert len(calls) == 2 and all(call['tokens'] > 0 and call['error'] < 1e-4 for call in calls)

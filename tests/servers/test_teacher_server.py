@@ -9,6 +9,9 @@ import proxy as faults
 import pytest
 from proxy import KEY
 
+from swift_gkd_plugin.responses import SamplingOptions
+from swift_gkd_plugin.teachers.server import Question, ServerOptions, TeacherServer
+
 K = 16
 STEP = {
     'tuner_type': 'full',
@@ -90,7 +93,7 @@ def test_equals_the_local_teacher(runs, name):
     found, local = runs[0][name].ok(), runs[0]['local'].ok()
     assert found.losses == pytest.approx(local.losses, rel=1e-5)
     for step in (1, 2, 3):
-        assert job_runs.relative(found.gradients(step), local.gradients(step)) < 1e-4 if step > 1 else 1e-5
+        assert job_runs.relative(found.gradients(step), local.gradients(step)) < (1e-4 if step > 1 else 1e-5)
 
 
 def test_failures_that_pass_cost_only_time(runs, spoilt):
@@ -121,10 +124,27 @@ def test_replies_that_stay_unusable(runs, name, reason):
 
 
 def test_answers_of_the_server(runs):
-    """Ids and scores in one request: as many requests as answers and other samples, and the loss of a scoring pass."""
     mixed, deploy = runs[0]['mixed'].ok(), runs[0]['mixed, deploy'].ok()
     assert {line['source'] for line in mixed.completions} == {'student', 'teacher'}
     assert all(0 < loss < 6 for loss in mixed.losses + deploy.losses)
+
+
+@pytest.mark.parametrize('temperature', [0, 0.7])
+def test_scores_that_come_with_an_answer_are_those_of_a_scoring_pass(vllm_server, temperature, monkeypatch):
+    """Raw ones: neither the temperature nor top_p has touched them."""
+    monkeypatch.setenv('GKD_TEACHER_API_KEY', KEY)
+    server = TeacherServer(vllm_server, ServerOptions(topk=K, timeout=60, retry_seconds=5, in_flight=1))
+    server.connect()
+    for seed in range(4):
+        prompt = list(range(20 + seed, 32 + seed))
+        options = SamplingOptions(max_tokens=24, temperature=temperature, top_p=0.8)
+        response, scores = server.answer(Question(prompt, [], prompt, {}), options, seed, [])
+        ids = prompt + response.token_ids
+        scored = server.score(Question(ids, list(range(len(prompt), len(ids))), ids, {}))
+        assert scores.logprobs.shape == (len(response.token_ids), K)
+        assert abs(scores.logprobs - scored.logprobs).max() < 1e-4
+        order = [ids.argsort() for ids in (scores.ids, scored.ids)]
+        assert all((ours[o] == theirs[t]).all() for ours, o, theirs, t in zip(scores.ids, order[0], scored.ids, order[1], strict=True))
 
 
 def test_nothing_generated_is_lost(runs):
