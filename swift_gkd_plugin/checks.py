@@ -129,7 +129,7 @@ def teaches_as_base(args: Any, teacher: str | None, can_switch_off: bool) -> boo
     Raises:
         OptionError: ``--gkd_self_teacher`` contradicts ``--teacher_model``, or there is no adapter to switch off.
     """
-    shared = can_switch_off and not args.teacher_adapters and teacher is not None and same_weights(args, teacher)
+    shared = can_switch_off and not getattr(args, 'teacher_adapters', None) and teacher is not None and same_weights(args, teacher)
     how = args.gkd_self_teacher
     if how is None:
         return shared

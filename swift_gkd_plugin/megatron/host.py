@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from ..arguments import check_values
-from ..checks import same_weights
+from ..checks import teaches_as_base
 from ..seams import Renamed, extended, for_gkd, forget_external_plugin, modern_command_line, option_fields, option_value, take_options
 from .options import check_layout, check_supported, said_once
 
@@ -54,9 +54,8 @@ def take_over_arguments(module: ModuleType) -> dict[str, Any]:
         # Stock compares two strings and ignores the revisions.
         teacher = self.teacher_model
         stock()
-        if teacher is None:
-            return
-        shared = self.tuner_type == 'lora' and same_weights(self, teacher)
+        with said_once():
+            shared = teaches_as_base(self, teacher, self.tuner_type == 'lora')
         self._teacher_use_disable_adapter = shared
         self.teacher_model = None if shared else teacher
 

@@ -17,16 +17,6 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ('gkd_teacher_engine', lambda a: a.gkd_teacher_engine != 'transformers', 'the teacher answers by megatron-core here; leave it out'),
     ('gkd_teacher_offload', lambda a: a.gkd_teacher_offload == 'layer', 'the Megatron back end moves the whole teacher; use model'),
     ('gkd_self_teacher', lambda a: a.gkd_self_teacher == 'ema', 'the Megatron back end keeps no average; use `swift rlhf`'),
-    (
-        'gkd_self_teacher',
-        lambda a: a.gkd_self_teacher == 'base' and a.teacher_model is None,
-        'give --teacher_model the value of --model, with --tuner_type lora',
-    ),
-    (
-        'gkd_self_teacher',
-        lambda a: a.gkd_self_teacher == 'live' and a.teacher_model is not None,
-        'there is a --teacher_model; give one of them',
-    ),
     ('gkd_prefetch', lambda a: a.gkd_prefetch, 'responses are generated between the steps here; leave it out'),
     ('streaming', lambda a: a.streaming, 'the Megatron back end needs a dataset with a length'),
     ('use_megatron_fsdp', lambda a: a.use_megatron_fsdp, "use megatron-core's own data parallelism with --use_distributed_optimizer"),
@@ -39,7 +29,9 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     # The bridge adds a router's low-rank term with the adapter off as well (mcore-bridge 1.6.5, tuners/lora.py).
     (
         'target_modules',
-        lambda a: a.teacher_model == a.model and a.tuner_type == 'lora' and 'all-router' in a.target_modules,
+        lambda a: (
+            (a.teacher_model == a.model or a.gkd_self_teacher == 'base') and a.tuner_type == 'lora' and 'all-router' in a.target_modules
+        ),
         "the adapter of a router can't be switched off for the teacher; leave all-router out",
     ),
 )

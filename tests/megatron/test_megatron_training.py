@@ -64,6 +64,9 @@ def alone(run_jobs, data, tmp_path_factory) -> dict[str, Run]:
             answered={**ON_POLICY, **SAVED, 'save': True, 'output_dir': answered},
             answered_resumed={**ON_POLICY, **SAVED, 'mcore_model': answered / 'checkpoint-3', 'finetune': 'false'},
             base={**LORA, **STEPS, 'teacher_model': 'student', 'export': True},
+            self_teacher={**LORA, **STEPS, 'teacher_model': None, 'gkd_self_teacher': 'base'},
+            two_teachers={**STEPS, 'gkd_self_teacher': 'live'},
+            no_adapter={**STEPS, 'teacher_model': None, 'gkd_self_teacher': 'base'},
         )
     )
     return runs
@@ -127,6 +130,12 @@ def test_sharded_optimizer_trains_the_same(alone, parallel):
         assert parallel[name].ok().losses == pytest.approx(alone[name].ok().losses, abs=1e-6)
         assert relative(parallel[name].saved('weights'), alone[name].saved('weights')) < 1e-5
     assert alone['base'].loaded == 2  # the student and its adapter, no second copy
+
+
+def test_the_base_by_either_name(alone):
+    assert alone['self_teacher'].ok().losses == alone['base'].losses
+    assert '--gkd_self_teacher live and --teacher_model' in alone['two_teachers'].error
+    assert 'there is no adapter to switch off' in alone['no_adapter'].error
 
 
 def test_offloading_changes_nothing(alone):

@@ -59,8 +59,6 @@ def options(**given) -> SimpleNamespace:
         dict(gkd_teacher_engine='vllm'),
         dict(gkd_teacher_offload='layer'),
         dict(gkd_self_teacher='ema', teacher_model=None),
-        dict(gkd_self_teacher='base', teacher_model=None),
-        dict(gkd_self_teacher='live'),
         dict(gkd_prefetch=True),
         dict(streaming=True),
         dict(use_megatron_fsdp=True),
