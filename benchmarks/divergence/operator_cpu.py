@@ -204,7 +204,11 @@ def plot(source: str, target: str) -> None:
                 if points:
                     axis.plot(*zip(*points, strict=True), marker='o', label=name)
             axis.set(xscale='log', yscale='log', xlabel='tokens', ylabel=label, title=dtype)
-            axis.grid(alpha=0.3, which='both')
+            axis.set_xticks(sorted({int(r['tokens']) for r in rows}))
+            axis.xaxis.set_major_formatter('{x:.0f}')
+            axis.yaxis.set_major_formatter('{x:g}')
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
             axis.legend()
     figure.suptitle(
         f'Output heads + JSD, forward and backward: hidden {rows[0]["hidden"]}, vocabulary {rows[0]["vocab"]}, '
