@@ -30,12 +30,16 @@ logger = get_logger()
 RESPONSE_COLUMNS = ('response_token_ids', 'add_eos')
 
 
-def used_columns(dataset, tag_key: str):
-    """The dataset with the columns of ms-swift's format, those of saved responses, and the tags of teacher servers."""
+def used_columns(dataset, args):
+    """The dataset with the columns of ms-swift's format, those of saved responses, and the tags of teacher servers.
+
+    All columns stay where the user says so, and where a scheduler or a server is given whole rows.
+    """
     columns = getattr(dataset, 'column_names', None)
-    if not columns:
+    passed_on = args.vllm_server_pass_dataset or args.multi_turn_scheduler or args.use_gym_env
+    if not columns or passed_on or not args.remove_unused_columns:
         return dataset
-    used = {*RowPreprocessor.standard_keys, *RESPONSE_COLUMNS, tag_key}
+    used = {*RowPreprocessor.standard_keys, *RESPONSE_COLUMNS, args.teacher_tag_key}
     kept = [name for name in columns if name in used]
     return dataset if kept == list(columns) else dataset.select_columns(kept)
 

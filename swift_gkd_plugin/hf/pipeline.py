@@ -115,7 +115,7 @@ class GKDPipeline(SwiftRLHF):
             return None, None
         finally:
             args.remove_unused_columns = removes
-        return tuple(used_columns(dataset, args.teacher_tag_key) for dataset in datasets) if removes else datasets
+        return tuple(used_columns(dataset, args) for dataset in datasets)
 
     def _get_dataset(self):
         return self._datasets

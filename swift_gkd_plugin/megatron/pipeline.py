@@ -83,8 +83,7 @@ class GKDPipeline(MegatronRLHF):
             train_dataset, val_dataset = None, None
         finally:
             args.remove_unused_columns = removes
-        if removes:
-            train_dataset, val_dataset = (used_columns(dataset, args.teacher_tag_key) for dataset in (train_dataset, val_dataset))
+        train_dataset, val_dataset = (used_columns(dataset, args) for dataset in (train_dataset, val_dataset))
         needed = None if args.lmbda == 1 or args.seq_kd else f'--lmbda {args.lmbda} without --seq_kd trains on responses of the dataset'
         with said_once():
             rows = train_dataset if train_dataset is not None else []

@@ -74,11 +74,12 @@ EngineRollout._engine_answers = watched
 
 
 class WithoutSync(TrainerCallback):
-    """The engine keeps the weights that it was built with."""
+    """The engine keeps the weights that training started from."""
 
     def __init__(self, args, trainer):
         super().__init__()
-        trainer._move_model_to_vllm = lambda *args, **kwargs: None
+        move = trainer._move_model_to_vllm
+        trainer._move_model_to_vllm = lambda *args, **kwargs: None if trainer.state.global_step else move(*args, **kwargs)
 
 
 callbacks_map['without_sync'] = WithoutSync

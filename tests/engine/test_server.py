@@ -19,9 +19,7 @@ def runs(run_jobs, servers, tiny_models, tmp_path_factory):
 
     return run_jobs(
         {
-            'without sync': on(
-                'plain', STEP, callbacks='without_sync'
-            ),  # first: the server still has the weights that training starts from
+            'without sync': on('plain', STEP, callbacks='without_sync'),
             'full': on('plain', STEP),
             'merged': on('plain', LORA),
             'adapter': on('adapter', LORA),
