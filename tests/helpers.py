@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -208,10 +209,22 @@ def command_line(options: Mapping[str, Any]) -> list[str]:
     return argv
 
 
+WORKER = int(os.environ.get('PYTEST_XDIST_WORKER', 'gw0').removeprefix('gw'))  # of this test run; 0 where there is only one
+_ports_given: set[int] = set()
+
+
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(('127.0.0.1', 0))
-        return sock.getsockname()[1]
+    """A port of the loopback to bind some seconds later.
+
+    It comes from a range of this worker, below the ports that Linux gives to connections by itself, so that nobody takes it meanwhile.
+    """
+    for port in random.SystemRandom().sample(range(10000 + 2500 * WORKER, 12500 + 2500 * WORKER), 100):
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(('127.0.0.1', port))
+            if port not in _ports_given:
+                _ports_given.add(port)
+                return port
+    raise AssertionError(f'no free port for worker {WORKER}')
 
 
 def run(argv: Sequence[Any], *, env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout: float = 300) -> tuple[int, str]:
