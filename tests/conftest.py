@@ -25,6 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
 ONE_WORKER = ('activation', 'engine', 'servers', 'multimodal')
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Share out the tests over ``pytest -n``: a file, or one of these directories, goes to one worker (``--dist loadgroup``)."""
     for item in items:
