@@ -227,6 +227,15 @@ def check_values(args: Any) -> None:
         args.teacher_model_server is None or args.gkd_logits_topk is not None,
         '--teacher_model_server without --gkd_logits_topk: a server sends the k largest log-probabilities; say how many.',
     )
+    _require(
+        not args.gkd_prefetch or (args.use_vllm and args.vllm_mode == 'server'),
+        '--gkd_prefetch true: only a server can generate while a step trains; add --use_vllm true --vllm_mode server.',
+    )
+    _require(
+        not (args.gkd_prefetch and args.multi_turn_scheduler),
+        f'--gkd_prefetch true with --multi_turn_scheduler {args.multi_turn_scheduler}: its turns are made by the trainer; give the '
+        'scheduler to swift rollout.',
+    )
     _require(args.gkd_num_samples > 0, f'--gkd_num_samples {args.gkd_num_samples}: must be > 0 (responses per prompt).')
     _require(args.gkd_server_timeout > 0, f'--gkd_server_timeout {args.gkd_server_timeout}: must be > 0 seconds.')
     _require(args.gkd_server_retry_seconds >= 0, f'--gkd_server_retry_seconds {args.gkd_server_retry_seconds}: must be >= 0 (0: never).')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import os
 from collections.abc import Iterable
@@ -96,6 +97,14 @@ def has_media(datasets: Iterable[Iterable[dict[str, Any]] | None]) -> bool:
     """Whether one of the first rows has images, videos or audio."""
     columns = ('images', 'videos', 'audios', 'teacher_images')
     return any(row.get(column) for rows in datasets for row in itertools.islice(rows or (), SAMPLED_ROWS) for column in columns)
+
+
+def check_teacher_engine(args: Any) -> None:
+    """Raises:
+    OptionError: ``--gkd_teacher_engine vllm`` without vLLM.
+    """
+    if args.gkd_teacher_engine == 'vllm' and importlib.util.find_spec('vllm') is None:
+        raise OptionError('--gkd_teacher_engine vllm: vLLM is not installed; pip install vllm, or leave the option out.')
 
 
 def check_size(num_rows: int, generation_batch: int, explained: str) -> None:

@@ -125,6 +125,19 @@ class Cycle:
         )
 
 
+def dated(micro_batches: list[list[Sample]], step: int, student_at: int | None = None) -> list[Sample]:
+    """Note when the responses that have no date yet were generated, and return their samples.
+
+    Args:
+        step: Optimizer steps that are done.
+        student_at: Those that were done when the student was asked, if that was earlier (``--gkd_prefetch``).
+    """
+    new = [s for samples in micro_batches for s in samples if s.response is not None and s.generated_at is None]
+    for sample in new:
+        sample.generated_at = student_at if student_at is not None and sample.source == STUDENT else step
+    return new
+
+
 def state_of(ready: list[list[Sample]]) -> dict[str, Any]:
     """What a checkpoint keeps of the micro-batches that wait for their optimizer step."""
 

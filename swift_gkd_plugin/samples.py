@@ -87,6 +87,15 @@ class Sample:
         return f'row {self.row.number} of epoch {self.row.epoch} ({self.source})'
 
 
+def sampled_ids(result: GKDSample) -> list[int]:
+    """What the student sampled, over all turns of ms-swift's rollout; not what a scheduler or the template put in between."""
+    turns = result.response_token_ids
+    if not turns or isinstance(turns[0], int):
+        return list(turns)
+    masks = result.response_loss_mask or [[1] * len(turn) for turn in turns]
+    return [token for turn, mask in zip(turns, masks, strict=True) for token, kept in zip(turn, mask, strict=True) if kept]
+
+
 @dataclass(frozen=True)
 class TeacherView:
     """What the teacher sees of a row, where that differs from what the student sees.

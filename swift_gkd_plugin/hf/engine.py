@@ -21,17 +21,8 @@ from .. import cycle as cycles
 from .. import sources
 from ..arguments import OptionError
 from ..responses import Response
-from ..samples import Sample
+from ..samples import Sample, sampled_ids
 from ..sources import STUDENT
-
-
-def _sampled(result: GKDSample) -> list[int]:
-    """What the student sampled, over all turns; not what a scheduler or the template put in between."""
-    turns = result.response_token_ids
-    if not turns or isinstance(turns[0], int):
-        return list(turns)
-    masks = result.response_loss_mask or [[1] * len(turn) for turn in turns]
-    return [token for turn, mask in zip(turns, masks, strict=True) for token, kept in zip(turn, mask, strict=True) if kept]
 
 
 class EngineRollout(RolloutTrainerMixin):
@@ -61,7 +52,7 @@ class EngineRollout(RolloutTrainerMixin):
                 f'{len(samples)}, but a row stays one sample in distillation; return one RolloutOutput for each request from its run().'
             )
         for sample, result in zip(samples, generated, strict=True):
-            sample.generated, sample.response = result, Response(_sampled(result), result.finish_reason or 'stop')
+            sample.generated, sample.response = result, Response(sampled_ids(result), result.finish_reason or 'stop')
 
     def _requests(self, samples: list[Sample]) -> list[GKDSample]:
         return self._preprocess_inputs([self.encoder.inner(sample) for sample in samples])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
@@ -138,15 +137,6 @@ class GKDPipeline(SwiftRLHF):
         args = self.args
         if args.multi_turn_scheduler and not args.use_vllm:
             raise OptionError(f'--multi_turn_scheduler {args.multi_turn_scheduler} needs an engine: add --use_vllm true with --vllm_mode.')
-        if args.gkd_prefetch and not (args.use_vllm and args.vllm_mode == 'server'):
-            raise OptionError(
-                '--gkd_prefetch true: only a server can generate while a step trains; add --use_vllm true --vllm_mode server.'
-            )
-        if args.gkd_prefetch and args.multi_turn_scheduler:
-            raise OptionError(
-                f'--gkd_prefetch true with --multi_turn_scheduler {args.multi_turn_scheduler}: its turns are made by the trainer; give the '
-                'scheduler to swift rollout.'
-            )
         zero3 = bool(args.deepspeed) and args.deepspeed.get('zero_optimization', {}).get('stage') == 3
         if args.gkd_self_teacher == 'ema' and (args.fsdp or zero3):
             raise OptionError(
@@ -155,8 +145,7 @@ class GKDPipeline(SwiftRLHF):
             )
         if teacher_offload(args) and args.teacher_model is not None:
             self._check_offload(teacher_offload(args))
-        if args.gkd_teacher_engine == 'vllm' and importlib.util.find_spec('vllm') is None:
-            raise OptionError('--gkd_teacher_engine vllm: vLLM is not installed; pip install vllm, or leave the option out.')
+        checks.check_teacher_engine(args)
         if args.gkd_logits_topk is not None:
             vocab = AutoConfig.from_pretrained(args.model_dir, trust_remote_code=True).get_text_config().vocab_size
             if args.gkd_logits_topk > vocab:

@@ -44,7 +44,7 @@ from ..samples import MicroBatch, Sample, SampleEncoder, TeacherView
 from ..sources import DATASET, STUDENT, TEACHER, Source
 from ..teachers import Signal, TopKOptions
 from ..teachers.average import MovingAverage
-from ..teachers.engine import TeacherEngine
+from ..teachers.engine import TeacherEngine, name_of_device
 from ..teachers.offload import HostCopy, LayerStream
 from ..teachers.remote import RemoteTeacher
 from ..teachers.server import ServerOptions, TeacherServerError, TeacherServers
@@ -212,7 +212,7 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
                 str(self._bare().model_info.torch_dtype).removeprefix('torch.'),
                 self._topk or 0,
                 args.gkd_teacher_engine_args,
-                self._own_device(),
+                name_of_device(self.args.device),
                 Path(args.output_dir) / f'teacher_engine_rank{args.process_index}.log',
             )
             engine.wait()
@@ -224,13 +224,6 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         elif args.seq_kd and not servers.sends_scores_with_answers:
             logger.info('swift deploy sends no log-probabilities with its answers: each of them takes a second, scoring request.')
         return RemoteTeacher(servers, self._topk or 0, engine.awake if engine else nullcontext)
-
-    def _own_device(self) -> list[str] | None:
-        """This rank's GPU, as CUDA_VISIBLE_DEVICES names it."""
-        if self.args.device.type != 'cuda':
-            return None
-        visible = os.environ.get('CUDA_VISIBLE_DEVICES')
-        return [visible.split(',')[self.args.device.index] if visible else str(self.args.device.index)]
 
     def _loss_options(self) -> LossOptions:
         args = self.args
@@ -509,10 +502,7 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
 
     def _noted(self, cycle: list[list[Sample]], student_at: int | None = None) -> list[list[Sample]]:
         """The cycle; what was generated for it just now is dated and counted."""
-        new = [s for samples in cycle for s in samples if s.response is not None and s.generated_at is None]
-        for sample in new:
-            ahead = student_at is not None and sample.source == STUDENT
-            sample.generated_at = student_at if ahead else self.state.global_step
+        new = cycles.dated(cycle, self.state.global_step, student_at)
         self.metrics.total('tokens/generated', sum(len(sample.response.token_ids) for sample in new))
         return cycle
 

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import requests
+import torch
 from swift.utils import get_logger
 
 from .server import TeacherServerError
@@ -34,6 +35,14 @@ def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(('127.0.0.1', 0))
         return listener.getsockname()[1]
+
+
+def name_of_device(device: torch.device) -> list[str] | None:
+    """A rank's GPU as CUDA_VISIBLE_DEVICES names it; None if it has none."""
+    if device.type != 'cuda':
+        return None
+    visible = os.environ.get('CUDA_VISIBLE_DEVICES')
+    return [visible.split(',')[device.index] if visible else str(device.index)]
 
 
 class TeacherEngine:
