@@ -101,8 +101,12 @@ def has_media(datasets: Iterable[Iterable[dict[str, Any]] | None]) -> bool:
 
 def check_teacher_engine(args: Any) -> None:
     """Raises:
-    OptionError: ``--gkd_teacher_engine vllm`` without vLLM.
+    OptionError: ``--gkd_teacher_engine vllm`` without vLLM, or for a teacher that is the student's base.
     """
+    if args.gkd_teacher_engine == 'vllm' and args.teacher_model is None:
+        raise OptionError(
+            "--gkd_teacher_engine vllm: the teacher is the student's base, which answers in the training processes; leave the option out."
+        )
     if args.gkd_teacher_engine == 'vllm' and importlib.util.find_spec('vllm') is None:
         raise OptionError('--gkd_teacher_engine vllm: vLLM is not installed; pip install vllm, or leave the option out.')
 
@@ -122,10 +126,22 @@ def same_weights(args: Any, teacher: str) -> bool:
     """Whether a model id or directory names the weights that the student starts from."""
     if teacher == args.model:
         return args.teacher_model_revision in (None, args.model_revision)
-    if not os.path.isdir(teacher):
-        return False
     own = [path for path in (args.model, args.model_dir) if path and os.path.isdir(path)]
+    teacher = os.path.expanduser(teacher)
+    if not os.path.isdir(teacher):
+        if not os.path.isdir(os.path.expanduser(args.model)):
+            return False  # two models of a hub
+        teacher = _directory(args, teacher)
     return os.path.realpath(teacher) in [os.path.realpath(path) for path in own]
+
+
+def _directory(args: Any, teacher: str) -> str:
+    """Where ms-swift keeps a model of a hub, without its weights if they aren't there yet."""
+    from swift.utils import safe_snapshot_download
+
+    return safe_snapshot_download(
+        teacher, revision=args.teacher_model_revision, download_model=False, use_hf=args.use_hf, hub_token=args.hub_token
+    )
 
 
 def teaches_as_base(args: Any, teacher: str | None, can_switch_off: bool) -> bool:
