@@ -32,4 +32,6 @@ if [[ $(uname -sm) == 'Linux x86_64' ]]; then
 fi
 # What templates of multimodal models import. torchvision is the build for CUDA, the only one on PyPI; tests/multimodal/cpu lets it be imported.
 .venv/bin/python -m pip install --quiet --no-deps --upgrade --target .venv/vision -r tests/multimodal/requirements.txt
+# A quantiser for transformers, 125 MB; the tests of quantised teachers use it on the CPU.
+.venv/bin/python -m pip install --quiet --no-deps --upgrade --target .venv/quantisers -r tests/hf/requirements.txt
 echo "$wanted" > "$stamp"

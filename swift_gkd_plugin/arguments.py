@@ -13,6 +13,8 @@ from typing import Any, Literal, Optional
 
 DIVERGENCES = ('jsd', 'forward_kl', 'reverse_kl', 'skew_forward_kl', 'skew_reverse_kl', 'tvd')
 SOURCES = ('dataset', 'student', 'teacher')
+# transformers' quantisers that ms-swift knows, and the bits that each takes.
+QUANTISERS = {'bnb': (4, 8), 'hqq': (1, 2, 3, 4, 8), 'eetq': (8,), 'quanto': (2, 4, 8, 'float8'), 'fp8': (None,)}
 
 
 class OptionError(ValueError):
@@ -113,6 +115,22 @@ class GKDOptions:
         'Keep a separate --teacher_model on the host. model, the same as --offload_teacher_model true: it comes to the device once per '
         'optimizer step. layer: two of its layers at a time, for every micro-batch.',
     )
+    teacher_quant_method: Optional[Literal[('none', *QUANTISERS)]] = option(
+        None,
+        "Quantise a separate --teacher_model while it loads, by transformers' own quantiser of this name; none leaves it as it is. "
+        'Default: --quant_method, which ms-swift applies to both models. A checkpoint that is quantised already just loads.',
+    )
+    teacher_quant_bits: Optional[Literal[1, 2, 3, 4, 8, 'float8']] = option(
+        None, 'Bits of --teacher_quant_method: bnb 4 or 8, hqq 1, 2, 3, 4 or 8, quanto 2, 4, 8 or float8, eetq 8; fp8 has none.'
+    )
+    teacher_device_map: Optional[str] = option(
+        None,
+        'Where the parts of a separate --teacher_model live: auto, sequential, balanced, a device, or a JSON map of modules to devices, '
+        'cpu and disk. Default: --device_map.',
+    )
+    teacher_max_memory: Optional[str] = option(
+        None, 'With --teacher_device_map auto: what the teacher may take of each device, \'{0: "20GB", "cpu": "100GB"}\'.'
+    )
     gkd_save_teacher_responses: Optional[str] = option(
         None,
         'With --seq_kd: append what the teacher answers to this JSONL file, a dataset for later runs '
@@ -212,6 +230,24 @@ def check_values(args: Any) -> None:
     )
     offload = args.gkd_teacher_offload
     _require(offload in (None, 'model', 'layer'), f'--gkd_teacher_offload {offload}: must be model or layer.')
+    method, bits = args.teacher_quant_method, args.teacher_quant_bits
+    _require(
+        method in (None, 'none', *QUANTISERS), f'--teacher_quant_method {method}: must be none or one of {", ".join(QUANTISERS)}.'
+    )
+    allowed = QUANTISERS.get(method, (None,))
+    _require(
+        bits in allowed,
+        f'--teacher_quant_bits {bits} with --teacher_quant_method {method}: must be '
+        f'{" or ".join("left out" if n is None else str(n) for n in allowed)}.',
+    )
+    _require(
+        args.teacher_device_map is None or teacher_offload(args) is None,
+        f'--teacher_device_map {args.teacher_device_map} and --gkd_teacher_offload {teacher_offload(args)}: give one of them.',
+    )
+    _require(
+        args.teacher_max_memory is None or args.teacher_device_map is not None,
+        f'--teacher_max_memory {args.teacher_max_memory}: it belongs to --teacher_device_map auto.',
+    )
     if args.gkd_logits_topk is not None:
         _require(args.gkd_logits_topk > 0, f'--gkd_logits_topk {args.gkd_logits_topk}: must be > 0; leave it out for the full vocabulary.')
         _require(

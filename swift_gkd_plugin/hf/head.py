@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import align_module_device
 from torch import nn
 
 from ..divergence import LogitTransform, linear_logits
@@ -246,7 +247,7 @@ class OutputHead:
             return deepspeed.zero.GatheredParameters(parameters)
         if hasattr(parameters[0], 'full_tensor'):
             return self._unsharded(executed)
-        return nullcontext()
+        return align_module_device(executed)  # from host or disk, if accelerate's hooks keep it there
 
     @contextmanager
     def _unsharded(self, executed: nn.Module) -> Iterator[None]:
@@ -277,10 +278,12 @@ class OutputHead:
 
         def few(hidden: torch.Tensor) -> torch.Tensor:
             chosen = _autocast(hidden.reshape(-1, hidden.shape[-1])[index.to(hidden.device)])
-            head = self.tensors()
-            largest = head.logits(chosen).nan_to_num(0, 0, 0).abs().amax(-1, keepdim=True)
-            chosen = torch.cat([chosen, (chosen * (_PROBE / largest.clamp_min(1e-3))).to(chosen.dtype)])
-            ours['logits'] = head.logits(chosen)
+            with align_module_device(executed):
+                head = self.tensors()
+                chosen = chosen.to(head.weight.device)
+                largest = head.logits(chosen).nan_to_num(0, 0, 0).abs().amax(-1, keepdim=True)
+                chosen = torch.cat([chosen, (chosen * (_PROBE / largest.clamp_min(1e-3))).to(chosen.dtype)])
+                ours['logits'] = head.logits(chosen)
             return original(chosen)[None]
 
         with torch.no_grad(), self.replaced(few, raw=False):

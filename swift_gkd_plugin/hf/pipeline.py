@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -15,6 +14,7 @@ from .. import checks
 from ..arguments import OPTION_NAMES, OptionError, teacher_offload
 from ..samples import used_columns
 from ..teachers.remote import check_servers
+from .loading import TeacherLoading
 
 logger = get_logger()
 
@@ -54,6 +54,18 @@ NOT_USED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ('offload_teacher_model', lambda a: a.teacher_model is None, 'the teacher is the student itself and stays where it is'),
     ('gkd_ema_decay', lambda a: a.gkd_self_teacher != 'ema', 'it belongs to --gkd_self_teacher ema'),
     ('gkd_teacher_offload', lambda a: a.teacher_model is None, 'the teacher is the student itself and stays where it is'),
+    *(
+        (name, lambda a: a.teacher_model is None, 'the teacher is the student itself, or elsewhere')
+        for name in ('teacher_quant_method', 'teacher_quant_bits', 'teacher_device_map', 'teacher_max_memory')
+    ),
+    *(
+        (
+            name,
+            lambda a: a.gkd_teacher_engine == 'vllm' and a.gkd_logits_topk is not None,
+            'the engine has the only copy of the teacher; see --gkd_teacher_engine_args',
+        )
+        for name in ('teacher_quant_method', 'teacher_quant_bits', 'teacher_device_map', 'teacher_max_memory')
+    ),
     ('teacher_tag_key', lambda a: a.teacher_model_server is None, 'it routes samples to teacher servers'),
     ('gkd_server_timeout', lambda a: a.teacher_model_server is None, 'it belongs to --teacher_model_server'),
     ('gkd_server_retry_seconds', lambda a: a.teacher_model_server is None, 'it belongs to --teacher_model_server'),
@@ -90,18 +102,12 @@ class GKDPipeline(SwiftRLHF):
         # An engine that scores holds the teacher's only copy.
         if key == 'teacher' and self.args.gkd_teacher_engine == 'vllm' and self.args.gkd_logits_topk is not None:
             return None
-        if key == 'teacher' and teacher_offload(self.args) and not self.args.deepspeed:
-            with self._loading_to('cpu'):
-                return super()._prepare_single_model(key, *args)
-        return super()._prepare_single_model(key, *args)
-
-    @contextmanager
-    def _loading_to(self, device_map: str) -> Iterator[None]:
-        before, self.args.device_map = self.args.device_map, device_map
-        try:
-            yield
-        finally:
-            self.args.device_map = before
+        if key != 'teacher' or self.args.teacher_model is None:
+            return super()._prepare_single_model(key, *args)
+        with self._teacher_loading.settings():
+            teacher = super()._prepare_single_model(key, *args)
+        self._teacher_loading.check_loaded(teacher[0])
+        return teacher
 
     def _loaded_datasets(self):
         if not (self.args.dataset or self.args.val_dataset):
@@ -145,6 +151,7 @@ class GKDPipeline(SwiftRLHF):
             )
         if teacher_offload(args) and args.teacher_model is not None:
             self._check_offload(teacher_offload(args))
+        self._teacher_loading = TeacherLoading(args) if args.teacher_model is not None else None
         checks.check_teacher_engine(args)
         if args.gkd_logits_topk is not None:
             vocab = AutoConfig.from_pretrained(args.model_dir, trust_remote_code=True).get_text_config().vocab_size
@@ -202,5 +209,5 @@ class GKDPipeline(SwiftRLHF):
             **super()._get_trainer_kwargs(),
             'tokenizer_lengths': self._tokens,
             'teacher_path': args.teacher_model,
-            'teacher_is_start': is_start and args.tuner_type == 'full',
+            'teacher_is_start': is_start and args.tuner_type == 'full' and args.teacher_quant_method in (None, 'none'),
         }

@@ -95,7 +95,7 @@ class LocalTeacher:
             head = self.head.tensors(self.adapter) if hidden else None
             for start in range(0, len(states), chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
-                logits = head.logits(states[rows].to(head.weight.dtype)) if hidden else states[rows].float()
+                logits = head.logits(states[rows].to(head.weight.device, head.weight.dtype)) if hidden else states[rows].float()
                 softened = torch.log_softmax(logits[:, : topk.vocab_size] / topk.temperature, -1)
                 logprobs[rows], ids[rows] = softened.topk(topk.k, dim=-1)
         return TopK(logprobs, ids)

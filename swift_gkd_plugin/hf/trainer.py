@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, patch_environment
 from swift.rlhf_trainers.utils import prepare_fsdp
 from swift.template import update_generation_config_eos_token
 from swift.trainers import SwiftMixin
@@ -50,6 +50,7 @@ from ..teachers.remote import RemoteTeacher
 from ..teachers.server import ServerOptions, TeacherServerError, TeacherServers
 from .engine import EngineRollout
 from .head import OutputHead
+from .loading import is_spread
 from .loss import DistillationLoss
 from .shared_work import SharedWork
 from .teachers import AveragedStudent, LiveStudent, LocalTeacher, SharedBase
@@ -176,12 +177,14 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         return kind(self.model, self._bare())
 
     def _setup_teacher(self) -> None:
-        model = None
-        if teacher_offload(self.args) and not self.is_deepspeed_enabled:
-            # ms-swift would bring the whole of it to the device, where it may not fit.
-            model, self._teacher_model = self._teacher_model, None
+        model, offload = self._teacher_model, teacher_offload(self.args)
+        if model is None or self.is_deepspeed_enabled or self.is_fsdp_enabled or not (offload or is_spread(model)):
+            super()._setup_teacher()
+            return
+        # ms-swift would bring the whole of it to the device, where it may not fit.
+        self._teacher_model = None
         super()._setup_teacher()
-        if model is not None:
+        with patch_environment(ACCELERATE_BYPASS_DEVICE_MAP='true'):  # among ranks it would refuse a model that it is to train
             self.teacher_model = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
 
     def _host_copy(self, teacher: nn.Module) -> HostCopy | LayerStream | None:
