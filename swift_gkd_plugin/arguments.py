@@ -110,6 +110,11 @@ class GKDOptions:
     gkd_ema_decay: float = option(
         0.999, 'With --gkd_self_teacher ema: share of the average that an optimizer step keeps, in [0, 1]. 1 keeps the start.'
     )
+    gkd_routing: Literal['own', 'teacher'] = option(
+        'own',
+        'Models with routed experts: each chooses its own experts, or (teacher) the student is trained with the experts that the teacher '
+        'chose for the same tokens, weighted by its own router.',
+    )
     gkd_teacher_offload: Optional[Literal['model', 'layer']] = option(
         None,
         'Keep a separate --teacher_model on the host. model, the same as --offload_teacher_model true: it comes to the device once per '
@@ -221,12 +226,18 @@ def check_values(args: Any) -> None:
         ('gkd_on_missing_engine', ('generate', 'dataset')),
         ('gkd_eval_source', SOURCES),
         ('gkd_teacher_engine', ('transformers', 'vllm')),
+        ('gkd_routing', ('own', 'teacher')),
     ):
         _require(getattr(args, name) in allowed, f'--{name} {getattr(args, name)}: must be one of {", ".join(allowed)}.')
     _require(0 <= args.gkd_ema_decay <= 1, f'--gkd_ema_decay {args.gkd_ema_decay}: must be in [0, 1].')
     _require(
         args.gkd_self_teacher is None or args.teacher_model_server is None,
         f'--gkd_self_teacher {args.gkd_self_teacher} and --teacher_model_server {args.teacher_model_server}: give one of them.',
+    )
+    _require(
+        args.gkd_routing == 'own' or args.teacher_model_server is None,
+        f'--gkd_routing {args.gkd_routing} and --teacher_model_server {args.teacher_model_server}: a server does not say which experts it '
+        'chose; leave one of them out.',
     )
     offload = args.gkd_teacher_offload
     _require(offload in (None, 'model', 'layer'), f'--gkd_teacher_offload {offload}: must be model or layer.')

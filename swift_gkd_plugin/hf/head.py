@@ -171,17 +171,22 @@ class OutputHead:
             return 'the output head has LoRA under ZeRO-3'
         return None
 
-    def executed(self, adapter: bool) -> nn.Module:
-        """The module whose forward runs: PEFT's ``modules_to_save`` keeps the trained copy and the original side by side."""
+    def executed(self, adapter: bool | str) -> nn.Module:
+        """The module whose forward runs: PEFT's ``modules_to_save`` keeps trained copies and the original side by side.
+
+        Args:
+            adapter: Its name; True for the active one, False for none.
+        """
         if not hasattr(self.module, 'modules_to_save'):
             return self.module
-        return (
-            self.module.modules_to_save[
-                self.module.active_adapter[0] if isinstance(self.module.active_adapter, list) else self.module.active_adapter
-            ]
-            if adapter
-            else self.module.original_module
-        )
+        names = [name for name in self._names(self.module, adapter) if name in self.module.modules_to_save]
+        return self.module.modules_to_save[names[0]] if names else self.module.original_module
+
+    @staticmethod
+    def _names(module: nn.Module, adapter: bool | str) -> list[str]:
+        if adapter is True:
+            return module.active_adapters
+        return [adapter] if adapter else []
 
     def _post_processing(self) -> list[tuple[Any, PostProcessing, float]]:
         config = self.model.config.get_text_config()
@@ -201,23 +206,24 @@ class OutputHead:
         # MuseGlimmer scales and then caps, the other families do one of the two.
         return LogitTransform(math.prod(t.scale for t in transforms), next((t.softcap for t in transforms if t.softcap), None))
 
-    def tensors(self, adapter: bool = True) -> HeadTensors:
+    def tensors(self, adapter: bool | str = True) -> HeadTensors:
         """The head's tensors, to be read while they are whole: inside the head's own forward or inside :meth:`gathered`."""
         executed = self.executed(adapter)
         base = getattr(executed, 'base_layer', executed)
         lora = None
-        if hasattr(executed, 'lora_A') and adapter and not executed.disable_adapters:
-            (name,) = (name for name in executed.active_adapters if name in executed.lora_A)
-            lora = (executed.lora_A[name].weight, executed.lora_B[name].weight, executed.scaling[name])
+        if hasattr(executed, 'lora_A') and not executed.disable_adapters:
+            for name in self._names(executed, adapter):  # one at most has a LoRA here, see _why_lora_is_dense()
+                if name in executed.lora_A:
+                    lora = (executed.lora_A[name].weight, executed.lora_B[name].weight, executed.scaling[name])
         return HeadTensors(_autocast(base.weight), _autocast(base.bias), self.transform, lora)
 
     @contextmanager
-    def replaced(self, forward: Callable[[torch.Tensor], torch.Tensor], adapter: bool = True, raw: bool = True) -> Iterator[None]:
+    def replaced(self, forward: Callable[[torch.Tensor], torch.Tensor], adapter: bool | str = True, raw: bool = True) -> Iterator[None]:
         """Let the head return ``forward(hidden)`` instead of logits.
 
         Args:
             forward: Takes the head's input [batch, sequence, dim].
-            adapter: Whether the adapter is on in this forward.
+            adapter: Which adapter is on in this forward, see :meth:`executed`.
             raw: Switch the model's own post-processing of logits off, since the result is something else.
         """
         executed = self.executed(adapter)
@@ -236,7 +242,7 @@ class OutputHead:
             else:
                 executed.forward = before
 
-    def gathered(self, adapter: bool = True):
+    def gathered(self, adapter: bool | str = True):
         """A context in which :meth:`tensors` are whole outside the head's forward, for a model whose weights are sharded."""
         executed = self.executed(adapter)
         # Not the attribute weight: read in the middle of a forward, ZeRO-3 would give it to the module that runs, for good.

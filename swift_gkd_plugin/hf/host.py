@@ -11,8 +11,8 @@ from types import ModuleType
 from typing import Any, Literal, Optional
 
 from ..arguments import OPTION_NAMES, check_values
-from ..checks import teaches_as_base
 from ..seams import Renamed, extended, fields_of, for_gkd, forget_external_plugin, modern_command_line, option_fields, take_options
+from . import shared_base
 
 # Options of ms-swift 2.x and 3.x that command lines for gkd still carry.
 RENAMED = {
@@ -20,9 +20,6 @@ RENAMED = {
     '--sft_type': Renamed('--tuner_type'),
     '--lora_target_modules': Renamed('--target_modules', {'ALL': 'all-linear'}),
 }
-
-# PEFT's tuners beside LoRA: disable_adapter() gives the base model, so that one copy of the weights serves student and teacher.
-SHARED_BASE_TUNERS = ('lora', 'adalora', 'vera', 'boft', 'fourierft', 'bone')
 
 # Options of RLHFArguments that stock GKDConfig lacks. TrainerFactory passes on only what both have, so that a GKD run lost them silently.
 LOST_OPTIONS = ('multi_turn_scheduler', 'max_turns', 'completion_length_limit_scope', 'vllm_server_pass_dataset', 'use_gym_env', 'gym_env')
@@ -52,9 +49,7 @@ def take_over_arguments(module: ModuleType) -> dict[str, Any]:
         # Stock compares two strings, ignores the revisions and knows LoRA only.
         teacher = self.teacher_model
         stock()
-        shared = teaches_as_base(self, teacher, self.tuner_type in SHARED_BASE_TUNERS)
-        self._teacher_use_disable_adapter = shared
-        self.teacher_model = None if shared else teacher
+        shared_base.recognise(self, teacher)
 
     @for_gkd(cls, '_check_gkd')
     def allow_seq_kd(self: Any, stock: Callable[[], None]) -> None:

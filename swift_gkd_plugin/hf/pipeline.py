@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any
@@ -13,8 +14,10 @@ from transformers import AutoConfig
 from .. import checks
 from ..arguments import OPTION_NAMES, OptionError, teacher_offload
 from ..samples import used_columns
+from ..teachers.adapters import add_frozen_adapter
 from ..teachers.remote import check_servers
 from .loading import TeacherLoading
+from .teachers import TEACHER_ADAPTER
 
 logger = get_logger()
 
@@ -66,6 +69,15 @@ NOT_USED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         )
         for name in ('teacher_quant_method', 'teacher_quant_bits', 'teacher_device_map', 'teacher_max_memory')
     ),
+    ('gkd_routing', lambda a: a.gkd_loss_weight == 0, 'at --gkd_loss_weight 0 no teacher looks at the responses'),
+    *(
+        (name, lambda a: a.tuner_type != 'full', 'with an adapter the rest of the model is frozen')
+        for name in ('freeze_parameters', 'freeze_parameters_ratio', 'freeze_parameters_regex')
+    ),
+    *(
+        (name, lambda a: a.tuner_type != 'full', 'it belongs to --tuner_type full; see --modules_to_save')
+        for name in ('trainable_parameters', 'trainable_parameters_regex')
+    ),
     ('teacher_tag_key', lambda a: a.teacher_model_server is None, 'it routes samples to teacher servers'),
     ('gkd_server_timeout', lambda a: a.teacher_model_server is None, 'it belongs to --teacher_model_server'),
     ('gkd_server_retry_seconds', lambda a: a.teacher_model_server is None, 'it belongs to --teacher_model_server'),
@@ -109,6 +121,13 @@ class GKDPipeline(SwiftRLHF):
         self._teacher_loading.check_loaded(teacher[0])
         return teacher
 
+    @classmethod
+    def prepare_model(cls, args, model, **kwargs):
+        model = super().prepare_model(args, model, **kwargs)
+        if args._adapter_on_base:
+            add_frozen_adapter(model, args._adapter_on_base, TEACHER_ADAPTER)
+        return model
+
     def _loaded_datasets(self):
         if not (self.args.dataset or self.args.val_dataset):
             return None, None  # cached ones are loaded by ms-swift
@@ -149,6 +168,18 @@ class GKDPipeline(SwiftRLHF):
                 f'--gkd_self_teacher ema with {"--fsdp" if args.fsdp else "ZeRO-3"}: its parameters must be whole on each rank; '
                 'use --deepspeed zero2 or none.'
             )
+        if args.gkd_routing == 'teacher':
+            self._check_routing()
+        if len(args.adapters) > 1:
+            raise OptionError(
+                f'--adapters has {len(args.adapters)} adapters; training starts from one, merge the others into the model first '
+                '(swift export --merge_lora true).'
+            )
+        fresh = args.tuner_type == 'lora' and not (args.adapters or args.resume_from_checkpoint)
+        if args.target_parameters and fresh and args.lora_dropout:
+            raise OptionError(
+                f'--target_parameters with --lora_dropout {args.lora_dropout}: PEFT has no dropout for parameters; add --lora_dropout 0.'
+            )
         if teacher_offload(args) and args.teacher_model is not None:
             self._check_offload(teacher_offload(args))
         self._teacher_loading = TeacherLoading(args) if args.teacher_model is not None else None
@@ -163,6 +194,17 @@ class GKDPipeline(SwiftRLHF):
             if value not in (None, [], default.get(name)) and applies(args):
                 shown = '' if isinstance(value, dict) else f' {value}'
                 logger.warning(f'--{name}{shown} is not used as such: {why}.')
+
+    def _check_routing(self) -> None:
+        args = self.args
+        if not args.model_info.is_moe_model:
+            raise OptionError(f'--gkd_routing teacher: {args.model} has no routed experts; leave it out.')
+        if args.gkd_teacher_engine == 'vllm' and args.gkd_logits_topk is not None:
+            raise OptionError('--gkd_routing teacher with --gkd_teacher_engine vllm: an engine does not say which experts it chose.')
+        if args.teacher_model is not None and teacher_offload(args) == 'model':
+            raise OptionError(
+                '--gkd_routing teacher with a teacher that looks at a whole step in one visit: use --gkd_teacher_offload layer, or none.'
+            )
 
     def _check_offload(self, how: str) -> None:
         args = self.args
@@ -201,6 +243,11 @@ class GKDPipeline(SwiftRLHF):
             )
         return len(student), len(teacher)
 
+    def _adapter_is_start(self) -> bool:
+        """Whether the teacher has the adapter that the student starts from."""
+        args = self.args
+        return bool(args._adapter_on_base and args.adapters) and os.path.samefile(args._adapter_on_base, args.adapters[0])
+
     def _get_trainer_kwargs(self) -> dict[str, Any]:
         args = self.args
         # A frozen copy of the weights that full training starts from; a LoRA-like tuner would share them.
@@ -209,5 +256,6 @@ class GKDPipeline(SwiftRLHF):
             **super()._get_trainer_kwargs(),
             'tokenizer_lengths': self._tokens,
             'teacher_path': args.teacher_model,
-            'teacher_is_start': is_start and args.tuner_type == 'full' and args.teacher_quant_method in (None, 'none'),
+            'teacher_is_start': self._adapter_is_start()
+            or (is_start and args.tuner_type == 'full' and args.teacher_quant_method in (None, 'none')),
         }

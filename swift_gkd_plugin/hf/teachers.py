@@ -1,4 +1,4 @@
-"""Teachers of the transformers back end: a separate model, the student's base with its adapter off, the live student, a server.
+"""Teachers of the transformers back end: a separate model, the student's base without or with another adapter, the student, its average.
 
 Each says which model it is, in what state it has to be while it looks at the samples, and which output head belongs to it; the
 forward itself is the same for all.
@@ -13,14 +13,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..arguments import OptionError
 from ..responses.local import evaluation_mode
 from ..samples import MicroBatch
 from ..teachers import HiddenStates, Logits, Signal, TopK, TopKOptions
-from ..teachers.adapters import adapters_off
+from ..teachers.adapters import adapter_on, adapters_off, trained_outside_adapters
 from ..teachers.average import MovingAverage
 from ..teachers.offload import HostCopy, LayerStream
 from .head import KeptHead, OutputHead
+from .routing import RoutingReplay
 from .shared_work import SharedWork
+
+TEACHER_ADAPTER = 'gkd_teacher'  # PEFT's name for the teacher's adapter in the student's model
 
 
 class LocalTeacher:
@@ -32,12 +36,15 @@ class LocalTeacher:
         host_copy: Its weights, if they are on the host and visit the device.
 
     Attributes:
+        adapter: Which adapter is on while it teaches (:meth:`OutputHead.executed`).
         shared_work: What it leaves to the student, if it lives in the student's model; None for nothing.
+        routing: Where its choice of experts goes; None for nowhere.
     """
 
-    adapter = True
+    adapter: bool | str = True
     description = 'a separate model'
     shared_work: SharedWork | None = None
+    routing: RoutingReplay | None = None
 
     def __init__(self, model: nn.Module, bare: nn.Module, host_copy: HostCopy | LayerStream | None = None):
         self.model, self.bare, self.host_copy = model, bare, host_copy
@@ -65,7 +72,10 @@ class LocalTeacher:
         with self.ready() as model:
             found = []
             for batch in batches:
-                with self.shared_work.kept(batch) if self.shared_work else nullcontext():
+                with (
+                    self.shared_work.kept(batch) if self.shared_work else nullcontext(),
+                    self.routing.recorded(batch) if self.routing else nullcontext(),
+                ):
                     found.append(self._signal(model, batch, forward, topk))
             return found
 
@@ -102,14 +112,44 @@ class LocalTeacher:
 
 
 class SharedBase(LocalTeacher):
-    """The student's own base: one copy of the weights, the adapter off while it teaches."""
+    """The student's own base: one copy of the weights, the adapter off while it teaches.
+
+    Raises:
+        OptionError: Something outside the adapter is trained, which would move the teacher.
+    """
 
     adapter = False
-    description = "the student's base with its adapter off"
+    description = 'the base with the adapter off (frozen)'
+
+    def __init__(self, model: nn.Module, bare: nn.Module):
+        super().__init__(model, bare)
+        moving = trained_outside_adapters(bare)
+        if moving:
+            raise OptionError(
+                f'The teacher is {self.description}, but {len(moving)} parameters outside the adapter are trained, {moving[0]} for one; '
+                'freeze them, or give --teacher_model another copy of the base.'
+            )
 
     @contextmanager
     def ready(self) -> Iterator[nn.Module]:
         with adapters_off(self.bare), super().ready() as model:
+            yield model
+
+
+class AdapterOnBase(SharedBase):
+    """The student's base with an adapter of the teacher's, frozen: one copy of the weights and one more adapter."""
+
+    adapter = TEACHER_ADAPTER
+    description = 'the base with --teacher_adapters (frozen)'
+
+    def __init__(self, model: nn.Module, bare: nn.Module):
+        super().__init__(model, bare)
+        with adapter_on(bare, TEACHER_ADAPTER):
+            self.head = OutputHead(bare)
+
+    @contextmanager
+    def ready(self) -> Iterator[nn.Module]:
+        with adapter_on(self.bare, TEACHER_ADAPTER), LocalTeacher.ready(self) as model:
             yield model
 
 

@@ -52,8 +52,9 @@ from .engine import EngineRollout
 from .head import OutputHead
 from .loading import is_spread
 from .loss import DistillationLoss
+from .routing import RoutingReplay
 from .shared_work import SharedWork
-from .teachers import AveragedStudent, LiveStudent, LocalTeacher, SharedBase
+from .teachers import TEACHER_ADAPTER, AdapterOnBase, AveragedStudent, LiveStudent, LocalTeacher, SharedBase
 
 logger = get_logger()
 
@@ -115,6 +116,8 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
             self._keep_dtype_of_outputs()
         self._setup_teacher()
         self.teacher = self._resolve_teacher() if args.gkd_loss_weight > 0 or args.seq_kd or args.gkd_eval_source == TEACHER else None
+        if args.gkd_routing == 'teacher' and self._uses_local_teacher:
+            self.teacher.routing = RoutingReplay(self._bare(), self.teacher.bare)
         self.loss = DistillationLoss(self._loss_options(), OutputHead(self._bare()), self.teacher.adapter if self.teacher else True)
         self._heads_verified = False
         view = TeacherView(args.gkd_teacher_system, args.gkd_teacher_enable_thinking)
@@ -156,7 +159,8 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
             teacher = LocalTeacher(self.teacher_model, bare, self._host_copy(bare))
         else:
             teacher = self._self_teacher()
-        logger.info(f'Student: {type(self._bare()).__name__}; teacher: {teacher.description}.')
+        student = 'base + adapter (trainable)' if isinstance(teacher, SharedBase) else type(self._bare()).__name__
+        logger.info(f'Student: {student}; teacher: {teacher.description}.')
         return teacher
 
     def _self_teacher(self) -> LocalTeacher:
@@ -173,7 +177,10 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
             average = MovingAverage(self._bare(), self.args.gkd_ema_decay)
             self.add_callback(AfterUpdate(average))
             return AveragedStudent(self.model, self._bare(), average)
-        kind = SharedBase if self._teacher_use_disable_adapter else LiveStudent
+        if not self._teacher_use_disable_adapter:
+            kind = LiveStudent
+        else:
+            kind = AdapterOnBase if TEACHER_ADAPTER in self._bare().peft_config else SharedBase
         return kind(self.model, self._bare())
 
     def _setup_teacher(self) -> None:
@@ -253,7 +260,7 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
     def _warn_if_nothing_to_learn(self) -> None:
         """A teacher that is the student, asked the same question, has nothing to say."""
         args = self.args
-        starts_equal = self._teacher_is_start or (isinstance(self.teacher, SharedBase) and not self._adapter_has_effect())
+        starts_equal = self._teacher_is_start or (type(self.teacher) is SharedBase and not self._adapter_has_effect())
         equal = isinstance(self.teacher, LiveStudent | AveragedStudent) or (starts_equal and not args.resume_from_checkpoint)
         if not equal or args.sft_alpha > 0:
             return
@@ -538,7 +545,11 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
 
     def training_step(self, model: nn.Module, inputs: MicroBatch, num_items_in_batch=None) -> torch.Tensor:
         # Some templates patch the model's attention, for the backward pass of checkpointed layers too.
-        with self.template.forward_context(self.model, inputs.student_inputs):
+        routing = self.teacher.routing if self._uses_local_teacher else None
+        with (
+            self.template.forward_context(self.model, inputs.student_inputs),
+            routing.replayed() if routing else nullcontext(),
+        ):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model: nn.Module, inputs: MicroBatch, return_outputs: bool = False, num_items_in_batch=None):
@@ -590,14 +601,14 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         self._heads_verified = True
         index = torch.linspace(0, batch.student_inputs['input_ids'].numel() - 1, 8, device=self.args.device).long()
         heads = [('student', self.loss.head, lambda: self._call(model, batch.student_inputs), evaluation_mode(self._bare()))]
-        if self.teacher is not None and self.teacher.model not in (None, self.model):
+        if isinstance(self.teacher, AdapterOnBase) or (self.teacher is not None and self.teacher.model not in (None, self.model)):
             heads.append(('teacher', self.teacher.head, lambda: self._call(self.teacher.model, batch.student_inputs), self.teacher.ready()))
         for name, head, forward, ready in heads:
             with ready:  # eval mode in both: dropout would draw from the random numbers of the step
                 reason = head.verify(forward, index)
             if reason:
                 logger.warning(f'The {name} runs with whole logits, which take more memory, because {reason}.')
-        if self.teacher is not None and self.teacher.model is self.model:
+        if self.teacher is not None and self.teacher.model is self.model and not isinstance(self.teacher, AdapterOnBase):
             self.teacher.head = self.loss.head
 
     def stop_on_nan(self) -> None:

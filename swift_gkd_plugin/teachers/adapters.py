@@ -1,9 +1,11 @@
-"""The base of a model that has PEFT's adapters in it."""
+"""The base of a model that has PEFT's adapters in it, without any of them or with another one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -15,12 +17,45 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     That toggles ``requires_grad`` too. Under FSDP2 the toggle lands on unsharded parameters, and a trained head of
     ``modules_to_save`` silently stops training (peft 0.20, ``utils/other.py:662``). The flag alone decides what a forward computes.
     """
-    layers = [m for m in model.modules() if '_disable_adapters' in vars(m) or hasattr(type(m), '_disable_adapters')]
-    before = [layer._disable_adapters for layer in layers]
+    with _layers_with(model, '_disable_adapters', True):
+        yield
+
+
+@contextmanager
+def adapter_on(model: nn.Module, name: str) -> Iterator[None]:
+    """The base model with one adapter, without PEFT's ``set_adapter()``, which toggles ``requires_grad`` as well."""
+    with _layers_with(model, '_active_adapter', [name]):
+        yield
+
+
+@contextmanager
+def _layers_with(model: nn.Module, attribute: str, value: Any) -> Iterator[None]:
+    layers = [m for m in model.modules() if attribute in vars(m) or hasattr(type(m), attribute)]
+    before = [getattr(layer, attribute) for layer in layers]
     for layer in layers:
-        layer._disable_adapters = True
+        setattr(layer, attribute, value)
     try:
         yield
     finally:
-        for layer, flag in zip(layers, before, strict=True):
-            layer._disable_adapters = flag
+        for layer, old in zip(layers, before, strict=True):
+            setattr(layer, attribute, old)
+
+
+def add_frozen_adapter(model: nn.Module, path: str | Path, name: str) -> None:
+    """Load a second adapter into a PEFT model. What is trained and which adapter is active stay as they are."""
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    training = model.training
+    model.load_adapter(str(path), name)
+    for p in model.parameters():  # PEFT freezes the first adapter with the second one
+        p.requires_grad_(id(p) in trained)
+    model.train(training)
+
+
+def trained_outside_adapters(model: nn.Module) -> list[str]:
+    """Names of the trained parameters that no adapter holds: with it off they are still there."""
+    held: set[int] = set()
+    for module in model.modules():
+        if hasattr(type(module), '_disable_adapters') or '_disable_adapters' in vars(module):
+            bases = [base for name in ('base_layer', 'original_module') if (base := module._modules.get(name)) is not None]
+            held |= {id(p) for p in module.parameters()} - {id(p) for base in bases for p in base.parameters()}
+    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
