@@ -169,21 +169,22 @@ def test_refused_before_weights_load(quantised):
 # --- spread over host and disk --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope='module')
-def spread(run_jobs, tiny_models, tmp_path_factory):
-    def placed(layer: str, head: str) -> str:
-        places = {'model.embed_tokens': 'cpu', 'model.layers.0': 'cpu', 'model.layers.1': layer, 'model.norm': 'cpu'}
-        return json.dumps({**places, 'model.rotary_emb': 'cpu', 'lm_head': head})
+def placed(layer: str, head: str) -> str:
+    places = {'model.embed_tokens': 'cpu', 'model.layers.0': 'cpu', 'model.layers.1': layer, 'model.norm': 'cpu'}
+    return json.dumps({**places, 'model.rotary_emb': 'cpu', 'lm_head': head})
 
+
+@pytest.fixture(scope='module')
+def spread(run_jobs, models, tmp_path_factory):
     root = tmp_path_factory.mktemp('spread')
     tied = root / 'tied'
-    shutil.copytree(tiny_models.teacher, tied)
+    shutil.copytree(models.teacher, tied)
     from transformers import AutoConfig
 
     torch.manual_seed(5)
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tied, tie_word_embeddings=True)).save_pretrained(tied)
     step = {**STEP, 'per_device_train_batch_size': 2, 'gradient_accumulation_steps': 2}
-    evaluated = {'val_dataset': tiny_models.val, 'eval_strategy': 'steps', 'eval_steps': 1, 'per_device_eval_batch_size': 8}
+    evaluated = {'val_dataset': models.val, 'eval_strategy': 'steps', 'eval_steps': 1, 'per_device_eval_batch_size': 8}
     auto = {'teacher_device_map': 'auto', 'teacher_max_memory': '{"cpu": "150KB"}'}
     jobs = {
         'whole': {**step, **evaluated},
@@ -203,7 +204,7 @@ def spread(run_jobs, tiny_models, tmp_path_factory):
         'bits': {**step, **bnb(3)},
         'no quantiser': {**step, **bnb(4)},
     }
-    return run_jobs(jobs)
+    return run_jobs({name: {**models.with_teacher, **options} for name, options in jobs.items()})
 
 
 @pytest.mark.parametrize(
@@ -245,3 +246,58 @@ def test_it_was_on_the_disk(spread):
 def test_refused(spread, name, message):
     assert message in spread[name].error
     assert spread[name].loaded == (name == 'answers')
+
+
+# --- several ranks ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def two_ranks(run_jobs, models):
+    step = {**STEP, **models.with_teacher, 'gradient_accumulation_steps': 2}
+    return run_jobs(
+        {
+            'ddp on disk': {**step, 'teacher_device_map': placed('disk', 'disk')},
+            'ddp 4 bits': {**step, **bnb(4)},
+            'ddp auto': {**step, 'teacher_device_map': 'auto'},
+            'zero2 teacher zero3': {**step, 'deepspeed': 'zero2', 'teacher_deepspeed': 'zero3'},
+            'zero2 teacher zero3_offload': {**step, 'deepspeed': 'zero2', 'teacher_deepspeed': 'zero3_offload'},
+            'zero2 4 bits': {**step, **bnb(4), 'deepspeed': 'zero2'},
+            'zero3 4 bits': {**step, **bnb(4), 'deepspeed': 'zero3'},
+            'zero3 4 bits teacher zero0': {**step, **bnb(4), 'deepspeed': 'zero3', 'teacher_deepspeed': 'zero0'},
+            'zero3 on disk': {**step, 'deepspeed': 'zero3', 'teacher_device_map': placed('disk', 'disk')},
+        },
+        nproc=2,
+        env={**WITH_QUANTISER, 'DS_ACCELERATOR': 'cpu'},
+    )
+
+
+@needs_quantiser
+@pytest.mark.parametrize(
+    'name',
+    [
+        'ddp on disk',
+        'ddp 4 bits',
+        'zero2 teacher zero3',
+        'zero2 teacher zero3_offload',
+        'zero2 4 bits',
+        'zero3 4 bits teacher zero0',
+    ],
+)
+def test_loss_and_gradient_are_those_of_one_process(two_ranks, spread, quantised, name):
+    run, one = two_ranks[name].ok(), quantised['4 bits'].ok() if '4 bits' in name else spread['whole'].ok()
+    assert run.losses == pytest.approx(one.losses, rel=1e-5)
+    assert job_runs.relative(run.gradients(), one.gradients()) < 1e-5
+
+
+@needs_quantiser
+@pytest.mark.parametrize(
+    ('name', 'message'),
+    [
+        ('ddp auto', 'with 2 ranks: each of them would take every device'),
+        ('zero3 4 bits', '--teacher_quant_method bnb under ZeRO-3'),
+        ('zero3 on disk', '--teacher_device_map with --deepspeed: it places the teacher itself; use --teacher_deepspeed zero3_offload'),
+    ],
+)
+def test_layouts_refused(two_ranks, name, message):
+    assert message in two_ranks[name].error
+    assert two_ranks[name].loaded == 0
