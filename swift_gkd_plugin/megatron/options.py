@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..arguments import OptionError
+from ..sources import TEACHER
 
 # Options that are refused: name, when, and what to do instead.
 REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ('vllm_mode', lambda a: a.use_vllm and a.vllm_mode is None, 'give colocate or server, or --use_vllm false'),
-    ('gkd_teacher_engine', lambda a: a.gkd_teacher_engine != 'transformers', 'the teacher answers by megatron-core here; leave it out'),
     ('gkd_teacher_offload', lambda a: a.gkd_teacher_offload == 'layer', 'the Megatron back end moves the whole teacher; use model'),
     ('gkd_self_teacher', lambda a: a.gkd_self_teacher == 'ema', 'the Megatron back end keeps no average; use `swift rlhf`'),
-    ('gkd_prefetch', lambda a: a.gkd_prefetch, 'responses are generated between the steps here; leave it out'),
+    ('gkd_routing', lambda a: a.gkd_routing == 'teacher', 'the Megatron back end replays no routing; use `swift rlhf`'),
     ('teacher_quant_method', lambda a: a.teacher_quant_method is not None, 'transformers quantises, not megatron-core; leave it out'),
     ('teacher_device_map', lambda a: a.teacher_device_map is not None, 'the layout places the teacher; see teacher_…_parallel_size'),
     ('streaming', lambda a: a.streaming, 'the Megatron back end needs a dataset with a length'),
@@ -97,6 +97,14 @@ def teacher_arguments(args: Any, has_experts: bool = False) -> Any:
         theirs.sequence_parallel = theirs.tensor_model_parallel_size > 1 and (args.sequence_parallel or has_experts)
         theirs.tp_comm_overlap = False  # its buffers are made for one layout
     return theirs
+
+
+def loads_teacher(args: Any) -> bool:
+    """Whether a separate teacher is loaded into the training processes, and not only into engines beside them."""
+    engine = args.gkd_teacher_engine == 'vllm'
+    scores = args.gkd_loss_weight > 0 and not (engine and args.gkd_logits_topk is not None)
+    answers = (args.seq_kd or args.gkd_eval_source == TEACHER) and not engine
+    return args.teacher_model is not None and (scores or answers)
 
 
 def check_layout(args: Any) -> None:

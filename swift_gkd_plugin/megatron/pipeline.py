@@ -14,9 +14,9 @@ from transformers import AutoConfig
 from .. import checks
 from ..arguments import OptionError
 from ..samples import used_columns
-from ..sources import STUDENT, TEACHER
+from ..sources import STUDENT
 from ..teachers.remote import check_servers
-from .options import SIZES, check_layout, check_model, check_teacher, said_once
+from .options import SIZES, check_layout, check_model, check_teacher, loads_teacher, said_once
 from .trainer import GKDTrainer
 
 logger = get_logger()
@@ -24,6 +24,10 @@ logger = get_logger()
 
 def _teacher_is_silent(args: Any) -> bool:
     return not args.seq_kd and args.gkd_eval_source != 'teacher'
+
+
+def _only_engines_have_teacher(args: Any) -> bool:
+    return args.teacher_model is not None and not loads_teacher(args)
 
 
 # Options of ms-swift and of ours that do nothing, or not what they say, in some configuration: name, when, why. Said if they were given.
@@ -39,16 +43,22 @@ NOT_USED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ('gkd_logits_topk', lambda a: a.gkd_loss_weight == 0, 'at --gkd_loss_weight 0 no teacher looks at the responses'),
     ('gkd_num_samples', lambda a: a.lmbda == 0 and not a.seq_kd, 'a response of the dataset is there once'),
     ('gkd_save_teacher_responses', lambda a: not a.seq_kd, 'the teacher answers with --seq_kd'),
-    ('gkd_teacher_engine_args', lambda a: True, 'it belongs to --gkd_teacher_engine vllm'),
+    (
+        'gkd_teacher_engine',
+        lambda a: _teacher_is_silent(a) and (a.gkd_logits_topk is None or a.gkd_loss_weight == 0),
+        'it answers with --seq_kd, and scores with --gkd_logits_topk',
+    ),
+    ('gkd_teacher_engine_args', lambda a: a.gkd_teacher_engine != 'vllm', 'it belongs to --gkd_teacher_engine vllm'),
+    ('gkd_prefetch', lambda a: a.lmbda == 0, 'at --lmbda 0 the student answers nothing'),
     ('gkd_on_missing_engine', lambda a: a.use_vllm, 'vLLM answers for the student'),
     ('gkd_teacher_temperature', _teacher_is_silent, 'the teacher answers with --seq_kd or --gkd_eval_source teacher'),
     ('gkd_teacher_max_completion_length', _teacher_is_silent, 'the teacher answers with --seq_kd or --gkd_eval_source teacher'),
     ('offload_teacher_model', lambda a: a.teacher_model is None, 'the teacher is the student itself and stays where it is'),
-    *(
-        (f'teacher_{name}', lambda a: a.gkd_loss_weight == 0 and _teacher_is_silent(a), 'at --gkd_loss_weight 0 no teacher is loaded')
-        for name in SIZES
-    ),
     ('gkd_teacher_offload', lambda a: a.teacher_model is None, 'the teacher is the student itself and stays where it is'),
+    *(
+        (name, _only_engines_have_teacher, 'no teacher is loaded into the training processes')
+        for name in ('offload_teacher_model', 'gkd_teacher_offload', *(f'teacher_{size}' for size in SIZES))
+    ),
     ('gkd_ema_decay', lambda a: True, 'it belongs to --gkd_self_teacher ema'),
     ('teacher_tag_key', lambda a: a.teacher_model_server is None, 'it routes samples to teacher servers'),
     ('gkd_server_timeout', lambda a: a.teacher_model_server is None, 'it belongs to --teacher_model_server'),
@@ -113,9 +123,10 @@ class GKDPipeline(MegatronRLHF):
         check_layout(args)  # once more: by now it is known whether the teacher is the student's base
         student = AutoConfig.from_pretrained(args.model_dir, trust_remote_code=True)
         check_model('--model', args.model, student, args)
-        if args.teacher_model is not None:
+        if loads_teacher(args):
             teacher = AutoConfig.from_pretrained(args.teacher_model_dir, trust_remote_code=True)
             check_teacher(args.teacher_model, teacher, args)
+        checks.check_teacher_engine(args)
         self._check_generation()
         vocab = student.get_text_config().vocab_size
         if args.gkd_logits_topk is not None and args.gkd_logits_topk > vocab:
@@ -137,10 +148,11 @@ class GKDPipeline(MegatronRLHF):
                 'colocate (or server), or set --lmbda 0.'
             )
         meta = args.model_meta if args.teacher_model is None else args.teacher_model_meta
-        if args.teacher_model_server is None and (args.seq_kd or args.gkd_eval_source == TEACHER) and meta.is_multimodal:
+        elsewhere = args.teacher_model_server is not None or args.gkd_teacher_engine == 'vllm'
+        if not elsewhere and not _teacher_is_silent(args) and meta.is_multimodal:
             raise OptionError(
-                f'--teacher_model {args.teacher_model}: a model with images, videos or audio answers through a server only; use '
-                '--teacher_model_server, or leave --seq_kd out.'
+                f'--teacher_model {args.teacher_model}: a model with images, videos or audio answers through an engine only; use '
+                '--gkd_teacher_engine vllm or --teacher_model_server, or leave --seq_kd out.'
             )
 
     def _check_tokenizers(self) -> tuple[int, int] | None:

@@ -17,10 +17,13 @@ import copy
 import dataclasses
 import itertools
 import os
+import socket
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +36,7 @@ from swift.megatron.trainers.gkd_trainer import MegatronGKDTrainer
 from swift.megatron.trainers.rlhf_mixin import MegatronRLHFTrainer
 from swift.megatron.trainers.rollout_mixin import MegatronRolloutMixin
 from swift.megatron.utils import disable_forward_pre_hook, enable_forward_pre_hook, maybe_finalize_async_save
+from swift.rl_core.data import GKDSample
 from swift.template import update_generation_config_eos_token
 from swift.utils import JsonlWriter, get_current_device, get_logger
 from torch import nn
@@ -48,16 +52,17 @@ from ..metrics import Metrics
 from ..objective import LossOptions
 from ..responses import Response, SamplingOptions
 from ..responses.local import inference_template
-from ..samples import MicroBatch, Sample, SampleEncoder, TeacherView
+from ..samples import MicroBatch, Sample, SampleEncoder, TeacherView, sampled_ids
 from ..sources import DATASET, STUDENT, TEACHER, Source
 from ..teachers import Signal, TopK, TopKOptions
+from ..teachers.engine import TeacherEngine, name_of_device
 from ..teachers.remote import RemoteTeacher
 from ..teachers.server import Scores, ServerOptions, TeacherServerError, TeacherServers
 from .generation import Generator, check_generates
 from .head import OutputHead
-from .layouts import Layout, RelocatedTeacher, common_padding
+from .layouts import Layout, RandomState, RelocatedTeacher, common_padding
 from .loss import DistillationLoss
-from .options import num_experts, teacher_arguments, teacher_options
+from .options import loads_teacher, num_experts, said_once, teacher_arguments, teacher_options
 from .teachers import LiveStudent, LocalTeacher, SharedBase
 from .views import LocalView, local_view
 
@@ -99,6 +104,8 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
         padding_to, template.sequence_parallel_size = common_padding(args, *([self.teacher_layout.args] if self.teacher_layout else []))
         template.data_collator = partial(template.data_collator, padding_to=padding_to)
 
+        self._rollout_group, self._rollout_groups_created = None, False  # ms-swift's, which it sets with its engine
+        self.answering = self._teacher_that_answers() if self._needs_teacher else None
         self.teacher = self._resolve_teacher() if self._needs_teacher else None
         head = OutputHead(self.unwrapped_models)
         self.loss = DistillationLoss(self._loss_options(head), head, self.teacher.adapter if self.teacher else True)
@@ -106,15 +113,12 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
         tag_key = args.teacher_tag_key if isinstance(self.teacher, RemoteTeacher) else None
         self.encoder = SampleEncoder(template, view, self.teacher is not None, tag_key)
         self._init_rollout_engine()
-        if isinstance(self.teacher, RemoteTeacher):
-            self._asked_once(lambda: self.teacher.servers.connect(args.gkd_server_retry_seconds), lambda: None, lambda _: None)
-        if not args.use_vllm and (args.lmbda > 0 or args.gkd_eval_source == STUDENT):
-            check_generates(self.unwrapped_models, f'--model {args.model}')
-        if self.teacher_models is not None and (args.seq_kd or args.gkd_eval_source == TEACHER):
-            check_generates(self.teacher.chunks, f'--teacher_model {args.teacher_model}')
 
         self._ready: deque[list[Sample]] = deque()  # micro-batches that have their responses and wait for their optimizer step
         self._resumed: dict[str, Any] | None = None  # what the checkpoint has kept of those
+        self._begun: list[list[Sample]] = []  # the cycle that the rollout server answers while a step trains
+        self._requested: list[GKDSample] | None = None  # this rank's share of what it was asked for
+        self._ahead: Future | None = None  # of the last rank: its answers
         self._cycle_key = 0, 0  # optimizer step and number of the cycle in it
         self._step_losses: list[tuple[torch.Tensor, list[Sample]]] = []
 
@@ -126,11 +130,26 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
 
     def prepare_model(self) -> None:
         super().prepare_model()
-        self.teacher_models = self.teacher_layout = None
-        if self.args.teacher_model is not None and self._needs_teacher:
-            self.teacher_models = self._load_teacher_model()
+        if self.teacher_models is not None:
+            self._load_teacher(self.teacher_models)
 
-    def _load_teacher_model(self) -> list[nn.Module]:
+    def _prepare_peft_model(self, models: list[nn.Module]) -> list[nn.Module]:
+        # Every model is built, and looked at, before any weights load.
+        args = self.args
+        self.teacher_models = self.teacher_layout = None
+        if loads_teacher(args):
+            numbers = RandomState()  # the student's adapter is drawn as if there were no other model
+            self.teacher_models = self._build_teacher()
+            numbers.restore()
+        with said_once():
+            if not args.use_vllm and (args.lmbda > 0 or args.gkd_eval_source == STUDENT):
+                check_generates(models, f'--model {args.model}')
+            elsewhere = args.teacher_model_server is not None or args.gkd_teacher_engine == 'vllm'
+            if not elsewhere and (args.seq_kd or args.gkd_eval_source == TEACHER):
+                check_generates(self.teacher_models or models, f'--teacher_model {args.teacher_model or args.model}')
+        return super()._prepare_peft_model(models)
+
+    def _build_teacher(self) -> list[nn.Module]:
         """The teacher, built from its own family and configuration, in the student's layout or in its own (``self.teacher_layout``)."""
         config = AutoConfig.from_pretrained(self.args.teacher_model_dir, trust_remote_code=True)
         args = teacher_arguments(self.args, bool(num_experts(config)))
@@ -141,20 +160,61 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
         args.rope_scaling = None  # the student's, and the teacher's configuration has its own
         self.teacher_layout = Layout(args) if teacher_options(args) else None
         with self.teacher_layout.entered() if self.teacher_layout else nullcontext():
-            chunks = get_mcore_model(args, config)
+            return get_mcore_model(args, config)
+
+    def _load_teacher(self, chunks: list[nn.Module]) -> None:
+        with self.teacher_layout.entered() if self.teacher_layout else nullcontext():
             for chunk in chunks:
-                if not args.use_cpu_initialization:
+                if not self.args.use_cpu_initialization:
                     chunk.to(get_current_device())
                 chunk.requires_grad_(False).eval()
-            chunks[0].config.bridge.load_weights(chunks, args.teacher_model_dir)
-        return chunks
+            chunks[0].config.bridge.load_weights(chunks, self.args.teacher_model_dir)
+
+    def _teacher_that_answers(self) -> RemoteTeacher | None:
+        """The teacher's servers or its engines; None if a model of the training processes is all there is."""
+        args, engine, url = self.args, None, self.args.teacher_model_server
+        if url is None:
+            scores = args.gkd_logits_topk is not None and args.gkd_loss_weight > 0
+            if args.gkd_teacher_engine != 'vllm' or not (scores or args.seq_kd or args.gkd_eval_source == TEACHER):
+                return None
+            engine, url = self._engine_of_teacher()
+        topk = args.gkd_logits_topk or 0
+        options = ServerOptions(topk, args.gkd_server_timeout, args.gkd_server_retry_seconds, args.gkd_server_in_flight)
+        servers = TeacherServers(url, options, lambda: str(self.state.iteration + 1))
+
+        def connect() -> None:
+            servers.connect(args.gkd_server_retry_seconds)
+            if engine is not None:
+                engine.sleep()
+
+        self._asked_once(connect, lambda: None, lambda _: None)
+        return RemoteTeacher(servers, topk, engine.awake if engine is not None else nullcontext)
+
+    def _engine_of_teacher(self) -> tuple[TeacherEngine | None, str]:
+        """An engine for the ranks with the same rows, and its address. It belongs to the first of them, which asks for all, and may use the
+        devices of those that are on the same machine."""
+        args, group = self.args, self._get_rollout_group()
+        everyone: list[Any] = [None] * dist.get_world_size(group)
+        here = socket.gethostname(), name_of_device(torch.device(self.device))
+        dist.all_gather_object(everyone, here, group=group)
+        devices = None if here[1] is None else [name for host, names in everyone if host == here[0] for name in names]
+        started: list[TeacherEngine] = []
+        urls: list[str] = []
+
+        def start() -> None:
+            log = Path(args.output_dir) / f'teacher_engine_rank{dist.get_rank()}.log'
+            dtype = str(args.torch_dtype).removeprefix('torch.')
+            started.append(
+                TeacherEngine(args.teacher_model_dir, dtype, args.gkd_logits_topk or 0, args.gkd_teacher_engine_args, devices, log)
+            )
+            started[0].wait()
+
+        self._asked_once(start, lambda: started[0].url, urls.append)
+        return started[0] if started else None, urls[0]
 
     def _resolve_teacher(self) -> LocalTeacher | RemoteTeacher:
-        args = self.args
-        if args.teacher_model_server is not None:
-            options = ServerOptions(args.gkd_logits_topk, args.gkd_server_timeout, args.gkd_server_retry_seconds, args.gkd_server_in_flight)
-            servers = TeacherServers(args.teacher_model_server, options, lambda: str(self.state.iteration + 1))
-            teacher = RemoteTeacher(servers, args.gkd_logits_topk)
+        if self.answering is not None and self.teacher_models is None:
+            teacher = self.answering  # it scores as well
         elif self.teacher_layout is not None:
             teacher = RelocatedTeacher(self.args, self.teacher_layout, self.teacher_models, bool(teacher_offload(self.args)))
         elif self.teacher_models is not None:
@@ -170,7 +230,7 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
         temperature = args.temperature if args.gkd_temperature is None else args.gkd_temperature
         weight = args.gkd_loss_weight * (temperature**2 if args.gkd_temperature_squared else 1)
         columns = student.columns
-        if self.teacher is not None and self._tokenizer_lengths is not None:
+        if self.teacher_models is not None and self._tokenizer_lengths is not None:
             teacher = self.teacher.head.columns
             columns = checks.compared_columns(student.columns, teacher, *self._tokenizer_lengths)
             if columns < max(student.columns, teacher):
@@ -191,7 +251,7 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
         if args.lmbda > 0 or args.gkd_eval_source == STUDENT:
             answers[STUDENT] = self._engine_answers if args.use_vllm else self._student_answers
         if args.seq_kd or args.gkd_eval_source == TEACHER:
-            answer = self._server_answers if isinstance(self.teacher, RemoteTeacher) else self._teacher_answers
+            answer = self._teacher_answers if self.answering is None else self._server_answers
             answers[TEACHER] = self._kept(answer) if args.gkd_save_teacher_responses else answer
         return answers
 
@@ -250,7 +310,7 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
 
         with self.metrics.seconds('seconds/generation'):
             self._asked_once(
-                lambda: self.teacher.answer(samples, prompts, seeds, self._sampling_options(TEACHER), stop_ids),
+                lambda: self.answering.answer(samples, prompts, seeds, self._sampling_options(TEACHER), stop_ids),
                 lambda: [(sample.response, sample.scores) for sample in samples],
                 take,
             )
@@ -286,6 +346,7 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
 
     def _save_before_leaving(self) -> None:
         """A checkpoint of the last finished step, with the responses that exist. A collective call."""
+        self._begun = []  # the run that goes on begins it again, from the same weights
         checkpoint = os.path.join(self.args.output_dir, f'checkpoint-{self.state.iteration}')
         # The last file of a checkpoint.
         complete = int(os.path.isfile(os.path.join(checkpoint, 'latest_checkpointed_iteration.txt')))
@@ -338,16 +399,59 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
         if not cycles.total_over_ranks(len(samples), torch.device(self.device)):
             return  # the engine sleeps on, with the weights that it has
         group = self._get_rollout_group()
-        rank, size = dist.get_rank(group), dist.get_world_size(group)
-        with self.metrics.seconds('seconds/generation'), self._gathered_weights():
-            mine = self._generate_completions([self.encoder.inner(sample) for sample in samples[rank::size]])
-            everyone: list[Any] = [None] * size
+        everyone: list[Any] = [None] * dist.get_world_size(group)
+        with self.metrics.seconds('seconds/generation'):
+            if self._requested is not None:
+                mine = self._collected()
+            else:
+                with self._gathered_weights():
+                    mine = self._generate_completions(self._share(samples))
             dist.all_gather_object(everyone, mine, group=group)
         for number, sample in enumerate(samples):
-            result = everyone[number % size][number // size]
-            ids = result.response_token_ids
-            flat = list(itertools.chain.from_iterable(ids)) if ids and isinstance(ids[0], list) else list(ids)
-            sample.generated, sample.response = result, Response(flat, result.finish_reason or 'stop')
+            result = everyone[number % len(everyone)][number // len(everyone)]
+            sample.generated, sample.response = result, Response(sampled_ids(result), result.finish_reason or 'stop')
+
+    def _share(self, samples: list[Sample]) -> list[GKDSample]:
+        """What this rank asks the engine, of the samples that it has in common with others."""
+        group = self._get_rollout_group()
+        return [self.encoder.inner(sample) for sample in samples[dist.get_rank(group) :: dist.get_world_size(group)]]
+
+    def _request_ahead(self, samples: list[Sample]) -> None:
+        """Have the server generate, from the weights of now, while the trainer goes on. A collective call."""
+        if not cycles.total_over_ranks(len(samples), torch.device(self.device)):
+            return
+        if self._last_loaded_step != self._step:
+            with self._gathered_weights():
+                self._move_model_to_vllm()
+            self._last_loaded_step = self._step
+        self._requested = self._preprocess_inputs(self._share(samples))
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, self.samples2requests(self._requested))
+        self._shares = list(map(len, everyone))
+        if self.is_main_process:
+            requests, config = list(itertools.chain.from_iterable(everyone)), self._get_request_config()
+            self._ahead = self._one_ahead.submit(self.vllm_client.infer, infer_requests=requests, request_config=config)
+
+    @cached_property
+    def _one_ahead(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, thread_name_prefix='rollout-ahead')
+
+    def _collected(self) -> list[GKDSample]:
+        """This rank's share of what was requested ahead. A collective call.
+
+        Raises:
+            OptionError: The scheduler of the server has made another number of samples.
+        """
+        requested, self._requested = self._requested, None
+        found = [self._ahead.result() if self.is_main_process else None]
+        dist.broadcast_object_list(found, src=dist.get_world_size() - 1)
+        if len(found[0]) != sum(self._shares):
+            raise OptionError(
+                f'--multi_turn_scheduler of the server: it made {len(found[0])} samples of {sum(self._shares)}, but a row stays one sample '
+                'in distillation; return one RolloutOutput for each request from its run().'
+            )
+        first = sum(self._shares[: dist.get_rank()])
+        return self._postprocess_rollout_outputs(requested, found[0][first : first + len(requested)])
 
     @contextmanager
     def _gathered_weights(self) -> Iterator[None]:
@@ -415,6 +519,8 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
         if not self._ready:
             self._ready.extend(self._next_cycle(rows))
         samples = [self._ready.popleft() for _ in range(self.args.num_microbatches)]
+        if self.args.gkd_prefetch and not self._ready and self.state.iteration + 1 < self.args.train_iters:
+            self._begin_next_cycle(rows)
         batches = [self.encoder.micro_batch(one) for one in samples]
         if self._asks_server:
             try:
@@ -424,6 +530,8 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
                 self._save_before_leaving()
                 raise
         self._count(batches)
+        if self.args.log_completions:
+            self._write_completions([sample for one in samples for sample in one])
         return self._asked(batches)
 
     @property
@@ -431,27 +539,42 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
         return isinstance(self.teacher, RemoteTeacher) and self.args.gkd_loss_weight > 0
 
     def _next_cycle(self, rows: Iterator[list[Row]]) -> list[list[Sample]]:
-        """A cycle's samples with their responses; first what a checkpoint has kept of one.
+        """A cycle's samples with their responses; first what a checkpoint has kept of one."""
+        if self._begun:
+            return self._finish_cycle()
+        if self._resumed is not None:
+            state, self._resumed = self._resumed, None
+            kept = list(itertools.islice(rows, len(state['micro_batches'])))
+            return self._with_responses(lambda: cycles.restored(self.cycle, state, kept))
+        self._cycle_key = self.state.iteration, 0
+        cycle = self._rows_of_cycle(rows)
+        return self._with_responses(lambda: self.cycle.samples(cycle, self._cycle_key))
 
-        If the teacher's server fails while it is made, what exists of it is in the checkpoint that is left behind.
-        """
+    def _rows_of_cycle(self, rows: Iterator[list[Row]]) -> list[list[Row]]:
+        return list(itertools.islice(rows, self.args.num_microbatches * self.steps_per_generation))
+
+    def _begin_next_cycle(self, rows: Iterator[list[Row]]) -> None:
+        """``--gkd_prefetch``: the server answers the next cycle while this step trains, from the weights before this step."""
+        self._cycle_key = self.state.iteration, 1
+        self._begun, self._begun_at = self.cycle.drawn(self._rows_of_cycle(rows), self._cycle_key), self.state.iteration
+        self._request_ahead([s for samples in self._begun for s in samples if s.row.counts and s.source == STUDENT])
+
+    def _finish_cycle(self) -> list[list[Sample]]:
+        """The cycle that was begun a step ago, with its responses."""
+        begun, self._begun = self._begun, []
+        return self._with_responses(lambda: self.cycle.answer(begun) or begun, student_at=self._begun_at)
+
+    def _with_responses(self, make: Callable[[], list[list[Sample]]], student_at: int | None = None) -> list[list[Sample]]:
+        """A cycle, dated; if the teacher's server fails while it is made, what exists of it is in the checkpoint that is left behind."""
         try:
-            if self._resumed is not None:
-                state, self._resumed = self._resumed, None
-                return cycles.restored(self.cycle, state, list(itertools.islice(rows, len(state['micro_batches']))))
-            cycle = list(itertools.islice(rows, self.args.num_microbatches * self.steps_per_generation))
-            self._cycle_key = self.state.iteration, 0
-            samples = self.cycle.samples(cycle, self._cycle_key)
+            cycle = make()
         except cycles.Unanswered as failure:
+            cycles.dated(failure.samples, self.state.iteration, student_at)
             self._ready.extend(failure.samples)
             self._save_before_leaving()
             raise failure.__cause__ from None
-        for sample in itertools.chain.from_iterable(samples):
-            if sample.response is not None:
-                sample.generated_at = self.state.iteration
-        if self.args.log_completions:
-            self._write_completions([sample for one in samples for sample in one])
-        return samples
+        cycles.dated(cycle, self.state.iteration, student_at)
+        return cycle
 
     def _asked(self, batches: list[MicroBatch]) -> list[Iterator[Step]]:
         """One iterator per virtual stage: all of them run every micro-batch."""
@@ -532,6 +655,8 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
 
     def evaluate(self, dataset) -> dict[str, float]:
         """The mean over all trained tokens of the whole set, the same for any batch size and layout: no coin is tossed."""
+        if self._begun:  # the server has to be free
+            self._ready.extend(self._finish_cycle())
         for model in self.wrapped_models:
             model.eval()
         self.call_event('on_eval_begin')
@@ -669,6 +794,8 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
     # -- checkpoints -------------------------------------------------------------------------------------------------------------------
 
     def save_checkpoint(self) -> None:
+        if self._begun:
+            self._ready.extend(self._finish_cycle())
         # Before the rest: a checkpoint that looks complete has to be.
         cycles.save(os.path.join(self.args.output_dir, f'checkpoint-{self.state.iteration}'), list(self._ready))
         super().save_checkpoint()

@@ -44,6 +44,16 @@ STEP = {
 }
 ADAPTER = {**STEP, 'tuner_type': 'lora', 'target_modules': 'all-linear', 'lora_rank': 8, 'lora_alpha': 16, 'lr': 0.1}
 PART = {**STEP, 'dataset': 'ten', 'global_batch_size': 4, 'lmbda': 0.4, 'train_iters': 4, 'gkd_num_samples': 2}
+AHEAD = {
+    **STEP,
+    'temperature': 0,
+    'gkd_temperature': 1,
+    'train_iters': 4,
+    'gkd_prefetch': 'true',
+    'log_completions': 'true',
+    'no_save_optim': 'false',
+}
+FROZEN = {**AHEAD, **PART, 'temperature': 0, 'gkd_prefetch': 'false', 'gkd_num_samples': 1, 'lr': 0}
 SHARDED = {'use_distributed_optimizer': 'true', 'overlap_grad_reduce': 'true', 'overlap_param_gather': 'true'}
 
 
@@ -59,7 +69,7 @@ def run_here(tmp_path_factory, engine_models, tiny_models):
     def run(jobs: runs.Jobs, layout: str) -> dict[str, Run]:
         root = tmp_path_factory.mktemp('engine')
         data = make_datasets(tiny_models.train, root)
-        jobs = {name: {k: data[v] if k == 'dataset' else v for k, v in job.items()} for name, job in jobs.items()}
+        jobs = {name: {k: data[v] if k.endswith('dataset') else v for k, v in job.items()} for name, job in jobs.items()}
         environment = {**ENVIRONMENT, 'PYTHONPATH': cpu}
         return runs.run_jobs(jobs, layout, root, engine_models, tiny_models.train, env=environment, timeout=300)
 
@@ -104,18 +114,53 @@ def test_ranks_share_the_samples_out(run_here, layout, more):
     assert 0 < sum(shares) < 4 * len(shares)
 
 
-def test_server(run_here, engine_models, tiny_models, tmp_path):
+@pytest.fixture(scope='module')
+def served(run_here, engine_models, tiny_models, tmp_path_factory) -> dict[str, Run]:
+    """With a server of ``swift rollout``."""
+    root = tmp_path_factory.mktemp('served')
     models = helpers.TinyModels(engine_models['student'], engine_models['teacher'], tiny_models.train, tiny_models.val)
-    server = RolloutServer(models, {}, tmp_path / 'rollout.log')
+    jobs = {
+        'without sync': STEP,
+        'full': STEP,
+        'part': PART,
+        'merged': ADAPTER,
+        'frozen': FROZEN,
+        'frozen, ahead': {**FROZEN, 'gkd_prefetch': 'true'},
+        'ahead': {**AHEAD, 'save': True, 'save_steps': 2, 'output_dir': root / 'ahead'},
+        'resumed': {**AHEAD, 'mcore_model': root / 'ahead' / 'checkpoint-2', 'finetune': 'false'},
+        'evaluated': {**AHEAD, 'val_dataset': 'privileged', 'eval_steps': 2, 'gkd_eval_source': 'student'},
+    }
+    server = RolloutServer(models, {}, root / 'rollout.log')
     try:
         server.wait()
-        jobs = {
-            name: {**job, **server.options} for name, job in {'without sync': STEP, 'full': STEP, 'part': PART, 'merged': ADAPTER}.items()
-        }
-        found = run_here(jobs, 'TP2xPP2')
+        return run_here({name: {**job, **server.options} for name, job in jobs.items()}, 'TP2xPP2')
     finally:
         server.stop()
-    check(found['full'], [0, 1, 2])
-    check(found['merged'], [0, 1, 2])
-    check(found['part'], [0, 1, 2, 3])
-    check_old_weights(found['without sync'])
+
+
+def test_server(served):
+    check(served['full'], [0, 1, 2])
+    check(served['merged'], [0, 1, 2])
+    check(served['part'], [0, 1, 2, 3])
+    check_old_weights(served['without sync'])
+
+
+def test_one_step_ahead(served):
+    """Where the weights stay, it is the same training; where they move, the responses are one update old."""
+    frozen = served['frozen'].ok(), served['frozen, ahead'].ok()
+    assert frozen[1].losses == pytest.approx(frozen[0].losses, rel=1e-5) and len(frozen[0].losses) == 4
+    assert 0 < sum(frozen[0].values('source/student')) < 4
+
+    def ages(run: Run) -> set[tuple[int, int]]:
+        lines = map(json.loads, (run.output_dir / 'completions.jsonl').read_text().splitlines())
+        return {(line['step'], line['step'] - 1 - line['generated_at']) for line in lines}
+
+    assert ages(served['ahead'].ok()) == {(1, 0), (2, 1), (3, 1), (4, 1)}
+    assert {age for step, age in ages(frozen[0])} == {0}
+    assert {age for step, age in ages(frozen[1]) if step > 1} == {1}  # beyond the end of an epoch too
+
+
+def test_one_step_ahead_resumes_and_evaluates(served):
+    assert served['resumed'].ok().losses == pytest.approx(served['ahead'].losses[2:], rel=1e-5)
+    assert served['evaluated'].ok().losses == pytest.approx(served['ahead'].losses, rel=1e-5)
+    assert len(served['evaluated'].values('eval_loss')) == 2

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
 
-from swift_gkd_plugin.arguments import OptionError
-from swift_gkd_plugin.megatron.options import SIZES, check_layout, check_model, check_supported, check_teacher, teacher_arguments
+from swift_gkd_plugin.arguments import GKDOptions, OptionError
+from swift_gkd_plugin.megatron.options import (
+    check_layout,
+    check_model,
+    check_supported,
+    check_teacher,
+    loads_teacher,
+    teacher_arguments,
+)
 
-DEFAULTS = dict(
+DEFAULTS = {f.name: f.default for f in fields(GKDOptions)} | dict(
     model='student',
     teacher_model='teacher',
     tuner_type='full',
     target_modules=['all-linear'],
     seq_kd=False,
-    gkd_eval_source='dataset',
-    gkd_teacher_engine='transformers',
-    gkd_teacher_offload=None,
-    gkd_self_teacher=None,
-    gkd_prefetch=False,
+    gkd_logits_topk=None,
     lmbda=0.0,
     use_vllm=False,
     vllm_mode=None,
@@ -44,7 +48,6 @@ DEFAULTS = dict(
     decoder_last_pipeline_num_layers=None,
     sequence_parallel=False,
     tp_comm_overlap=False,
-    **{f'teacher_{name}': None for name in SIZES},
 )
 
 
@@ -56,10 +59,8 @@ def options(**given) -> SimpleNamespace:
     'given',
     [
         dict(use_vllm=True),
-        dict(gkd_teacher_engine='vllm'),
         dict(gkd_teacher_offload='layer'),
         dict(gkd_self_teacher='ema', teacher_model=None),
-        dict(gkd_prefetch=True),
         dict(streaming=True),
         dict(use_megatron_fsdp=True),
         dict(bridge_backend='megatron-bridge'),
@@ -90,6 +91,23 @@ def test_refused(given):
 )
 def test_supported(given):
     check_supported(options(**given))
+
+
+@pytest.mark.parametrize(
+    ('given', 'loads'),
+    [
+        ({}, True),
+        (dict(teacher_model=None), False),
+        (dict(gkd_loss_weight=0), False),
+        (dict(gkd_loss_weight=0, seq_kd=True), True),
+        (dict(gkd_teacher_engine='vllm'), True),  # it does not score over the whole vocabulary
+        (dict(gkd_teacher_engine='vllm', gkd_logits_topk=8, gkd_eval_source='teacher'), False),
+        (dict(gkd_teacher_engine='vllm', gkd_loss_weight=0, seq_kd=True), False),
+    ],
+    ids=str,
+)
+def test_who_holds_the_teacher(given, loads):
+    assert loads_teacher(options(**given)) == loads
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ class Visitor(MegatronCallback):
         from swift_gkd_plugin.megatron.layouts import RelocatedTeacher
 
         trainer, asked = self.trainer, self.trainer._asked
-        chunks = trainer._load_teacher_model()
+        chunks = trainer._build_teacher()
+        trainer._load_teacher(chunks)
         teacher = RelocatedTeacher(trainer.args, trainer.teacher_layout, chunks)
 
         def visited(batches):
