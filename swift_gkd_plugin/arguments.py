@@ -242,9 +242,7 @@ def check_values(args: Any) -> None:
     offload = args.gkd_teacher_offload
     _require(offload in (None, 'model', 'layer'), f'--gkd_teacher_offload {offload}: must be model or layer.')
     method, bits = args.teacher_quant_method, args.teacher_quant_bits
-    _require(
-        method in (None, 'none', *QUANTISERS), f'--teacher_quant_method {method}: must be none or one of {", ".join(QUANTISERS)}.'
-    )
+    _require(method in (None, 'none', *QUANTISERS), f'--teacher_quant_method {method}: must be none or one of {", ".join(QUANTISERS)}.')
     allowed = QUANTISERS.get(method, (None,))
     _require(
         bits in allowed,
@@ -297,7 +295,8 @@ def check_values(args: Any) -> None:
         f'{flag} needs a teacher that can generate: give --teacher_model or --teacher_model_server.',
     )
     _require(
-        args.gkd_teacher_engine == 'transformers' or (args.teacher_model is not None and not args.teacher_adapters),
+        args.gkd_teacher_engine == 'transformers'
+        or (args.teacher_model is not None and not getattr(args, 'teacher_adapters', None)),  # Megatron-SWIFT has none
         f'--gkd_teacher_engine {args.gkd_teacher_engine}: it needs a --teacher_model, with --teacher_adapters merged into it.',
     )
     _require(
