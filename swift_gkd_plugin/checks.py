@@ -111,6 +111,29 @@ def check_teacher_engine(args: Any) -> None:
         raise OptionError('--gkd_teacher_engine vllm: vLLM is not installed; pip install vllm, or leave the option out.')
 
 
+def check_student_engine(args: Any) -> None:
+    """Raises:
+    OptionError: ``--use_vllm true`` without vLLM, or colocated with a student of which vLLM has no implementation, neither its own nor
+        by way of transformers. A server has loaded the student before.
+    """
+    if not args.use_vllm:
+        return
+    instead = 'leave --use_vllm out, and the student answers with transformers'
+    if importlib.util.find_spec('vllm') is None:
+        raise OptionError(f'--use_vllm true: vLLM is not installed; pip install vllm, or {instead}.')
+    if args.vllm_mode != 'colocate':
+        return
+    import transformers
+    import vllm
+
+    config = transformers.AutoConfig.from_pretrained(args.model_dir, trust_remote_code=True)
+    names = config.architectures or []
+    classes = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
+    runs = bool(set(names) & set(vllm.ModelRegistry.get_supported_archs()) or getattr(config, 'auto_map', None))
+    if not (runs or any(c.is_backend_compatible() or c._can_set_attn_implementation() for c in classes)):
+        raise OptionError(f'--use_vllm true: vLLM {vllm.__version__} does not know the architecture {", ".join(names)}; {instead}.')
+
+
 def check_size(num_rows: int, generation_batch: int, explained: str) -> None:
     """Raises:
     OptionError: The dataset is smaller than one generation batch.

@@ -48,41 +48,7 @@ def make(directory: Path, *, moe: bool = False) -> helpers.TinyModels:
 
     processor = _processor()
     for name, hidden, seed in (('student', 64, 1), ('teacher', 64, 2)):
-        text = dict(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=hidden,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=32,
-            rope_parameters=dict(rope_theta=1e4, rope_type='default', mrope_section=[8, 4, 4], mrope_interleaved=True),
-            max_position_embeddings=2048,
-            initializer_range=0.2,
-            tie_word_embeddings=False,
-        )
-        if moe:
-            text |= dict(
-                moe_intermediate_size=48,
-                num_experts_per_tok=2,
-                num_experts=4,
-                num_local_experts=4,
-                decoder_sparse_step=1,
-                mlp_only_layers=[],
-            )
-        vision = dict(
-            depth=2,
-            hidden_size=64,
-            intermediate_size=64,
-            num_heads=2,
-            patch_size=16,
-            spatial_merge_size=2,
-            temporal_patch_size=2,
-            out_hidden_size=hidden,
-            deepstack_visual_indexes=[0],
-            num_position_embeddings=64,
-            initializer_range=0.2,
-        )
+        text, vision = text_config(hidden, moe=moe), vision_config(hidden)
         kind = 'Qwen3VLMoe' if moe else 'Qwen3VL'
         config = getattr(transformers, f'{kind}Config')(
             text_config=text,
@@ -104,6 +70,43 @@ def make(directory: Path, *, moe: bool = False) -> helpers.TinyModels:
     return helpers.TinyModels(directory / 'student', directory / 'teacher', directory / 'train.jsonl', directory / 'val.jsonl')
 
 
+def text_config(hidden: int, *, moe: bool) -> dict:
+    """Two layers, with 4 experts of which a token takes 2, or dense."""
+    experts = dict(
+        moe_intermediate_size=48, num_experts_per_tok=2, num_experts=4, num_local_experts=4, decoder_sparse_step=1, mlp_only_layers=[]
+    )
+    return dict(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=hidden,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        rope_parameters=dict(rope_theta=1e4, rope_type='default', mrope_section=[8, 4, 4], mrope_interleaved=True),
+        max_position_embeddings=2048,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+        **(experts if moe else {}),
+    )
+
+
+def vision_config(hidden: int) -> dict:
+    return dict(
+        depth=2,
+        hidden_size=64,
+        intermediate_size=64,
+        num_heads=2,
+        patch_size=16,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+        out_hidden_size=hidden,
+        deepstack_visual_indexes=[0],
+        num_position_embeddings=64,
+        initializer_range=0.2,
+    )
+
+
 def _rows(directory: Path) -> list[dict]:
     from PIL import Image
 
@@ -118,10 +121,14 @@ def _rows(directory: Path) -> list[dict]:
     return rows
 
 
-def _processor():
+def tokenizer(special: dict[str, int]):
+    """A byte-level one with a chat template.
+
+    Args:
+        special: The special tokens that the rows and templates use, and their ids.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessor, Qwen3VLProcessor
-    from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+    from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -130,17 +137,18 @@ def _processor():
     bpe.train_from_iterator(
         corpus,
         trainers.BpeTrainer(
-            vocab_size=400, special_tokens=list(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+            vocab_size=400, special_tokens=list(special), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
         ),
     )
     content = json.loads(bpe.to_str())
-    content['model']['vocab'] |= SPECIAL
-    content['added_tokens'] = [{**token, 'id': SPECIAL[token['content']]} for token in content['added_tokens']]
+    content['model']['vocab'] |= special
+    content['added_tokens'] = [{**token, 'id': special[token['content']]} for token in content['added_tokens']]
     template = (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
-    tokenizer = PreTrainedTokenizerFast(
+    sounds = {'audio_token': '<|audio_pad|>', 'audio_bos_token': '<|audio_start|>', 'audio_eos_token': '<|audio_end|>'}
+    return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(content)),
         eos_token='<|im_end|>',
         pad_token='<|endoftext|>',
@@ -149,17 +157,24 @@ def _processor():
             'video_token': '<|video_pad|>',
             'vision_bos_token': '<|vision_start|>',
             'vision_eos_token': '<|vision_end|>',
+            **{name: token for name, token in sounds.items() if token in special},
         },
         chat_template=template,
         clean_up_tokenization_spaces=False,
         model_max_length=2048,
     )
-    patches = dict(patch_size=16, merge_size=2, temporal_patch_size=2)
+
+
+def _processor():
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor
+    from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+
+    patches, text = dict(patch_size=16, merge_size=2, temporal_patch_size=2), tokenizer(SPECIAL)
     return Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor(**patches, min_pixels=32 * 32, max_pixels=64 * 64),
-        tokenizer=tokenizer,
+        tokenizer=text,
         video_processor=Qwen3VLVideoProcessor(**patches),
-        chat_template=template,
+        chat_template=text.chat_template,
     )
 
 

@@ -125,6 +125,11 @@ def unwrap_peft(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, 'get_base_model') else model
 
 
+def language_model(model: nn.Module) -> nn.Module:
+    """The part of a transformers model that has the decoder and the output head: an Omni model's thinker, else the model itself."""
+    return getattr(model, 'thinker', model)
+
+
 class OutputHead:
     """The output head of one transformers (or PEFT) model.
 
@@ -135,7 +140,7 @@ class OutputHead:
 
     def __init__(self, model: nn.Module):
         self.outer, self.model = model, unwrap_peft(model)
-        self.module: nn.Module | None = self.model.get_output_embeddings()
+        self.module: nn.Module | None = language_model(self.model).get_output_embeddings()
         self.post_processing = self._post_processing()
         self.transform = self._transform()  # now: while the head is replaced, the model's attributes say that nothing happens
         self.dense = self._why_dense()

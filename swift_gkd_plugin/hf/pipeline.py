@@ -183,6 +183,7 @@ class GKDPipeline(SwiftRLHF):
         if teacher_offload(args) and args.teacher_model is not None:
             self._check_offload(teacher_offload(args))
         self._teacher_loading = TeacherLoading(args) if args.teacher_model is not None else None
+        checks.check_student_engine(args)
         checks.check_teacher_engine(args)
         if args.gkd_logits_topk is not None:
             vocab = AutoConfig.from_pretrained(args.model_dir, trust_remote_code=True).get_text_config().vocab_size

@@ -11,15 +11,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from ..samples import MicroBatch
-from .head import unwrap_peft
+from ..samples import MicroBatch, Sample
+from .head import language_model, unwrap_peft
 
-MEDIA_INPUTS = ('pixel_values', 'pixel_values_videos', 'input_features', 'image_grid_thw', 'video_grid_thw', 'feature_attention_mask')
+AUDIO_INPUTS = ('input_features', 'feature_attention_mask')
+MEDIA_INPUTS = ('pixel_values', 'pixel_values_videos', 'image_grid_thw', 'video_grid_thw', *AUDIO_INPUTS)
+
+# What layers call the probability of a dropout that is a function, not a module.
+DROPOUTS = ('dropout', 'attention_dropout', 'activation_dropout')
 
 
 class SharedWork:
@@ -31,46 +38,61 @@ class SharedWork:
     """
 
     def __init__(self, model: nn.Module, layers: bool = True):
-        bare = unwrap_peft(model)
+        self._model = bare = unwrap_peft(model)
         arch = getattr(getattr(bare, 'model_meta', None), 'model_arch', None)
         names = [*getattr(arch, 'vision_tower', ()), *getattr(arch, 'aligner', ())]
         towers = [bare.get_submodule(name) for name in names if _has(bare, name)]
         inside = {id(m) for tower in towers for m in tower.modules() if m is not tower}
         self.towers = [tower for tower in towers if id(tower) not in inside and _is_fixed(tower)]
         self.layers = _lowest_layers(bare) if layers else []
+        self._samples: list[Sample] | None = None  # of the micro-batch that the teacher saw; a copy on another device has the same list
+        self._sharing: list[nn.Module] = []
         self._kept: dict[int, list[Any]] = {}
 
     def __bool__(self) -> bool:
         return bool(self.towers or self.layers)
 
+    @cached_property
+    def _in_step(self) -> bool:
+        """Whether ranks gather parameters together (ZeRO-3, FSDP2), so that all of them have to run a part if one does."""
+        return any(hasattr(p, 'ds_id') or isinstance(p, DTensor) for p in self._model.parameters())
+
     def _shared(self, batch: MicroBatch) -> list[nn.Module]:
-        """The parts that see the same in both forwards of a micro-batch."""
-        if batch.teacher_inputs is None:
-            return [*self.towers, *self.layers]
-        mine, theirs = ([inputs.get(name) for name in MEDIA_INPUTS] for inputs in (batch.student_inputs, batch.teacher_inputs))
-        return self.towers if all(map(_equal, mine, theirs)) else []
+        """The parts that see the same in both forwards of a micro-batch: of this rank, or of all of them if they run in step."""
+        parts = [*self.towers, *self.layers]
+        same = [True] * len(parts)
+        if batch.teacher_inputs is not None:
+            views = batch.student_inputs, batch.teacher_inputs
+            different = {name for name in MEDIA_INPUTS if not _equal(*(view.get(name) for view in views))}
+            same = [different.isdisjoint(_inputs_of(tower)) for tower in self.towers] + [False] * len(self.layers)
+        if self._in_step and dist.get_world_size() > 1:
+            everywhere = torch.tensor(same, dtype=torch.int32, device=batch.labels.device)
+            dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
+            same = everywhere.tolist()
+        return [part for part, shared in zip(parts, same, strict=True) if shared]
 
     @contextmanager
     def kept(self, batch: MicroBatch) -> Iterator[None]:
         """Around the teacher's forward."""
-        self._kept = {id(module): [] for module in self._shared(batch)}
+        self._samples, self._sharing = batch.samples, self._shared(batch)
+        self._kept = {id(module): [] for module in self._sharing}
         with ExitStack() as stack:
-            for module in self._shared(batch):
+            for module in self._sharing:
                 if module not in self.layers[:-1]:  # of the layers the last one's output is all that counts
                     stack.enter_context(_instead(module, self._keeping(module)))
             yield
 
     @contextmanager
     def used(self, batch: MicroBatch) -> Iterator[None]:
-        """Around the student's forward. Afterwards nothing is kept."""
+        """Around the student's forward, which uses nothing of another micro-batch. Afterwards nothing is kept."""
         try:
             with ExitStack() as stack:
-                for module in self._shared(batch) if self._kept else ():
+                for module in self._sharing if batch.samples is self._samples else ():
                     stack.enter_context(_without_recomputation(module))
                     stack.enter_context(_instead(module, self._passing if module in self.layers[:-1] else self._using(module)))
                 yield
         finally:
-            self._kept = {}
+            self._samples, self._sharing, self._kept = None, [], {}
 
     def _keeping(self, module: nn.Module):
         forward, kept = module.forward, self._kept[id(module)]
@@ -115,21 +137,32 @@ def _is_fixed(module: nn.Module) -> bool:
     if any(p.requires_grad for p in module.parameters()):
         return False
     return not any(
-        hasattr(m, '_disable_adapters') or (isinstance(m, nn.Dropout) and m.p > 0) or getattr(m, 'attention_dropout', 0)
+        hasattr(m, '_disable_adapters') or (isinstance(m, nn.Dropout) and m.p > 0) or any(_probability(m, name) > 0 for name in DROPOUTS)
         for m in module.modules()
     )
 
 
+def _probability(module: nn.Module, name: str) -> float:
+    value = getattr(module, name, 0)
+    return value if isinstance(value, int | float) else 0
+
+
+def _inputs_of(tower: nn.Module) -> tuple[str, ...]:
+    """The media that a tower may look at."""
+    return AUDIO_INPUTS if getattr(tower, 'main_input_name', None) == 'input_features' else MEDIA_INPUTS
+
+
 def _lowest_layers(model: nn.Module) -> list[nn.Module]:
     """The decoder's layers below the first one that differs, if nothing in front of them differs."""
-    decoder = model.get_decoder() if hasattr(model, 'get_decoder') else None
+    answers = language_model(model)
+    decoder = answers.get_decoder() if hasattr(answers, 'get_decoder') else None
     layers = list(getattr(decoder, 'layers', ()))
     fixed = []
     for layer in layers:
         if not _is_fixed(layer):
             break
         fixed.append(layer)
-    behind = [module for module in (*layers, getattr(decoder, 'norm', None), model.get_output_embeddings()) if module is not None]
+    behind = [module for module in (*layers, getattr(decoder, 'norm', None), answers.get_output_embeddings()) if module is not None]
     behind = {id(m) for module in behind for m in module.modules()}
     in_front = [m for m in model.modules() if id(m) not in behind]
     changes = any(p.requires_grad for m in in_front for p in m.parameters(recurse=False)) or any(

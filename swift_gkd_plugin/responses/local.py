@@ -98,6 +98,8 @@ class LocalGenerator:
             eos_token_id=eos,
             pad_token_id=template.tokenizer.pad_token_id,
             repetition_penalty=options.repetition_penalty,
+            # One in a response would stand for a picture that is not there; no template could encode it.
+            suppress_tokens=(template.model_meta.is_multimodal and list(template.placeholder_tokens)) or None,
         )
         # Decoder-only models return the prompt too, unless it went in as embeddings.
         prompt_length = inputs['input_ids'].shape[1] if inputs.get('inputs_embeds') is None else 0

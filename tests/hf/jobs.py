@@ -23,14 +23,14 @@ class Recorder(TrainerCallback):
 
     ``gradients-<step>.pt``: each step's gradient, before clipping. ``seen.json``: the longest input of the student in tokens, on which
     sides its batches were padded, the largest dropout, how often the template's forward context was entered, how many parameters are
-    spread over the ranks, and how often a vision tower and the lowest decoder layer ran.
+    spread over the ranks, what ZeRO-3 gathered, and how often a vision tower, an audio tower and the lowest decoder layer ran.
     """
 
     def __init__(self, args, trainer):
         super().__init__()
         self.trainer = trainer
         self.seen = {'longest': 0, 'padded_left': False, 'padded_right': False, 'dropout': 0.0, 'forward_contexts': 0, 'sharded': 0}
-        self.seen |= {'towers': 0, 'lowest_layers': 0}
+        self.seen |= {'towers': 0, 'audio_towers': 0, 'lowest_layers': 0}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         seen, template = self.seen, self.trainer.template
@@ -58,6 +58,8 @@ class Recorder(TrainerCallback):
         for name, module in model.named_modules():
             if name.endswith('visual.blocks.0.mlp'):
                 module.register_forward_pre_hook(count('towers'))
+            elif name.endswith('audio_tower.proj2'):
+                module.register_forward_pre_hook(count('audio_towers'))
             elif name.endswith('layers.0.mlp'):
                 module.register_forward_pre_hook(count('lowest_layers'))
         template.forward_context = counted
@@ -71,6 +73,27 @@ class Recorder(TrainerCallback):
                 step()
 
             engine.step = record_first
+            if hasattr(engine.optimizer, 'parameter_offload'):
+                self.count_gathers(engine.optimizer.parameter_offload.get_param_coordinator())
+
+    def count_gathers(self, coordinator):
+        """ZeRO-3: parameters that a rank asked the others for, and how often it forgot the order of modules."""
+        seen, student = self.seen, self.trainer.accelerator.unwrap_model(self.trainer.model)
+        seen |= {'invalidated': 0, 'gathered': 0, 'heads_gathered': 0}
+        gather, invalidate = coordinator._PartitionedParameterCoordinator__all_gather_params_, coordinator._invalidate_trace
+        whole = {id(p) for name, p in student.named_parameters() if 'lm_head' in name}
+
+        def counted(params, *args, **kwargs):
+            missing = [p for p in params if p.ds_status.name == 'NOT_AVAILABLE']
+            seen['gathered'] += sum(p.ds_numel for p in missing)
+            seen['heads_gathered'] += any(id(p) in whole for p in missing)
+            gather(params, *args, **kwargs)
+
+        def forgot():
+            seen['invalidated'] += 1
+            invalidate()
+
+        coordinator._PartitionedParameterCoordinator__all_gather_params_, coordinator._invalidate_trace = counted, forgot
 
     def on_train_end(self, args, state, control, **kwargs):
         if args.process_index == 0:

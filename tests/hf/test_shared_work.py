@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM
 from swift_gkd_plugin.hf.shared_work import SharedWork
 from swift_gkd_plugin.teachers.adapters import adapters_off
 
-SAME = types.SimpleNamespace(teacher_inputs=None, student_inputs={})
-PRIVILEGED = types.SimpleNamespace(teacher_inputs={'pixel_values': torch.ones(2)}, student_inputs={'pixel_values': torch.ones(2)})
+SAME = types.SimpleNamespace(samples=[], teacher_inputs=None, student_inputs={})
+PRIVILEGED = types.SimpleNamespace(
+    samples=[], teacher_inputs={'pixel_values': torch.ones(2)}, student_inputs={'pixel_values': torch.ones(2)}
+)
 STEP = {
     'tuner_type': 'lora',
     'max_steps': 2,

@@ -10,6 +10,7 @@ import helpers
 import job_runs
 import pytest
 import serving
+import tiny_omni
 import tiny_vision
 from proxy import KEY
 
@@ -26,7 +27,14 @@ def pytest_collection_modifyitems(items) -> None:
         if HERE not in item.path.parents:
             continue
         item.add_marker(pytest.mark.e2e)
-        needs_engine = {'vllm_server', 'text_server', 'deploy_server', 'run_jobs_with_engine', 'runs_with_servers'} & set(item.fixturenames)
+        needs_engine = {
+            'vllm_server',
+            'text_server',
+            'deploy_server',
+            'run_jobs_with_engine',
+            'run_omni_with_engine',
+            'runs_with_servers',
+        } & set(item.fixturenames)
         if needs_engine:
             item.add_marker(pytest.mark.vllm)
         missing = no_vision or (needs_engine and no_vllm)
@@ -55,9 +63,31 @@ def run_jobs(tmp_path_factory, vision_models) -> job_runs.JobRunner:
     return job_runs.JobRunner(tmp_path_factory, vision_models, HERE.parent / 'hf' / 'jobs.py', environment)
 
 
-def with_engine() -> dict[str, str]:
-    both = f'{tiny_vision.environment()["PYTHONPATH"]}:{ENVIRONMENT["PYTHONPATH"]}'
-    return {**tiny_vision.environment(vllm=True), **ENVIRONMENT, 'PYTHONPATH': both}
+@pytest.fixture(scope='session')
+def omni(tmp_path_factory) -> Path:
+    """A directory with ``student``, ``teacher`` and the datasets of tiny_omni.py."""
+    directory = tmp_path_factory.mktemp('omni')
+    helpers.run([sys.executable, HERE.parent / 'tiny_omni.py', directory], env=tiny_omni.environment(), cwd=directory)
+    return directory
+
+
+def omni_models(omni: Path) -> helpers.TinyModels:
+    return helpers.TinyModels(omni / 'student', omni / 'teacher', omni / 'mixed.jsonl', omni / 'text.jsonl')
+
+
+@pytest.fixture(scope='session')
+def run_omni(tmp_path_factory, omni) -> job_runs.JobRunner:
+    return job_runs.JobRunner(tmp_path_factory, omni_models(omni), HERE.parent / 'hf' / 'jobs.py', tiny_omni.environment())
+
+
+@pytest.fixture(scope='session')
+def run_omni_with_engine(tmp_path_factory, omni) -> job_runs.JobRunner:
+    return job_runs.JobRunner(tmp_path_factory, omni_models(omni), ENGINE_TESTS / 'jobs_with_engine.py', with_engine(tiny_omni))
+
+
+def with_engine(models=tiny_vision) -> dict[str, str]:
+    both = f'{models.environment()["PYTHONPATH"]}:{ENVIRONMENT["PYTHONPATH"]}'
+    return {**models.environment(vllm=True), **ENVIRONMENT, 'PYTHONPATH': both}
 
 
 @pytest.fixture(scope='session')
