@@ -55,6 +55,7 @@ from .loss import DistillationLoss
 from .routing import RoutingReplay
 from .shared_work import SharedWork
 from .teachers import TEACHER_ADAPTER, AdapterOnBase, AveragedStudent, LiveStudent, LocalTeacher, SharedBase
+from .zero3 import one_trace
 
 logger = get_logger()
 
@@ -579,7 +580,12 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         elif self._uses_local_teacher:
             (signal,) = self._signals([batch])
         shared = getattr(self.teacher, 'shared_work', None)
-        with self.metrics.seconds('seconds/student'), shared.used(batch) if shared else nullcontext():
+        just_ran = batch.signal is None and self._uses_local_teacher and self.teacher.model is self.model
+        with (
+            self.metrics.seconds('seconds/student'),
+            shared.used(batch) if shared else nullcontext(),
+            one_trace(model) if just_ran and self.is_deepspeed_enabled else nullcontext(),
+        ):
             total, outputs = self.loss(lambda inputs: model(**self._with_router_logits(inputs)), batch, signal, stats)
         return total, outputs, stats
 
