@@ -11,7 +11,7 @@ HERE = Path(__file__).resolve().parent
 FIGURES = {
     'step': (('implementation', 'dtype'), {'seconds': 'seconds per step', 'above_weights_gb': 'GB above the weights'}),
     'modes': (('answers', 'by'), {'seconds_per_step': 'seconds per step'}),
-    'self_distillation': (('way',), {'seconds': 'seconds per step', 'above_one_base_gb': 'GB above one copy of the base'}),
+    'self_distillation': (('way',), {'seconds': 'seconds per step', 'peak_gb': 'GB, weights included'}),
 }
 
 

@@ -5,8 +5,7 @@
 One Qwen3-VL-MoE with random weights, one batch, LoRA on the language model, five ways: `swift sft`; the same cross-entropy by the plugin's
 operator, which makes no logits; shared-base GKD; ms-swift's GKD with its adapter switched off; GKD with a second copy of the base. Each
 measurement is a command of its own; they take turns, the first step of a run is left out of the seconds, and medians are reported. Memory
-is that of the process above what it held when training began, with one copy of the base; the second copy's weights are added to it.
-Needs what `scripts/setup.sh` installs for the tests.
+is the weights (one copy of the base, or two) and the process's peak above what it held when training began. Needs what `scripts/setup.sh` installs for the tests.
 """
 
 from __future__ import annotations
@@ -107,7 +106,7 @@ def run(directory: Path, command: str, plugin: str, options: dict, batch: int, s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--hidden', type=int, default=256)
+    parser.add_argument('--hidden', type=int, default=768)
     parser.add_argument('--batch', type=int, default=4)
     parser.add_argument('--images', type=int, default=4, help='per row')
     parser.add_argument('--steps', type=int, default=3)
@@ -128,17 +127,18 @@ def main() -> None:
     found = {
         name: (
             statistics.median(step['seconds'] for run in runs for step in run[1:]),
-            statistics.median(max(step['above_weights_gb'] for step in run) for run in runs) + (weights if name == 'second copy' else 0),
+            statistics.median(max(step['above_weights_gb'] for step in run) for run in runs)
+            + weights * (2 if name == 'second copy' else 1),
         )
         for name, runs in steps.items()
     }
     base = found["sft by the operator's cross-entropy"]
     with open(args.out, 'w', newline='') as file:
         writer = csv.writer(file)
-        writer.writerow(['way', 'rows', 'images', 'hidden', 'seconds', 'above_one_base_gb', 'seconds_ratio', 'memory_ratio'])
+        writer.writerow(['way', 'rows', 'images', 'hidden', 'seconds', 'weights_gb', 'peak_gb', 'seconds_ratio', 'memory_ratio'])
         for name, (seconds, gb) in found.items():
             ratios = round(seconds / base[0], 3), round(gb / base[1], 3)
-            writer.writerow([name, args.batch, args.images, args.hidden, round(seconds, 2), round(gb, 2), *ratios])
+            writer.writerow([name, args.batch, args.images, args.hidden, round(seconds, 2), round(weights, 2), round(gb, 2), *ratios])
 
 
 if __name__ == '__main__':
