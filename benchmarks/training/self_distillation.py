@@ -5,7 +5,8 @@
 One Qwen3-VL-MoE with random weights, one batch, LoRA on the language model, five ways: `swift sft`; the same cross-entropy by the plugin's
 operator, which makes no logits; shared-base GKD; ms-swift's GKD with its adapter switched off; GKD with a second copy of the base. Each
 measurement is a command of its own; they take turns, the first step of a run is left out of the seconds, and medians are reported. Memory
-is the weights (one copy of the base, or two) and the process's peak above what it held when training began. Needs what `scripts/setup.sh` installs for the tests.
+is the weights (one copy of the base, or two) and the process's peak above what it held when training began.
+Needs what `scripts/setup.sh` installs for the tests.
 """
 
 from __future__ import annotations
