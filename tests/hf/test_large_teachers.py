@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+EXAMPLES = Path(__file__).parents[2] / 'examples'
 QUANTISERS = Path(sys.prefix) / 'quantisers'
 WITH_QUANTISER = {'PYTHONPATH': str(QUANTISERS)}
 needs_quantiser = pytest.mark.skipif(
@@ -301,3 +303,47 @@ def test_loss_and_gradient_are_those_of_one_process(two_ranks, spread, quantised
 def test_layouts_refused(two_ranks, name, message):
     assert message in two_ranks[name].error
     assert two_ranks[name].loaded == 0
+
+
+# --- the examples ----------------------------------------------------------------------------------------------------------------
+
+GLOO = "import deepspeed\n\ndeepspeed.init_distributed('gloo')  # before any model asks for ZeRO-3\n"
+
+
+def run_example(script: str, tmp_path: Path, options: dict, variables: dict) -> tuple[list[dict], str]:
+    """What follows on the command line of an example wins over what is in it."""
+    (tmp_path / 'gloo.py').write_text(GLOO)
+    argv = helpers.command_line({**helpers.QUICK, 'max_steps': 2, 'output_dir': tmp_path, **options})
+    environment = {'PATH': f'{helpers.SCRIPTS}{os.pathsep}{os.environ["PATH"]}', 'OUTPUT': str(tmp_path), 'DS_ACCELERATOR': 'cpu'}
+    ranks = {'MASTER_PORT': str(helpers.free_port())}
+    returncode, output = helpers.run([EXAMPLES / script, *argv], env={**environment, **ranks, **variables}, cwd=tmp_path, timeout=600)
+    assert returncode == 0, output[-6000:]
+    return [row for row in map(json.loads, (tmp_path / 'logging.jsonl').read_text().splitlines()) if 'loss' in row], output
+
+
+@pytest.mark.parametrize(('script', 'ranks'), [('omni_lora_self_distillation.sh', '2'), ('omni_lora_self_distillation_small.sh', '1')])
+def test_example_of_self_distillation_under_zero3(tiny_models, tmp_path, script, ranks):
+    rows = [json.loads(line) for line in tiny_models.train.read_text().splitlines()]
+    for row in rows:
+        row['teacher_prompt'] = f'The answer is: {row["messages"][1]["content"]} Now, {row["messages"][0]["content"]}'
+    dataset = str(helpers.write_rows(tmp_path / 'rows.jsonl', rows))
+    variables = {'DATASET': dataset, 'MODEL': str(tiny_models.student), 'NPROC_PER_NODE': ranks}
+    options = {
+        'model_type': 'qwen3',
+        'template': 'qwen3',
+        'attn_impl': 'sdpa',
+        'ddp_backend': 'gloo',
+        'gradient_accumulation_steps': 1,
+        'max_completion_length': 4,
+        'external_plugins': tmp_path / 'gloo.py',
+    }
+    logs, output = run_example(script, tmp_path, options, variables)
+    assert len(logs) == 2 and all(row['loss'] > 0 for row in logs)
+    assert 'teacher: the base with the adapter off (frozen)' in output and 'NOTHING TO LEARN' not in output
+
+
+@needs_quantiser
+def test_example_of_a_quantised_teacher(models, tmp_path):
+    options = {**models.with_teacher, 'gradient_accumulation_steps': 1}
+    logs, output = run_example('quantised_teacher.sh', tmp_path, options, WITH_QUANTISER)
+    assert len(logs) == 2 and 'The quantised teacher takes' in output
