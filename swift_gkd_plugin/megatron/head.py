@@ -14,7 +14,13 @@ from typing import Any
 import torch
 from mcore_bridge.model import GPTModel
 from megatron.core import mpu
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.extensions.transformer_engine import TELinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    VocabParallelEmbedding,
+    gather_from_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
 from torch import nn
 
 from ..arguments import OptionError
@@ -30,6 +36,24 @@ class HeadTensors:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, dim] -> [n, rows] in fp32, the plain way; for a few tokens."""
         return torch.nn.functional.linear(hidden, self.weight, self.bias).float()
+
+
+def mark_shards(chunks: list[nn.Module]) -> None:
+    """Say of each weight whether tensor-parallel ranks have parts of it or copies, for the gradient's norm, by which gradients are clipped.
+
+    megatron-core says so of embeddings and output heads where it initialises them, which Megatron-SWIFT leaves out, for it loads them:
+    the parts of all ranks but the first would not count (megatron-core 0.16.1, tensor_parallel/layers.py:244, 855). Transformer Engine
+    takes every linear layer for split, LoRA's copied halves among them: each copy would count.
+    """
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, VocabParallelEmbedding | ColumnParallelLinear):
+                weight = module.weight  # None where the head is the embedding
+                if weight is not None and not hasattr(weight, 'tensor_model_parallel'):
+                    set_tensor_model_parallel_attributes(weight, True, 0, 1)
+            elif type(module) is TELinear and module.parallel_mode is None:
+                for parameter in module.parameters(recurse=False):
+                    parameter.tensor_model_parallel = False
 
 
 class OutputHead:

@@ -59,7 +59,7 @@ from ..teachers.engine import TeacherEngine, name_of_device
 from ..teachers.remote import RemoteTeacher
 from ..teachers.server import Scores, ServerOptions, TeacherServerError, TeacherServers
 from .generation import Generator, check_generates
-from .head import OutputHead
+from .head import OutputHead, mark_shards
 from .layouts import Layout, RandomState, RelocatedTeacher, common_padding
 from .loss import DistillationLoss
 from .options import loads_teacher, num_experts, said_once, teacher_arguments, teacher_options
@@ -147,7 +147,9 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
             elsewhere = args.teacher_model_server is not None or args.gkd_teacher_engine == 'vllm'
             if not elsewhere and (args.seq_kd or args.gkd_eval_source == TEACHER):
                 check_generates(self.teacher_models or models, f'--teacher_model {args.teacher_model or args.model}')
-        return super()._prepare_peft_model(models)
+        peft_models = super()._prepare_peft_model(models)
+        mark_shards(models)
+        return peft_models
 
     def _build_teacher(self) -> list[nn.Module]:
         """The teacher, built from its own family and configuration, in the student's layout or in its own (``self.teacher_layout``)."""
