@@ -111,18 +111,20 @@ def check_teacher_engine(args: Any) -> None:
         raise OptionError('--gkd_teacher_engine vllm: vLLM is not installed; pip install vllm, or leave the option out.')
 
 
+# Models whose log-probabilities in vLLM 0.32, with the weights that ms-swift 4.6.0 sends, were not the student's.
+NOT_THE_STUDENT_IN_VLLM = ('qwen3_omni_moe',)
+
+
 def check_student_engine(args: Any) -> None:
     """Raises:
-    OptionError: ``--use_vllm true`` without vLLM, or colocated with a student of which vLLM has no implementation, neither its own nor
-        by way of transformers. A server has loaded the student before.
+    OptionError: ``--use_vllm true`` without vLLM, with a student that it does not reproduce, or, colocated, with one of which it has no
+        implementation, neither its own nor by way of transformers. A server has loaded the student before.
     """
     if not args.use_vllm:
         return
     instead = 'leave --use_vllm out, and the student answers with transformers'
     if importlib.util.find_spec('vllm') is None:
         raise OptionError(f'--use_vllm true: vLLM is not installed; pip install vllm, or {instead}.')
-    if args.vllm_mode != 'colocate':
-        return
     import transformers
     import vllm
 
@@ -130,8 +132,13 @@ def check_student_engine(args: Any) -> None:
     names = config.architectures or []
     classes = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
     runs = bool(set(names) & set(vllm.ModelRegistry.get_supported_archs()) or getattr(config, 'auto_map', None))
-    if not (runs or any(c.is_backend_compatible() or c._can_set_attn_implementation() for c in classes)):
+    by_transformers = any(c.is_backend_compatible() or c._can_set_attn_implementation() for c in classes)
+    if args.vllm_mode == 'colocate' and not (runs or by_transformers):
         raise OptionError(f'--use_vllm true: vLLM {vllm.__version__} does not know the architecture {", ".join(names)}; {instead}.')
+    if config.model_type in NOT_THE_STUDENT_IN_VLLM:
+        raise OptionError(
+            f'--use_vllm true: for {config.model_type} vLLM would sample from another distribution than the student; {instead}.'
+        )
 
 
 def check_size(num_rows: int, generation_batch: int, explained: str) -> None:

@@ -45,7 +45,8 @@ def make(directory: Path) -> None:
                 'output_dim': 64,
                 'initializer_range': 0.2,
             },
-            'vision_config': tiny_vision.vision_config(64),
+            # The last two are in the real model's configuration too, and read by vLLM alone.
+            'vision_config': {**tiny_vision.vision_config(64), 'image_size': 128, 'apply_vit_abs_pos_embed': True},
             'text_config': {**tiny_vision.text_config(64, moe=True), 'vocab_size': 512},
             **placeholders,
             'audio_start_token_id': ids('<|audio_start|>'),

@@ -167,31 +167,12 @@ def test_ranks_with_other_media_under_zero3(mixed_ranks, name):
         assert difference(sharded.gradients(step), whole.gradients(step)) < 1e-4
 
 
-@pytest.fixture(scope='module')
-def engine_runs(run_omni_with_engine, omni):
+def test_vllm_is_refused_before_weights_load(run_omni_with_engine, omni):
+    """Its log-probabilities of what it sampled were off by more than 4."""
     unknown = shutil.copytree(omni / 'student', omni / 'unknown')
     config = json.loads((unknown / 'config.json').read_text())
     (unknown / 'config.json').write_text(json.dumps({**config, 'architectures': ['NobodyKnows']}))
-    job = {**STEP, 'max_steps': 2, 'lmbda': 1, 'learning_rate': 1e-2, 'top_p': 1, 'top_k': -1, 'use_vllm': 'true', 'ddp_backend': 'gloo'}
-    job |= {**ENGINE, 'vllm_mode': 'colocate'}
-    return run_omni_with_engine(
-        {
-            'both': {**job, 'dataset': omni / 'both.jsonl'},
-            'frames': {**job, 'dataset': omni / 'frames.jsonl'},
-            'unknown': {**job, 'model': unknown},
-        },
-        env=helpers.one_rank(),
-        timeout=900,
-    )
-
-
-@pytest.mark.parametrize('kind', ['both', 'frames'])
-def test_vllm_runs_the_thinker(engine_runs, kind):
-    """vLLM's log-probabilities of what it sampled are the live student's, with the media, before and after an update."""
-    calls = engine_runs[kind].ok().lines('engine-rank0.jsonl')
-    assert len(calls) == 2 and all(call['tokens'] > 0 and call['error'] < 1e-4 for call in calls)
-
-
-def test_what_vllm_does_not_know_is_found_before_weights_load(engine_runs):
-    run = engine_runs['unknown']
-    assert 'does not know the architecture NobodyKnows' in run.error and run.loaded == 0
+    job = {**STEP, **ENGINE, 'lmbda': 1, 'use_vllm': 'true', 'vllm_mode': 'colocate', 'ddp_backend': 'gloo'}
+    runs = run_omni_with_engine({'omni': job, 'unknown': {**job, 'model': unknown}}, env=helpers.one_rank())
+    assert 'another distribution than the student' in runs['omni'].error and runs['omni'].loaded == 0
+    assert 'does not know the architecture NobodyKnows' in runs['unknown'].error and runs['unknown'].loaded == 0
