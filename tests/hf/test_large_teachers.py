@@ -12,7 +12,7 @@ import helpers
 import job_runs
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
 
 EXAMPLES = Path(__file__).parents[2] / 'examples'
 QUANTISERS = Path(sys.prefix) / 'quantisers'
@@ -179,12 +179,16 @@ def placed(layer: str, head: str) -> str:
 @pytest.fixture(scope='module')
 def spread(run_jobs, models, tmp_path_factory):
     root = tmp_path_factory.mktemp('spread')
-    tied = root / 'tied'
-    shutil.copytree(models.teacher, tied)
-    from transformers import AutoConfig
-
     torch.manual_seed(5)
-    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tied, tie_word_embeddings=True)).save_pretrained(tied)
+    config = AutoConfig.from_pretrained(models.teacher, tie_word_embeddings=True)
+    like_teacher = {
+        name: value for name, value in config.to_dict().items() if name not in ('model_type', 'architectures', 'mlp_only_layers')
+    }
+    experts = {'num_experts': 4, 'num_experts_per_tok': 2, 'moe_intermediate_size': 32, 'tie_word_embeddings': False}
+    for name, other in (('tied', config), ('experts', Qwen3MoeConfig(**{**like_teacher, **experts}))):
+        shutil.copytree(models.teacher, root / name)
+        AutoModelForCausalLM.from_config(other).save_pretrained(root / name)
+    tied, experts = root / 'tied', {'teacher_model': root / 'experts', 'teacher_model_type': 'qwen3_moe'}
     step = {**STEP, 'per_device_train_batch_size': 2, 'gradient_accumulation_steps': 2}
     evaluated = {'val_dataset': models.val, 'eval_strategy': 'steps', 'eval_steps': 1, 'per_device_eval_batch_size': 8}
     auto = {'teacher_device_map': 'auto', 'teacher_max_memory': '{"cpu": "150KB"}'}
@@ -197,6 +201,8 @@ def spread(run_jobs, models, tmp_path_factory):
         'head on disk, k': {**step, 'gkd_logits_topk': 8, 'teacher_device_map': placed('disk', 'disk')},
         'tied': {**step, 'teacher_model': tied},
         'tied, auto': {**step, **auto, 'teacher_model': tied},
+        'experts': {**step, **experts},
+        'experts, auto': {**step, **auto, **experts},
         'bf16': {**step, 'torch_dtype': 'bfloat16', 'bf16': 'true'},
         'bf16, auto': {**step, **auto, 'torch_dtype': 'bfloat16', 'bf16': 'true', 'teacher_max_memory': '{"cpu": "75KB"}'},
         'answers': {**step, **ANSWERS, **auto},
@@ -217,6 +223,7 @@ def spread(run_jobs, models, tmp_path_factory):
         ('by memory', 'whole'),
         ('head on disk, k', 'whole, k'),
         ('tied, auto', 'tied'),
+        ('experts, auto', 'experts'),  # fused while they are loaded, so not the tensors of the checkpoint
         ('bf16, auto', 'bf16'),
     ],
 )
@@ -230,7 +237,7 @@ def test_a_teacher_on_the_disk_says_the_same(spread, name, whole):
 
 def test_it_was_on_the_disk(spread):
     lines = [line for line in spread['by memory'].output.splitlines() if 'on the host or the disk and come to the device' in line]
-    assert len(lines) == 6
+    assert len(lines) == 7
     assert not list(spread['by memory'].output_dir.glob('teacher_weights*'))
 
 
