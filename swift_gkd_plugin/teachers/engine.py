@@ -27,6 +27,13 @@ from .server import TeacherServerError
 logger = get_logger()
 
 START_SECONDS = 1800
+# Has the kernel end what follows when the process that started it dies: torchrun kills the other ranks when one has failed, and a killed
+# process runs nothing at its exit.
+LEASH = """import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+if os.getppid() == int(sys.argv[1]):  # it has not died before that
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
 # What torchrun and the trainer set for this rank; an engine that saw it would join the trainer's process group.
 RANK_VARIABLES = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'GROUP_RANK', 'MASTER_ADDR', 'MASTER_PORT', 'NPROC_PER_NODE')
 
@@ -46,7 +53,7 @@ def name_of_device(device: torch.device) -> list[str] | None:
 
 
 class TeacherEngine:
-    """Starts the engine, which ends with this process.
+    """Starts the engine, which ends with this process, however that ends.
 
     Args:
         model: Directory of the teacher.
@@ -63,6 +70,7 @@ class TeacherEngine:
         argv = [sys.executable, '-m', 'vllm.entrypoints.openai.api_server', '--model', model, '--served-model-name', 'teacher']
         argv += ['--dtype', dtype, '--max-logprobs', str(max(topk, 1)), '--host', '127.0.0.1', '--port', str(port)]
         argv += ['--enable-sleep-mode'] if self.sleeps else []
+        argv = [sys.executable, '-c', LEASH, str(os.getpid()), *argv] if sys.platform == 'linux' else argv
         env = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES and not name.startswith('TORCHELASTIC')}
         env['VLLM_SERVER_DEV_MODE'] = '1'  # vLLM's switch for /sleep and /wake_up
         if devices is not None:
