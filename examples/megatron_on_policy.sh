@@ -5,6 +5,10 @@
 # 用 megatron-core 做在线蒸馏：一半的样本由当前这一步的学生回答，由同一批 GPU 上的 vLLM 生成。每个样本各自抽签；共同承载一个模型的
 # 进程分摊这些提示。
 #
+# With a server of `swift rollout` on other GPUs (see vllm_server.sh), which can answer the next step while this one trains:
+# 另用其他 GPU 上的 `swift rollout` 服务（见 vllm_server.sh），当前步训练时就可以生成下一步的回答：
+#   examples/megatron_on_policy.sh --vllm_mode server --vllm_server_host HOST --vllm_server_port 8000 --gkd_prefetch true
+#
 # On 4 GPUs / 4 张 GPU：NPROC_PER_NODE=4 examples/megatron_on_policy.sh
 set -euo pipefail
 

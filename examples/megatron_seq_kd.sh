@@ -6,6 +6,9 @@
 # 用 megatron-core 做序列级蒸馏：每条提示由教师作答，学生在回答的每个 token 上学习教师的整个分布。教师在训练进程里、按自己的布局生成，
 # 使用 KV 缓存，不需要 vLLM。教师的回答会保存下来，之后没有教师也可以再用来训练。数据集只需要提示。
 #
+# With vLLM beside the training processes for the answers / 由训练进程旁边的 vLLM 作答：
+#   examples/megatron_seq_kd.sh --gkd_teacher_engine vllm --gkd_teacher_engine_args '--tensor-parallel-size 2 --gpu-memory-utilization 0.4'
+#
 # On 4 GPUs / 4 张 GPU：NPROC_PER_NODE=4 examples/megatron_seq_kd.sh
 set -euo pipefail
 

@@ -9,38 +9,54 @@ from typing import Any
 
 import helpers
 import torch
-from runs import Run, relative
+from runs import LAYOUTS, Run, relative
 from torch.nn.functional import cross_entropy, log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 LORA = {'tuner_type': 'lora', 'adapters': 'adapter', 'target_modules': 'all-linear', 'lora_rank': 4, 'lora_alpha': 8}
 MOE = {'model': 'moe', 'teacher_model': 'moe_teacher'}
+# An adapter of the attention alone.
+MOE_BASE = {**LORA, 'model': 'moe', 'teacher_model': 'moe', 'adapters': 'moe_adapter', 'target_modules': ['linear_qkv', 'linear_proj']}
 # `privileged`: 6 rows of unequal length of which the teacher sees more; `ten`: 10 rows, so that the last step has micro-batches without
-# a trained token.
+# a trained token. test_parity.py checks that every pair of axes is there, so what is beside the point of a case is not there for nothing.
+FILLERS = {'dataset': 'ten', 'train_iters': 3, 'adam_eps': 1e-3}  # a large epsilon: see test_megatron_training.py
 CASES: dict[str, dict[str, Any]] = {
     'dense beta 0.5': {},
     'dense beta 0': {'beta': 0},
     'dense beta 1': {'beta': 1},
     'three steps, fillers': {'dataset': 'ten', 'train_iters': 3},
     'packed rows, sft_alpha': {'micro_batch_size': 2, 'sft_alpha': 0.5},
-    'padded rows': {'micro_batch_size': 2, 'padding_free': 'false'},
-    'unequal vocabularies': {'teacher_model': 'wide', 'beta': 0},
-    'unequal vocabularies, tied': {'model': 'tied', 'teacher_model': 'wide'},
-    'top-k': {'gkd_logits_topk': 8},
+    'padded rows': {'micro_batch_size': 2, 'padding_free': 'false', 'beta': 1},
+    'unequal vocabularies': {'teacher_model': 'wide', 'beta': 0, 'micro_batch_size': 2},
+    'unequal vocabularies, tied': {'model': 'tied', 'teacher_model': 'wide', 'beta': 1, **FILLERS},
+    'top-k': {'gkd_logits_topk': 8, 'beta': 0, 'micro_batch_size': 2, **FILLERS},
     'top-k renormalised': {'gkd_logits_topk': 8, 'gkd_tail': 'renormalize', 'teacher_model': 'wide'},
-    'LoRA beta 0': {**LORA, 'beta': 0},
-    'LoRA, shared base, beta 1': {**LORA, 'teacher_model': 'student', 'beta': 1},
+    'LoRA beta 0': {**LORA, 'beta': 0, 'teacher_model': 'wide'},
+    'LoRA, shared base, beta 1': {**LORA, 'teacher_model': 'student', 'beta': 1, 'micro_batch_size': 2, **FILLERS},
+    'LoRA, shared base, top-k': {**LORA, 'teacher_model': 'student', 'gkd_logits_topk': 8},
     'LoRA, live student, privileged': {**LORA, 'teacher_model': None, 'dataset': 'privileged'},
     'separate teacher, privileged': {'dataset': 'privileged', 'micro_batch_size': 2},
     'MoE beta 0.5': MOE,
     'MoE beta 1, recomputed': {
         **MOE,
         'beta': 1,
+        'gkd_logits_topk': 8,
+        'micro_batch_size': 2,
         'recompute_granularity': 'full',
         'recompute_method': 'uniform',
         'recompute_num_layers': 1,
     },
+    'MoE, unequal vocabularies': {'model': 'moe', 'teacher_model': 'wide', 'beta': 0, **FILLERS},
+    'MoE, LoRA, shared base': {**MOE_BASE, 'beta': 0},
     'no teacher': {'gkd_loss_weight': 0, 'sft_alpha': 1},
+}
+
+# Of a teacher on a server, by the layout that asks it. Between them these have every kind of parallelism.
+SERVED = {'gkd_logits_topk': 8, 'gkd_temperature': 1, 'train_iters': 3, 'adam_eps': 1e-3}
+SERVER_CASES: dict[str, dict[str, Any]] = {
+    'PP2xVPP2': {**SERVED, **LORA, 'beta': 0},
+    'TP2xCP2': {**SERVED, 'model': 'moe', 'beta': 1, 'micro_batch_size': 2},
+    'DP2': {**SERVED, 'model': 'tied', 'dataset': 'ten'},
 }
 
 # megatron-core trains experts under tensor parallelism only with sequence parallelism.
@@ -51,9 +67,49 @@ def cases_of(layout: str) -> dict[str, dict[str, Any]]:
     chosen = {name: case for name, case in CASES.items() if layout not in DENSE_ONLY or case.get('model') != 'moe'}
     if layout == 'EP2':
         chosen = {name: case for name, case in chosen.items() if case.get('model') == 'moe'}
-    if layout == 'PP2xVPP2':  # the experts' models have 2 layers
-        chosen = {name: case for name, case in chosen.items() if case.get('model') != 'moe'}
     return chosen
+
+
+# The axes of a run, of which every pair is to be run.
+AXES: dict[str, tuple[Any, ...]] = {
+    'parallelism': ('TP', 'SP', 'PP', 'VPP', 'CP', 'EP', 'DP'),
+    'model': ('dense', 'MoE'),
+    'tuner': ('full', 'lora'),
+    'beta': (0, 0.5, 1),
+    'logits': ('all', 'top-k'),
+    'vocabularies': ('equal', 'unequal'),
+    'teacher': ('separate', 'shared base', 'server'),
+    'rows': ('one', 'packed'),
+    'step': ('full', 'fillers'),
+}
+IMPOSSIBLE = {
+    frozenset({('tuner', 'full'), ('teacher', 'shared base')}),
+    frozenset({('vocabularies', 'unequal'), ('teacher', 'shared base')}),
+    frozenset({('logits', 'all'), ('teacher', 'server')}),
+}
+
+
+def values_of(case: Mapping[str, Any], layout: str, server: bool = False) -> set[tuple[str, Any]]:
+    """(axis, value) of a case in a layout; several kinds of parallelism may come together."""
+    ranks, split = LAYOUTS[layout]
+    names = ('tensor_model', 'pipeline_model', 'virtual_pipeline_model', 'context', 'expert_model')
+    sizes = dict(zip(('TP', 'PP', 'VPP', 'CP', 'EP'), (split.get(f'{name}_parallel_size', 1) for name in names), strict=True))
+    kinds = {kind for kind, size in sizes.items() if size > 1}
+    kinds |= {'SP'} if split.get('sequence_parallel') else set()
+    kinds |= {'DP'} if ranks > sizes['TP'] * sizes['PP'] * sizes['CP'] else set()
+    model, teacher = case.get('model', 'student'), case.get('teacher_model', 'teacher')
+    by_name = {'server': server, 'shared base': teacher == model, 'separate': teacher is not None and case.get('gkd_loss_weight') != 0}
+    packed = case.get('micro_batch_size', 1) > 1 and case.get('padding_free') != 'false'
+    return {('parallelism', kind) for kind in kinds} | {
+        ('model', 'MoE' if model == 'moe' else 'dense'),
+        ('tuner', case.get('tuner_type', 'full')),
+        ('beta', case.get('beta', 0.5)),
+        ('logits', 'top-k' if 'gkd_logits_topk' in case else 'all'),
+        ('vocabularies', 'unequal' if model == 'tied' or teacher == 'wide' else 'equal'),
+        ('teacher', next((name for name, applies in by_name.items() if applies), 'other')),
+        ('rows', 'packed' if packed else 'one'),
+        ('step', 'fillers' if case.get('dataset') == 'ten' else 'full'),
+    }
 
 
 def make_datasets(train: Path, directory: Path) -> dict[str, Path]:

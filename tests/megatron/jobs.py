@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,9 +34,14 @@ def exported_gradients(trainer) -> dict[str, torch.Tensor]:
             p.data = data
 
 
+class Foreign:
+    """An attention that is none of the models'."""
+
+
 def make_recorder():
     from swift.megatron.callbacks.base import MegatronCallback
 
+    from swift_gkd_plugin.megatron.teachers import LocalTeacher
     from swift_gkd_plugin.responses.local import inference_template
 
     class Recorder(MegatronCallback):
@@ -58,7 +64,7 @@ def make_recorder():
                 return batch
 
             trainer.encoder.micro_batch = remembered
-            if trainer.teacher is not None and trainer.args.teacher_model_server is None:
+            if isinstance(trainer.teacher, LocalTeacher):
                 signals = trainer.teacher.signals
 
                 def weighed(*args, **kwargs):
@@ -133,13 +139,15 @@ def main(path: str) -> None:
         from swift_gkd_plugin.megatron.trainer import GKDTrainer
 
         engine.install(GKDTrainer)
-    from swift_gkd_plugin.megatron import generation
+    from swift_gkd_plugin.megatron import generation, options
 
-    keeps_cache = generation.keeps_cache
+    options.time = SimpleNamespace(sleep=lambda seconds: None)  # here no rank ends the others
+    keeps_cache, attention = generation.keeps_cache, generation.Attention
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     for job in listed:
         os.environ['EXPORT'], os.environ['SAVE'] = str(int(job['export'])), str(int(job['save']))
         generation.keeps_cache = (lambda model: False) if job['no_cache'] else keeps_cache
+        generation.Attention = Foreign if job['foreign'] else attention
         error, trace = None, ''
         loaded.clear()
         # The bridge remembers the groups of the first model in the process, be it one without experts.

@@ -11,6 +11,7 @@ import helpers
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -28,8 +29,8 @@ def make_models(directory: Path, tiny: helpers.TinyModels, head_dim: int = 16) -
 
     ``student`` and ``teacher`` have 4 layers; ``wide`` is a teacher with 24 more padding rows, so that its shards and the student's hold
     different tokens; ``tied`` shares embedding and head, and its 511 rows are no multiple of 2; ``qwen2`` is a teacher of another family;
-    ``moe`` and ``moe_teacher`` have 4 experts; ``adapter`` is a LoRA of ``student`` that has an effect: a fresh one would be drawn
-    differently in each layout.
+    ``moe`` and ``moe_teacher`` have 4 experts; ``adapter`` is a LoRA of ``student``, ``moe_adapter`` one of the attention of ``moe``, that
+    have an effect: a fresh one would be drawn differently in each layout.
     """
     tokenizer = AutoTokenizer.from_pretrained(tiny.student)
     common = dict(
@@ -50,7 +51,6 @@ def make_models(directory: Path, tiny: helpers.TinyModels, head_dim: int = 16) -
     teacher = dict(hidden_size=64, intermediate_size=96)
     moe = dict(
         qwen3,
-        num_hidden_layers=2,
         num_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=24,
@@ -81,15 +81,16 @@ def make_models(directory: Path, tiny: helpers.TinyModels, head_dim: int = 16) -
     first, second = sorted(vocab, key=vocab.get)[300:302]
     vocab[first], vocab[second] = vocab[second], vocab[first]
     (paths['other_tokens'] / 'tokenizer.json').write_text(json.dumps(stored))
-    paths['adapter'] = make_adapter(paths['student'], directory / 'adapter')
+    attention = ['q_proj', 'k_proj', 'v_proj', 'o_proj']
+    paths['adapter'] = make_adapter(paths['student'], directory / 'adapter', [*attention, 'gate_proj', 'up_proj', 'down_proj'])
+    paths['moe_adapter'] = make_adapter(paths['moe'], directory / 'moe_adapter', attention)
     return paths
 
 
-def make_adapter(student: Path, path: Path) -> Path:
+def make_adapter(student: Path, path: Path, targets: list[str]) -> Path:
     torch.manual_seed(100)
-    targets = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
     config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets, task_type='CAUSAL_LM')
-    model = get_peft_model(Qwen3ForCausalLM.from_pretrained(student), config)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(student), config)
     weights = dict(model.named_parameters())
     for name, weight in weights.items():
         if 'lora_B' in name:

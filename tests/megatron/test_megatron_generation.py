@@ -51,6 +51,10 @@ SELF = {
 UNCACHED = {**SAMPLED, 'no_cache': True}
 DENSE = {'trained': TRAINED, 'sampled': SAMPLED, 'self': SELF}
 EXPERTS = {'experts': {**MOE, **TRAINED}}
+REFUSED = {
+    'foreign student': {**TRAINED, 'foreign': True, 'seq_kd': 'false'},
+    'foreign teacher': {**TRAINED, 'foreign': True, 'lmbda': 0, 'gkd_eval_source': 'dataset'},
+}
 # What runs in each layout. PP2xVPP2 needs 4 layers, TP2 experts only with sequence parallelism.
 JOBS = {
     '1': {**DENSE, **EXPERTS, 'uncached': UNCACHED},
@@ -85,7 +89,8 @@ def answered(run_jobs, data):
 
     def of(layout: str) -> dict[str, Run]:
         if layout not in made:
-            jobs = {name: {k: data[v] if k.endswith('dataset') else v for k, v in job.items()} for name, job in JOBS[layout].items()}
+            jobs = JOBS[layout] | (REFUSED if layout == 'CP2' else {})
+            jobs = {name: {k: data[v] if k.endswith('dataset') else v for k, v in job.items()} for name, job in jobs.items()}
             made[layout] = run_jobs(jobs, layout, timeout=600)
         return made[layout]
 
@@ -168,10 +173,17 @@ def test_same_tokens_as_transformers(answered, models, layout):
 
 @pytest.mark.parametrize('layout', [name for name in JOBS if name != '1'])
 def test_training_on_answers_is_the_same_in_every_layout(answered, layout):
-    for name, run in answered(layout).items():
-        alone = answered('1')[name].ok()
+    for name in JOBS[layout]:
+        run, alone = answered(layout)[name], answered('1')[name].ok()
         assert run.ok().losses == pytest.approx(alone.losses, abs=1e-6), name
         assert run.values('eval_loss') == pytest.approx(alone.values('eval_loss'), abs=1e-6), name
+
+
+def test_attention_that_cannot_answer_is_refused_before_any_weights(answered, models):
+    for name, option in (('student', '--model'), ('teacher', '--teacher_model')):
+        run = answered('CP2')[f'foreign {name}']
+        assert run.error.startswith(f'OptionError: {option} {models[name]}: ') and '\n' not in run.error
+        assert '--context_parallel_size 2 cannot answer in the training processes' in run.error and run.loaded == 0
 
 
 def test_kept_answers_are_those_of_the_run(answered, run_jobs, data, tmp_path):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
-from cases import CASES, cases_of, compared, plain
+from cases import AXES, CASES, IMPOSSIBLE, SERVER_CASES, cases_of, compared, plain, values_of
 from parity import run_cases
 from runs import LAYOUTS, Run, relative
 
@@ -32,6 +33,19 @@ def alone(directory, models, tiny_models) -> dict[str, Run]:
     return run_cases('1', directory / '1', models, tiny_models.train)
 
 
+def test_every_pair_of_axes_is_run():
+    runs = [values_of(case, layout) for layout in LAYOUTS for case in cases_of(layout).values()]
+    runs += [values_of(case, layout, server=True) for layout, case in SERVER_CASES.items()]
+    run = {frozenset(pair) for values in runs for pair in itertools.combinations(values, 2)}
+    wanted = {
+        frozenset({(axis, a), (other, b)})
+        for (axis, values), (other, others) in itertools.combinations(AXES.items(), 2)
+        for a, b in itertools.product(values, others)
+    }
+    assert sorted(map(sorted, wanted - run - IMPOSSIBLE), key=str) == []
+    assert not IMPOSSIBLE & run
+
+
 @pytest.mark.parametrize('name', PLAIN)
 def test_one_process_is_plain_transformers(alone, models, name):
     loss, gradients = plain(alone[name], CASES[name], models)
@@ -45,3 +59,5 @@ def test_layout_changes_nothing(alone, directory, models, tiny_models, layout):
     assert runs.keys() == cases_of(layout).keys()
     differences = {name: compared(run, alone[name]) for name, run in runs.items()}
     assert {name: d for name, d in differences.items() if not (d[0] < 1e-6 and d[1] < 1e-5)} == {}
+    for name, run in runs.items():  # by which gradients are clipped
+        assert run.values('grad_norm') == pytest.approx(alone[name].values('grad_norm'), rel=1e-5), name
