@@ -25,12 +25,17 @@ def pytest_configure(config: pytest.Config) -> None:
 ONE_WORKER = ('activation', 'engine', 'servers', 'multimodal')
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Share out the tests over ``pytest -n``: a file, or one of these directories, goes to one worker (``--dist loadgroup``)."""
-    for item in items:
-        directory = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(directory if directory in ONE_WORKER else item.path.stem))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """``pytest -n``: a file, or one of these directories, goes to one worker."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = Path(nodeid.split('::', 1)[0])
+            return file.parent.name if file.parent.name in ONE_WORKER else file.name
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope='session')
