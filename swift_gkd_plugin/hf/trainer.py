@@ -49,7 +49,7 @@ from ..teachers.offload import HostCopy, LayerStream
 from ..teachers.remote import RemoteTeacher
 from ..teachers.server import ServerOptions, TeacherServerError, TeacherServers
 from .engine import EngineRollout
-from .head import OutputHead
+from .head import OutputHead, language_model
 from .loading import is_spread
 from .loss import DistillationLoss
 from .routing import RoutingReplay
@@ -203,7 +203,7 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         if how == 'layer':
             host_copy = LayerStream(teacher, device)
         else:
-            head = {id(p) for p in teacher.get_output_embeddings().parameters()}
+            head = {id(p) for p in language_model(teacher).get_output_embeddings().parameters()}
             host_copy = HostCopy((getattr(p, 'ds_tensor', p) for p in teacher.parameters() if id(p) not in head), device)
         visitors = {id(weight) for weight in host_copy.weights}
         for tensor in (*(getattr(p, 'ds_tensor', p) for p in teacher.parameters()), *teacher.buffers()):

@@ -74,6 +74,7 @@ def privileged(omni):
 def runs(run_omni, omni, privileged):
     jobs = {kind: {**STEP, 'dataset': omni / f'{kind}.jsonl'} for kind in KINDS}
     jobs |= {f'{kind}, dense path': {**jobs[kind], 'dense': True} for kind in ('mixed', 'both')}
+    jobs['on host'] = {**jobs['both'], 'gkd_teacher_offload': 'model'}
     for source, who in (('student', {'lmbda': 1}), ('teacher', {'seq_kd': 'true'})):
         jobs |= {f'{kind}, {source} answers': {**jobs[kind], **GREEDY, **who} for kind in KINDS}
     shared = {kind: {**STEP, **SELF, 'dataset': omni / f'{kind}.jsonl'} for kind in ('both', 'mixed')}
@@ -95,6 +96,10 @@ def test_gradient_is_that_of_whole_logits(runs, kind):
     ours, dense = runs[kind].ok(), runs[f'{kind}, dense path'].ok()
     assert ours.losses == pytest.approx(dense.losses, rel=1e-5)
     assert difference(ours.gradients(1), dense.gradients(1)) < 1e-4
+
+
+def test_a_teacher_on_the_host_is_the_same(runs):
+    assert runs['on host'].ok().losses == pytest.approx(runs['both'].ok().losses, rel=1e-6)
 
 
 def test_the_head_is_the_thinkers(runs):

@@ -39,7 +39,7 @@ def runs(run_jobs, moe_models, omni):
     step = {**STEP, 'model': moe_models.student, 'teacher_model': moe_models.teacher}
     jobs = {kind: {**step, 'dataset': omni / f'{kind}.jsonl'} for kind in ('frames', 'films')}
     jobs['films, dense path'] = {**jobs['films'], 'dense': True}
-    jobs['answers'] = {**jobs['films'], 'lmbda': 0.5, 'seq_kd': 'true', 'log_completions': 'true'}
+    jobs['answers'] = {**jobs['films'], 'lmbda': 0.5, 'seq_kd': 'true', 'log_completions': 'true', 'max_steps': 4}  # all 16 rows
     jobs['shared'] = {**step, **SELF, 'dataset': omni / 'films.jsonl'}
     jobs['apart'] = {**jobs['shared'], 'nothing_shared': True}
     return run_jobs(jobs, env=tiny_omni.FEW_FRAMES)
