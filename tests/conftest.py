@@ -22,7 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # Directories whose tests share servers or environments, which take longer to start than the tests that use them.
-ONE_WORKER = ('activation', 'engine', 'servers', 'multimodal')
+ONE_WORKER = ('activation', 'engine', 'servers')
 
 
 @pytest.hookimpl(optionalhook=True)

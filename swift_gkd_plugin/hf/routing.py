@@ -20,7 +20,7 @@ from transformers.utils.output_capturing import OutputRecorder
 from ..arguments import OptionError
 from ..samples import MicroBatch
 from .head import unwrap_peft
-from .shared_work import _instead
+from .shared_work import forward_instead
 
 
 class RoutingReplay:
@@ -53,7 +53,7 @@ class RoutingReplay:
         self._at = None if batch.teacher_inputs is None else (batch.student_index, batch.teacher_index)
         with ExitStack() as stack:
             for number, router in enumerate(self.teacher):
-                stack.enter_context(_instead(router, self._recording(number, router)))
+                stack.enter_context(forward_instead(router, self._recording(number, router)))
             yield
 
     @contextmanager
@@ -62,7 +62,7 @@ class RoutingReplay:
         try:
             with ExitStack() as stack:
                 for number, router in enumerate(self.student):
-                    stack.enter_context(_instead(router, self._replaying(number, router)))
+                    stack.enter_context(forward_instead(router, self._replaying(number, router)))
                 yield
         finally:
             self._ids, self._at = {}, None

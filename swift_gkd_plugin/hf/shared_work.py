@@ -79,7 +79,7 @@ class SharedWork:
         with ExitStack() as stack:
             for module in self._sharing:
                 if module not in self.layers[:-1]:  # of the layers the last one's output is all that counts
-                    stack.enter_context(_instead(module, self._keeping(module)))
+                    stack.enter_context(forward_instead(module, self._keeping(module)))
             yield
 
     @contextmanager
@@ -89,7 +89,7 @@ class SharedWork:
             with ExitStack() as stack:
                 for module in self._sharing if batch.samples is self._samples else ():
                     stack.enter_context(_without_recomputation(module))
-                    stack.enter_context(_instead(module, self._passing if module in self.layers[:-1] else self._using(module)))
+                    stack.enter_context(forward_instead(module, self._passing if module in self.layers[:-1] else self._using(module)))
                 yield
         finally:
             self._samples, self._sharing, self._kept = None, [], {}
@@ -178,7 +178,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 @contextmanager
-def _instead(module: nn.Module, forward) -> Iterator[None]:
+def forward_instead(module: nn.Module, forward) -> Iterator[None]:
     before = module.__dict__.get('forward')
     module.forward = forward
     try:
