@@ -247,6 +247,16 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
 
     # -- who answers -------------------------------------------------------------------------------------------------------------
 
+    def _init_rollout_engine(self) -> None:
+        # ms-swift makes none at --lmbda 0 (4.6.0, megatron/trainers/rollout_mixin.py:389), even if evaluations ask it.
+        lmbda = self.args.lmbda
+        if self.args.gkd_eval_source == STUDENT:
+            self.args.lmbda = 1
+        try:
+            super()._init_rollout_engine()
+        finally:
+            self.args.lmbda = lmbda
+
     def _answers(self) -> dict[Source, cycles.Answer]:
         args = self.args
         answers: dict[Source, cycles.Answer] = {}
