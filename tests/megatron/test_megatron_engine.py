@@ -96,11 +96,11 @@ def check_old_weights(run: Run) -> None:
 
 def test_samples_come_from_the_new_weights(run_here):
     adapter = {**ADAPTER, 'vllm_enable_lora': 'true'}
-    evaluated = {**STEP, 'lmbda': 0, 'val_dataset': 'privileged', 'eval_steps': 3, 'gkd_eval_source': 'student'}
+    evaluated = {**STEP, 'lmbda': 0, 'val_dataset': 'ten', 'eval_steps': 3, 'gkd_eval_source': 'student'}
     jobs = {'full': STEP, 'merged': ADAPTER, 'adapter': adapter, 'without sync': STEP, 'adapter without sync': adapter, 'eval': evaluated}
     found = run_here(jobs, '1')
     assert found['eval'].ok().values('eval_loss')[0] > 0
-    check(found['eval'], [0, 1, 2, 3, 3, 3])
+    check(found['eval'], [0, 1, 2, 3, 3, 3, 3])
     assert [call['share'] for call in calls(found['eval'])[0]][:3] == [0, 0, 0]
     for name in ('full', 'merged', 'adapter'):
         check(found[name], [0, 1, 2])
