@@ -2,7 +2,8 @@
 
 One token of all responses is one pass of the pipeline schedule, with megatron-core's static KV cache. Prompts of similar length share a
 micro-batch whose rows are at the same position at all times: it starts with as many tokens as its shortest prompt has, and takes the
-longer ones' next tokens from their prompts. So nothing is padded, and attention needs no mask.
+longer ones' next tokens from their prompts. So nothing is padded, and attention needs no mask. A prompt with images, videos or audio is a
+micro-batch of its own, which the towers see with its first pass.
 
 All prompts of all ranks are shared out over the model's replicas, context-parallel ranks included, which are replicas here: attention
 over the cache is not split along the sequence. Neither is sequence parallelism used, for one token cannot be split.
@@ -18,24 +19,27 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from mcore_bridge.model import GPTModel
+from mcore_bridge.model import GPTModel, MultimodalGPTModel
 from megatron.core import mpu
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.attention import Attention
-from swift.utils import get_current_device
+from swift.utils import get_current_device, to_device
 from torch import nn
-from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, StoppingCriteriaList
+from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, StoppingCriteriaList, SuppressTokensLogitsProcessor
 
 from ..arguments import OptionError
 from ..responses import Response, SamplingOptions
-from ..responses.local import ends_of_responses, evaluation_mode, inference_template
+from ..responses.local import ends_of_responses, evaluation_mode, inference_template, never_sampled, unpacked
 from ..responses.sampling import sampling_processors
 
 # Rows share a micro-batch if their prompts differ by no more tokens than this: each of them is a pass for the whole batch.
 SPREAD = 64
+MEDIA = ('images', 'videos', 'audios')
+# What a collator makes beside the inputs of the towers.
+OF_TEXT = ('input_ids', 'labels', 'loss_scale', 'attention_mask', 'attention_mask_2d', 'position_ids', 'text_position_ids', 'seq_lens')
 # Where modules of megatron-core and Transformer Engine keep whether the sequence is split over the tensor-parallel ranks.
 SEQUENCE_PARALLEL = ('sequence_parallel', 'scatter_to_sequence_parallel', 'reduce_scatter_embeddings')
 
@@ -47,6 +51,8 @@ class _Row:
     Attributes:
         number: Its place among all prompts.
         prompt, answer: Token ids.
+        media: Keyword arguments of the model for the images, videos and audio of the prompt.
+        positions: [3, 1, tokens] of the prompt where they are not 0, 1, 2, ...
         warp: Turns the scores [1, vocab] of the next token into those whose largest is taken.
         ended: Whether ids [1, n] end with what ends a response.
     """
@@ -55,6 +61,8 @@ class _Row:
     prompt: list[int]
     warp: LogitsProcessorList
     ended: StoppingCriteriaList
+    media: dict[str, Any] = field(default_factory=dict)
+    positions: torch.Tensor | None = None
     answer: list[int] = field(default_factory=list)
     finish_reason: str | None = None
 
@@ -63,7 +71,7 @@ class _Batch:
     """Rows that are at the same position, and their KV cache.
 
     Args:
-        rows: At least one.
+        rows: At least one; a row with media is alone.
         max_tokens: Of a response.
         cached: Whether the model keeps keys and values; otherwise each pass begins at the first token.
     """
@@ -81,12 +89,27 @@ class _Batch:
     def running(self) -> bool:
         return any(row.finish_reason is None for row in self.rows)
 
-    def inputs(self, device: torch.device) -> dict[str, Any]:
+    @property
+    def shows_media(self) -> bool:
+        """Whether the next pass goes through the towers. With a cache only the first one does."""
+        return bool(self.rows[0].media) and (self.cache is None or self.cache.sequence_len_offset == 0)
+
+    def inputs(self, device: torch.device, mrope: bool) -> dict[str, Any]:
         """Keyword arguments of the model for the tokens that it has not seen."""
         first = self.cache.sequence_len_offset if self.cache is not None else 0
         ids = self.ids[:, first : self.length].to(device)
-        positions = torch.arange(first, self.length, device=device).expand_as(ids)
-        return {'input_ids': ids, 'position_ids': positions, 'attention_mask': None, 'inference_context': self.cache}
+        # Attention takes the rotary embeddings of the new tokens out of those of all tokens, which mrope makes of these positions.
+        positions = self._positions().to(device) if mrope else torch.arange(first, self.length, device=device).expand_as(ids)
+        media = to_device(self.rows[0].media, device) if self.shows_media else {}
+        return {'input_ids': ids, 'position_ids': positions, 'attention_mask': None, 'inference_context': self.cache, **media}
+
+    def _positions(self) -> torch.Tensor:
+        """[3, rows, tokens] of all tokens so far: a response goes on behind the last position of its prompt."""
+        given = self.rows[0].positions
+        if given is None:
+            return torch.arange(self.length).expand(3, len(self.rows), -1)
+        behind = given.max() + 1 + torch.arange(self.length - given.shape[-1])
+        return torch.cat([given, behind.expand(3, 1, -1)], -1)
 
     def sampled(self, logits: torch.Tensor) -> torch.Tensor:
         """[rows, vocab] -> [rows] next tokens; those of rows that do not sample are 0."""
@@ -155,12 +178,21 @@ class Generator:
 
     def _row(self, number: int, prompt: dict[str, Any], seed: int, options: SamplingOptions) -> _Row:
         with inference_template(self.template) as template:
-            ids = template.encode(prompt)['input_ids']
+            encoded = template.encode(prompt)
+        ids, media, positions = encoded['input_ids'], {}, None
+        if template.model_meta.is_multimodal and any(prompt.get(kind) for kind in MEDIA):
+            with unpacked(template):
+                media = template.data_collator([encoded], padding_to=None)
+            positions = media.get('position_ids')
+            media = {name: value for name, value in media.items() if name not in OF_TEXT}
         warp = LogitsProcessorList()
+        suppressed = never_sampled(self.template)
+        if suppressed:
+            warp.append(SuppressTokensLogitsProcessor(suppressed, get_current_device()))
         if options.repetition_penalty != 1:
             warp.append(RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
         warp.extend(sampling_processors(options, [seed], torch.device(get_current_device())))
-        return _Row(number, ids, warp, ends_of_responses(template, self.eos, options))
+        return _Row(number, ids, warp, ends_of_responses(template, self.eos, options), media, positions)
 
 
 def _first_of_replica() -> bool:
@@ -176,7 +208,7 @@ def _everyone(value: Any) -> list[Any]:
 def _generate(chunks: list[nn.Module], rows: list[_Row], max_tokens: int) -> None:
     """Answer the rows of this replica. All replicas call it; those that share experts run each other's number of passes."""
     config = chunks[0].config
-    models = [next(m for m in chunk.modules() if isinstance(m, GPTModel)) for chunk in chunks]
+    models = list(map(_language_model, chunks))
     cached = all(map(keeps_cache, models))
     lockstep = bool(config.num_moe_experts) and mpu.get_expert_tensor_and_model_parallel_world_size() > 1
     device = torch.device(get_current_device())
@@ -202,12 +234,16 @@ def _generate(chunks: list[nn.Module], rows: list[_Row], max_tokens: int) -> Non
                 del tokens[: len(batch.rows)]
 
 
+def _language_model(chunk: nn.Module) -> GPTModel:
+    return next(m for m in chunk.modules() if isinstance(m, GPTModel))
+
+
 def _of_similar_length(rows: list[_Row]) -> list[list[_Row]]:
     """Rows with prompts of similar length, and enough such parts to fill the pipeline."""
     parts: list[list[_Row]] = []
     most = -(-len(rows) // mpu.get_pipeline_model_parallel_world_size())
-    for row in sorted(rows, key=lambda row: len(row.prompt)):
-        if parts and len(parts[-1]) < most and len(row.prompt) - len(parts[-1][0].prompt) <= SPREAD:
+    for row in sorted(rows, key=lambda row: (bool(row.media), len(row.prompt))):
+        if parts and not row.media and len(parts[-1]) < most and len(row.prompt) - len(parts[-1][0].prompt) <= SPREAD:
             parts[-1].append(row)
         else:
             parts.append([row])
@@ -220,7 +256,9 @@ def _pass(chunks: list[nn.Module], batches: list[_Batch], see: Callable[[int], N
     def forward_step(data_iterator: Iterator[_Batch], chunk: nn.Module):
         batch = next(data_iterator)
         see(batch.length)
-        output = chunk(**batch.inputs(device), runtime_gather_output=True)
+        model = _language_model(chunk)
+        inputs = batch.inputs(device, model.position_embedding_type == 'mrope')
+        output = (chunk if batch.shows_media else model)(**inputs, runtime_gather_output=True)
         return output, lambda logits, non_loss_data: logits[:, -1, : chunk.config.padded_vocab_size]
 
     return get_forward_backward_func()(
@@ -264,10 +302,10 @@ def check_generates(chunks: list[nn.Module], side: str) -> None:
     """
     config = chunks[0].config
     models = [m for chunk in chunks for m in chunk.modules() if isinstance(m, GPTModel)]
-    if not models or (
-        config.context_parallel_size > 1
-        and not all(isinstance(attention, Attention) for model in models for attention in _attentions(model))
-    ):
+    # A multimodal model gathers what context-parallel ranks hold of a prompt, and here each of them holds all of it.
+    whole = all(isinstance(attention, Attention) for model in models for attention in _attentions(model))
+    multimodal = any(isinstance(m, MultimodalGPTModel) for chunk in chunks for m in chunk.modules())
+    if not models or (config.context_parallel_size > 1 and (multimodal or not whole)):
         raise OptionError(
             f'{side}: {type(chunks[0]).__name__} with --context_parallel_size {config.context_parallel_size} cannot answer in the training '
             'processes; use --use_vllm true, or --context_parallel_size 1.'

@@ -14,7 +14,6 @@ from transformers import AutoConfig
 from .. import checks
 from ..arguments import OptionError
 from ..samples import used_columns
-from ..sources import STUDENT
 from ..teachers.remote import check_servers
 from .options import SIZES, check_layout, check_model, check_teacher, loads_teacher, said_once
 from .trainer import GKDTrainer
@@ -127,7 +126,6 @@ class GKDPipeline(MegatronRLHF):
             teacher = AutoConfig.from_pretrained(args.teacher_model_dir, trust_remote_code=True)
             check_teacher(args.teacher_model, teacher, args)
         checks.check_teacher_engine(args)
-        self._check_generation()
         vocab = student.get_text_config().vocab_size
         if args.gkd_logits_topk is not None and args.gkd_logits_topk > vocab:
             raise OptionError(f'--gkd_logits_topk {args.gkd_logits_topk}: the student has {vocab} token ids; choose fewer.')
@@ -136,24 +134,6 @@ class GKDPipeline(MegatronRLHF):
             value = getattr(args, name, None)
             if value not in (None, [], default.get(name)) and applies(args):
                 logger.warning(f'--{name} {value} is not used as such: {why}.')
-
-    def _check_generation(self) -> None:
-        """Raises:
-        OptionError: A model with images, videos or audio would have to answer in the training processes.
-        """
-        args = self.args
-        if not args.use_vllm and (args.lmbda > 0 or args.gkd_eval_source == STUDENT) and args.model_meta.is_multimodal:
-            raise OptionError(
-                f'--model {args.model}: a model with images, videos or audio answers through vLLM only; add --use_vllm true --vllm_mode '
-                'colocate (or server), or set --lmbda 0.'
-            )
-        meta = args.model_meta if args.teacher_model is None else args.teacher_model_meta
-        elsewhere = args.teacher_model_server is not None or args.gkd_teacher_engine == 'vllm'
-        if not elsewhere and not _teacher_is_silent(args) and meta.is_multimodal:
-            raise OptionError(
-                f'--teacher_model {args.teacher_model}: a model with images, videos or audio answers through an engine only; use '
-                '--gkd_teacher_engine vllm or --teacher_model_server, or leave --seq_kd out.'
-            )
 
     def _check_tokenizers(self) -> tuple[int, int] | None:
         """Lengths of the student's and the teacher's tokenizer; None if there is no other model."""

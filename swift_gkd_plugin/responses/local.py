@@ -32,16 +32,22 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def inference_template(template) -> Iterator[Any]:
-    """The template as an engine uses it: padded on the left, no labels. Its length limit holds, so that with
-    ``--truncation_strategy left`` the prompt is the one that is trained."""
+def unpacked(template) -> Iterator[None]:
+    """The template collates rows, neither packed nor split over ranks."""
     before = template.padding_free, template.sequence_parallel_size
     template.padding_free, template.sequence_parallel_size = False, 1
     try:
-        with template.generate_context():
-            yield template
+        yield
     finally:
         template.padding_free, template.sequence_parallel_size = before
+
+
+@contextmanager
+def inference_template(template) -> Iterator[Any]:
+    """The template as an engine uses it: padded on the left, no labels. Its length limit holds, so that with
+    ``--truncation_strategy left`` the prompt is the one that is trained."""
+    with unpacked(template), template.generate_context():
+        yield template
 
 
 def ends_of_responses(template, eos: int | list[int], options: SamplingOptions, model: nn.Module | None = None) -> StoppingCriteriaList:
@@ -50,6 +56,11 @@ def ends_of_responses(template, eos: int | list[int], options: SamplingOptions, 
     config.stop_words = [*options.stop_words, *template.template_meta.stop_words]
     stops = template.prepare_generate_kwargs({'generation_config': config}, model=model)['stopping_criteria']
     return StoppingCriteriaList([EosTokenCriteria(eos), *stops])
+
+
+def never_sampled(template) -> list[int]:
+    """The ids of media: one in a response would stand for a picture that is not there, and no template could encode it."""
+    return list(template.placeholder_tokens) if template.model_meta.is_multimodal else []
 
 
 class LocalGenerator:
@@ -98,8 +109,7 @@ class LocalGenerator:
             eos_token_id=eos,
             pad_token_id=template.tokenizer.pad_token_id,
             repetition_penalty=options.repetition_penalty,
-            # One in a response would stand for a picture that is not there; no template could encode it.
-            suppress_tokens=(template.model_meta.is_multimodal and list(template.placeholder_tokens)) or None,
+            suppress_tokens=never_sampled(template) or None,
         )
         # Decoder-only models return the prompt too, unless it went in as embeddings.
         prompt_length = inputs['input_ids'].shape[1] if inputs.get('inputs_embeds') is None else 0

@@ -71,25 +71,31 @@ def alone(run) -> dict[str, Run]:
     return run('1', one={}, packed={'micro_batch_size': 2}, steps={'train_iters': 2, 'adam_eps': 1e-3})
 
 
-def test_one_process_is_plain_transformers(alone, tiny):
+@pytest.fixture(scope='module')
+def plain(tiny) -> dict[str, Callable[[dict], torch.Tensor]]:
+    """Logits [tokens, vocab] of the trained tokens of a micro-batch with one row, by transformers."""
     from transformers import Qwen3VLMoeForConditionalGeneration
 
-    models = [
-        Qwen3VLMoeForConditionalGeneration.from_pretrained(path, dtype=torch.float32, attn_implementation='eager')
-        for path in (tiny.student, tiny.teacher)
-    ]
+    def logits(path: Path) -> Callable[[dict], torch.Tensor]:
+        model = Qwen3VLMoeForConditionalGeneration.from_pretrained(path, dtype=torch.float32, attn_implementation='eager')
+
+        @torch.no_grad()
+        def of(batch: dict) -> torch.Tensor:
+            inputs = batch['student_inputs']
+            given = {name: inputs[name] for name in ('input_ids', 'pixel_values', 'image_grid_thw') if name in inputs}
+            given['mm_token_type_ids'] = (inputs['input_ids'] == tiny_vision.SPECIAL['<|image_pad|>']).long()
+            return model(**given).logits[0, batch['student_index']]
+
+        return of
+
+    return {'student': logits(tiny.student), 'teacher': logits(tiny.teacher)}
+
+
+def test_one_process_is_plain_transformers(alone, plain):
     total, tokens, images = 0.0, 0, 0
     for batch in alone['one'].ok().saved('batches'):
-        inputs = batch['student_inputs']
-        given = {
-            'input_ids': inputs['input_ids'],
-            'pixel_values': inputs['pixel_values'],
-            'image_grid_thw': inputs['image_grid_thw'],
-            'mm_token_type_ids': (inputs['input_ids'] == tiny_vision.SPECIAL['<|image_pad|>']).long(),
-        }
-        images += len(inputs['image_grid_thw'])
-        with torch.no_grad():
-            s, t = (log_softmax(model(**given).logits[0, batch['student_index']] / 0.9, -1) for model in models)
+        images += len(batch['student_inputs']['image_grid_thw'])
+        s, t = (log_softmax(plain[side](batch) / 0.9, -1) for side in ('student', 'teacher'))
         mixture = torch.logaddexp(s, t) - torch.tensor(2.0).log()
         total += 0.5 * (t.exp() * (t - mixture) + s.exp() * (s - mixture)).sum().item()
         tokens += len(batch['labels'])
@@ -105,3 +111,21 @@ def test_layout_changes_nothing(run, alone, split):
     assert {name: d for name, d in differences.items() if not (d[0] < 1e-6 and d[1] < 1e-5)} == {}
     # The vision tower has learnt something, on whatever rank.
     assert any('visual' in name and gradient.abs().max() > 0 for name, gradient in runs['one'].gradients.items())
+
+
+@pytest.mark.parametrize('split', ['1', 'EP2', 'TP2+SP', 'PP2'])
+def test_answers_in_the_training_processes(run, plain, split):
+    """What is sampled greedily is what transformers holds to be likeliest at each place."""
+    greedy = {'temperature': 0, 'gkd_temperature': 1, 'max_completion_length': 8}
+    runs = run(split, student={**greedy, 'lmbda': 1}, teacher={**greedy, 'lmbda': 0, 'seq_kd': 'true'})
+    for side, one in runs.items():
+        images = 0
+        for batch in one.ok().saved('batches'):
+            images += len(batch['student_inputs'].get('image_grid_thw', []))
+            assert plain[side](batch).argmax(-1).tolist() == batch['labels'].tolist()
+            assert len(batch['labels']) > 1
+        assert images > 0
+
+
+def test_answers_only_with_whole_sequences(run):
+    assert 'use --use_vllm true, or --context_parallel_size 1' in run('CP2', one={'lmbda': 1})['one'].error
