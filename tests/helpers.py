@@ -59,13 +59,18 @@ def why_no_vllm() -> str | None:
     return None if (VLLM / 'vllm').is_dir() else f'there is no vLLM for CPUs in {VLLM}; scripts/setup.sh installs it on Linux with x86_64'
 
 
+# Little, and named: without a size vLLM takes a share of the machine, and it refuses what is not free at that moment, file caches left out.
+KV_CACHE_BYTES = 64 << 20
+VLLM_ENGINE_FLAGS = f'--enforce-eager --max-model-len 512 --max-num-seqs 8 --kv-cache-memory-bytes {KV_CACHE_BYTES}'
+VLLM_ENGINE_KWARGS = f'{{"kv_cache_memory_bytes":{KV_CACHE_BYTES}}}'  # the same for ms-swift's --vllm_engine_kwargs
+
+
 def vllm_environment() -> dict[str, str]:
     """Variables of a process that uses vLLM."""
     return {
         'PYTHONPATH': str(VLLM),
         'VLLM_PLUGINS': 'none',  # ms-swift's imports torchvision
         'VLLM_ENABLE_V1_MULTIPROCESSING': '0',  # the engine stays in the process that has made it fit for a CPU
-        'VLLM_CPU_KVCACHE_SPACE': '1',  # GiB
         'VLLM_NO_USAGE_STATS': '1',
     }
 

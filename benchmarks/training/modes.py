@@ -111,7 +111,7 @@ def main() -> None:
             server = {'use_vllm': 'true', **student_server.options}
             ahead = {'use_vllm': 'true', **student_server.options, 'gkd_prefetch': 'true'}
             remote = {'teacher_model': None, 'teacher_model_type': None, 'teacher_model_server': teacher_url}
-            engine = {'gkd_teacher_engine': 'vllm', 'gkd_teacher_engine_args': '--enforce-eager --max-model-len 512 --max-num-seqs 16'}
+            engine = {'gkd_teacher_engine': 'vllm', 'gkd_teacher_engine_args': helpers.VLLM_ENGINE_FLAGS}
             modes = {
                 ('student', 'transformers'): STUDENT,
                 ('student', 'vLLM, colocated'): {**STUDENT, **colocate},
@@ -130,7 +130,7 @@ def main() -> None:
                 environment = {**ENVIRONMENT, **(helpers.one_rank() if more.get('vllm_mode') == 'colocate' else {})}
                 returncode, output = helpers.run(
                     [helpers.SCRIPTS / 'swift', 'rlhf', *argv],
-                    env={**environment, 'GKD_TEACHER_API_KEY': KEY, 'VLLM_CPU_KVCACHE_SPACE': '1'},
+                    env={**environment, 'GKD_TEACHER_API_KEY': KEY},
                     cwd=root,
                     timeout=1200,
                 )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import helpers
+
 # Of an engine, colocated or in a server.
 ENGINE = {
     'vllm_max_model_len': 256,
     'vllm_enforce_eager': 'true',
     'vllm_gpu_memory_utilization': 0.3,
-    'vllm_engine_kwargs': '{"kv_cache_memory_bytes": 67108864}',
+    'vllm_engine_kwargs': helpers.VLLM_ENGINE_KWARGS,
 }
 # Large steps: an engine with old weights is off by far more than a comparison allows.
 STEP = {

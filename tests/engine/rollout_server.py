@@ -17,7 +17,6 @@ from engine_options import ENGINE
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {**helpers.vllm_environment(), 'PYTHONPATH': f'{helpers.VLLM}{os.pathsep}{HERE}', 'VLLM_PLUGINS': 'vllm_on_cpu'}
-del ENVIRONMENT['VLLM_CPU_KVCACHE_SPACE']  # whole GiB, and it would win over engine_options.ENGINE
 
 
 class RolloutServer:

@@ -33,7 +33,7 @@ ENVIRONMENT = {
 SCORED = {'gkd_logits_topk': 8, 'gkd_temperature': 1, 'train_iters': 3, 'adam_eps': 1e-3}
 LONG = {'gkd_teacher_max_completion_length': 12, 'seq_kd': 'true', 'temperature': 0}
 FULL = {**SCORED, **LONG, 'gkd_logits_topk': None}
-ENGINE = {'gkd_teacher_engine': 'vllm', 'gkd_teacher_engine_args': '--enforce-eager --max-model-len 512 --max-num-seqs 8'}
+ENGINE = {'gkd_teacher_engine': 'vllm', 'gkd_teacher_engine_args': helpers.VLLM_ENGINE_FLAGS}
 SAVED = {**SCORED, **LONG, 'no_save_optim': 'false', 'save_steps': 100}
 
 

@@ -12,7 +12,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from swift_gkd_plugin.teachers.engine import TeacherEngine
-engine = TeacherEngine(sys.argv[1], 'float32', 1, '--enforce-eager', None, Path('engine.log'))
+engine = TeacherEngine(sys.argv[1], 'float32', 1, '--enforce-eager --kv-cache-memory-bytes 67108864', None, Path('engine.log'))
 Path('pid').write_text(str(engine._process.pid))
 os.kill(os.getpid(), signal.SIGKILL)
 """

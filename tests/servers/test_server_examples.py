@@ -33,8 +33,7 @@ def test_teacher_server(vllm_server, tiny_models, tmp_path):
 
 
 def test_teacher_engine(tiny_models, tmp_path):
-    engine = '--enforce-eager --max-model-len 512 --max-num-seqs 8'
-    losses = run('teacher_engine.sh', tiny_models, tmp_path, K='8', ENGINE=engine, **helpers.vllm_environment())
+    losses = run('teacher_engine.sh', tiny_models, tmp_path, K='8', ENGINE=helpers.VLLM_ENGINE_FLAGS, **helpers.vllm_environment())
     assert len(losses) == 2
 
 
@@ -48,6 +47,7 @@ def test_presampled(tiny_models, tmp_path, backend):
         'max_new_tokens': 8,
         'vllm_max_model_len': 256,
         'vllm_enforce_eager': 'true',
+        'vllm_engine_kwargs': helpers.VLLM_ENGINE_KWARGS,
         'external_plugins': serving.ON_CPU,
         'load_from_cache_file': 'false',
     }

@@ -7,7 +7,7 @@ import job_runs
 import pytest
 from test_teacher_server import STEP
 
-ENGINE = {'gkd_teacher_engine': 'vllm', 'gkd_teacher_engine_args': '--enforce-eager --max-model-len 512 --max-num-seqs 8'}
+ENGINE = {'gkd_teacher_engine': 'vllm', 'gkd_teacher_engine_args': helpers.VLLM_ENGINE_FLAGS}
 SEQ_KD = {**STEP, 'seq_kd': 'true', 'gkd_logits_topk': None, 'temperature': 0, 'gkd_temperature': 1, 'max_steps': 2}
 
 
