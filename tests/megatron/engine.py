@@ -15,6 +15,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'engine'))
+import schedulers  # noqa: F401
 import vllm_on_cpu  # noqa: F401
 
 from swift_gkd_plugin.megatron.teachers import LiveStudent
@@ -23,7 +24,7 @@ from swift_gkd_plugin.teachers import TopKOptions
 
 
 def largest_difference(trainer, samples) -> float:
-    """max |vLLM's log-probability - the live student's| over the sampled tokens that this rank predicts; inf if others are trained."""
+    """max |vLLM's log-probability - the live student's| over the sampled tokens that this rank predicts; inf if one isn't trained."""
     if not samples:
         return 0.0
     batch = trainer.encoder.micro_batch(samples)
@@ -32,13 +33,32 @@ def largest_difference(trainer, samples) -> float:
         (signal,) = LiveStudent(trainer.args, trainer.unwrapped_models).signals([batch], TopKOptions(columns, 1.0, columns))
     if signal is None:  # before the last stage
         return 0.0
-    sampled = [[p for turn in sample.generated.rollout_logprobs for p in turn] for sample in samples]
-    if list(map(len, sampled)) != batch.lengths:
-        return float('inf')
+    sampled = torch.cat(
+        [_placed(labels.tolist(), sample) for labels, sample in zip(batch.labels.split(batch.lengths), samples, strict=True)]
+    )
     view = local_view(trainer.args, batch.student_inputs, batch.student_index)
-    theirs, labels = (view.of(torch.tensor(values)) for values in ([p for one in sampled for p in one], batch.labels.tolist()))
+    theirs, labels = view.of(sampled), view.of(batch.labels)
     ours = signal.logprobs[signal.ids == labels[:, None]]
-    return (ours - theirs).abs().max().item() if len(ours) else 0.0
+    differences = (ours - theirs).abs()[~theirs.isnan()]
+    return differences.max().item() if len(differences) else 0.0
+
+
+def _placed(labels: list[int], sample) -> torch.Tensor:
+    """vLLM's log-probability of each trained token; nan for those that the template has put behind a turn, inf if a turn isn't there."""
+    found, start = torch.full((len(labels),), float('nan')), 0
+    turns, masks = sample.generated.response_token_ids, sample.generated.response_loss_mask
+    if isinstance(turns[0], int):
+        turns = [turns]
+    masks = masks or [[1] * len(turn) for turn in turns]
+    for turn, mask, values in zip(turns, masks, sample.generated.rollout_logprobs, strict=True):
+        ids = [token for token, sampled in zip(turn, mask, strict=True) if sampled]
+        while labels[start : start + len(ids)] != ids:
+            start += 1
+            if start > len(labels):
+                return torch.full_like(found, float('inf'))
+        found[start : start + len(ids)] = torch.tensor(values)
+        start += len(ids)
+    return found
 
 
 def install(trainer: type) -> None:

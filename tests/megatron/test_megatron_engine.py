@@ -97,14 +97,25 @@ def check_old_weights(run: Run) -> None:
 def test_samples_come_from_the_new_weights(run_here):
     adapter = {**ADAPTER, 'vllm_enable_lora': 'true'}
     evaluated = {**STEP, 'lmbda': 0, 'val_dataset': 'ten', 'eval_steps': 3, 'gkd_eval_source': 'student'}
-    jobs = {'full': STEP, 'merged': ADAPTER, 'adapter': adapter, 'without sync': STEP, 'adapter without sync': adapter, 'eval': evaluated}
+    turns = {**STEP, 'multi_turn_scheduler': 'ask_again', 'max_turns': 3}
+    jobs = {
+        'full': STEP,
+        'turns': turns,
+        'merged': ADAPTER,
+        'adapter': adapter,
+        'without sync': STEP,
+        'adapter without sync': adapter,
+        'eval': evaluated,
+    }
     found = run_here(jobs, '1')
     assert found['eval'].ok().values('eval_loss')[0] > 0
     check(found['eval'], [0, 1, 2, 3, 3, 3, 3])
     assert [call['share'] for call in calls(found['eval'])[0]][:3] == [0, 0, 0]
-    for name in ('full', 'merged', 'adapter'):
+    for name in ('full', 'turns', 'merged', 'adapter'):
         check(found[name], [0, 1, 2])
-        assert all(call['share'] == 3 and call['tokens'] > 0 for call in calls(found[name])[0])
+        turns = 2 if name == 'turns' else 1
+        assert all(call['share'] == 3 and 0 < call['tokens'] <= turns * 18 for call in calls(found[name])[0])
+    assert max(call['tokens'] for call in calls(found['turns'])[0]) > 18
     for name in ('without sync', 'adapter without sync'):
         check_old_weights(found[name])
 
