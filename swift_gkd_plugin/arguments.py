@@ -176,6 +176,11 @@ def teacher_offload(args: Any) -> Optional[str]:
     return args.gkd_teacher_offload or ('model' if args.offload_teacher_model else None)
 
 
+def engine_scores(args: Any) -> bool:
+    """Whether a vLLM engine of the teacher's sends the k largest log-probabilities, so that nothing else needs its weights for them."""
+    return args.gkd_teacher_engine == 'vllm' and args.gkd_logits_topk is not None
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise OptionError(message)

@@ -21,7 +21,7 @@ from .data import Row
 from .responses import Response
 from .samples import Sample, SampleEncoder
 from .sources import DATASET, STUDENT, TEACHER, Source
-from .teachers.server import TeacherServerError
+from .teachers.server import MEDIA, TeacherServerError
 
 logger = get_logger()
 
@@ -148,7 +148,7 @@ def state_of(ready: list[list[Sample]]) -> dict[str, Any]:
             state['token_ids'], state['finish_reason'] = sample.response.token_ids, sample.response.finish_reason
             state['generated_at'] = sample.generated_at
         if sample.generated is not None:
-            media = [name for name in ('images', 'videos', 'audios') if name in sample.generated.rollout_infos]  # of a scheduler's own
+            media = [name for name in MEDIA if name in sample.generated.rollout_infos]  # of a scheduler's own
             state['generated'] = {name: getattr(sample.generated, name) for name in (*FROM_ROLLOUT, *media)}
         return state
 

@@ -7,7 +7,8 @@ every per-token tensor in here and in the loss is in that order, whatever the la
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,11 +19,12 @@ from swift.rl_core.data import GKDSample
 from swift.rlhf_trainers.utils import encode_sample, get_response_prefix_ids
 from swift.utils import get_logger, remove_response
 
+from .arguments import OptionError
 from .data import Row
 from .responses import Response
 from .sources import DATASET, STUDENT, Source
 from .teachers import Signal
-from .teachers.server import Question, Scores, as_request
+from .teachers.server import MEDIA, Question, Scores, as_request
 
 logger = get_logger()
 
@@ -30,16 +32,30 @@ logger = get_logger()
 RESPONSE_COLUMNS = ('response_token_ids', 'add_eos')
 
 
-def used_columns(dataset, args):
-    """The dataset with the columns of ms-swift's format, those of saved responses, and the tags of teacher servers.
+def with_used_columns(args, load: Callable[[], tuple]) -> tuple:
+    """The training and the validation dataset of ``load``, which is ms-swift's; None for a file without a row.
 
-    All columns stay where the user says so, and where a scheduler or a server is given whole rows.
+    They keep the columns of ms-swift's format, those of saved responses, and the tags of teacher servers; all columns where the user says
+    so, and where a scheduler or a server is given whole rows.
     """
-    columns = getattr(dataset, 'column_names', None)
-    passed_on = args.vllm_server_pass_dataset or args.multi_turn_scheduler or args.use_gym_env
-    if not columns or passed_on or not args.remove_unused_columns:
-        return dataset
+    removes = args.remove_unused_columns
+    args.remove_unused_columns = False  # ms-swift's default would drop columns of ours
+    try:
+        datasets = load()
+    except StopIteration:  # what ms-swift makes of a file without a row
+        return None, None
+    finally:
+        args.remove_unused_columns = removes
+    if not removes or args.vllm_server_pass_dataset or args.multi_turn_scheduler or args.use_gym_env:
+        return datasets
     used = {*RowPreprocessor.standard_keys, *RESPONSE_COLUMNS, args.teacher_tag_key}
+    return tuple(_selected(dataset, used) for dataset in datasets)
+
+
+def _selected(dataset, used: set[str]):
+    columns = getattr(dataset, 'column_names', None)
+    if not columns:
+        return dataset
     kept = [name for name in columns if name in used]
     return dataset if kept == list(columns) else dataset.select_columns(kept)
 
@@ -87,13 +103,29 @@ class Sample:
         return f'row {self.row.number} of epoch {self.row.epoch} ({self.source})'
 
 
-def sampled_ids(result: GKDSample) -> list[int]:
-    """What the student sampled, over all turns of ms-swift's rollout; not what a scheduler or the template put in between."""
+def sampled_turns(result: GKDSample) -> list[list[int]]:
+    """What the student sampled in each turn of ms-swift's rollout; not what a scheduler or the template put in between."""
     turns = result.response_token_ids
     if not turns or isinstance(turns[0], int):
-        return list(turns)
+        return [list(turns)]
     masks = result.response_loss_mask or [[1] * len(turn) for turn in turns]
-    return [token for turn, mask in zip(turns, masks, strict=True) for token, kept in zip(turn, mask, strict=True) if kept]
+    return [[token for token, kept in zip(turn, mask, strict=True) if kept] for turn, mask in zip(turns, masks, strict=True)]
+
+
+def sampled_ids(result: GKDSample) -> list[int]:
+    """What the student sampled, over all turns."""
+    return list(itertools.chain.from_iterable(sampled_turns(result)))
+
+
+def check_one_each(made: int, asked: int, scheduler: str | None) -> None:
+    """Raises:
+    OptionError: A scheduler, of this name or (None) of the server, has made another number of samples than it was given.
+    """
+    if made != asked:
+        raise OptionError(
+            f'--multi_turn_scheduler {scheduler or "of the server"}: it made {made} samples of {asked}, but a row stays one sample in '
+            'distillation; return one RolloutOutput for each request from its run().'
+        )
 
 
 @dataclass(frozen=True)
@@ -353,7 +385,7 @@ class SampleEncoder:
         that training on the row is training on these very tokens."""
         inner, ids = self.inner(sample), sample.response.token_ids
         remove_response(inner.messages)
-        media = {kind: values for kind in ('images', 'videos', 'audios') if (values := getattr(inner.to_infer_request(), kind))}
+        media = {kind: values for kind in MEDIA if (values := getattr(inner.to_infer_request(), kind))}
         text = self.template.safe_decode(ids if sample.response.cut_off else ids[:-1])
         messages = [*inner.messages, {'role': 'assistant', 'content': text}]
         kept = {k: v for k, v in sample.content.items() if v is not None}

@@ -14,6 +14,20 @@ import helpers
 import pytest
 import torch
 
+# One optimizer step of SGD on 4 rows, whose gradient is recorded as it is.
+ONE_STEP = {
+    'max_steps': 1,
+    'optim': 'sgd',
+    'learning_rate': 0.01,
+    'callbacks': 'recorder',
+    'max_grad_norm': 1e6,
+    'lmbda': 0,
+    'temperature': 1.0,
+    'per_device_train_batch_size': 2,
+    'gradient_accumulation_steps': 2,
+}
+IN_ORDER = {'train_dataloader_shuffle': 'false', 'dataset_shuffle': 'false'}
+
 
 @dataclass(frozen=True)
 class Run:

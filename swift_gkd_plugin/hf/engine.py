@@ -19,9 +19,8 @@ from swift.rlhf_trainers.rollout_mixin import RolloutTrainerMixin
 
 from .. import cycle as cycles
 from .. import sources
-from ..arguments import OptionError
 from ..responses import Response
-from ..samples import Sample, sampled_ids
+from ..samples import Sample, check_one_each, sampled_ids
 from ..sources import STUDENT
 
 
@@ -46,11 +45,7 @@ class EngineRollout(RolloutTrainerMixin):
                 generated = self._collected(requested)
             else:
                 generated = self._fast_infer(self._requests(samples))
-        if len(generated) != len(samples):
-            raise OptionError(
-                f'--multi_turn_scheduler {self.args.multi_turn_scheduler or "of the server"}: it made {len(generated)} samples of '
-                f'{len(samples)}, but a row stays one sample in distillation; return one RolloutOutput for each request from its run().'
-            )
+        check_one_each(len(generated), len(samples), self.args.multi_turn_scheduler)
         for sample, result in zip(samples, generated, strict=True):
             sample.generated, sample.response = result, Response(sampled_ids(result), result.finish_reason or 'stop')
 

@@ -20,6 +20,7 @@ from torch import nn
 from transformers.utils import is_bitsandbytes_available, is_hqq_available, is_optimum_quanto_available
 
 from ..arguments import OptionError, teacher_offload
+from .zero3 import is_zero3
 
 logger = get_logger()
 
@@ -83,13 +84,11 @@ class TeacherLoading:
 
     def _check_layout(self, quantised: str) -> None:
         args = self.args
-        if args.deepspeed:
-            config = args.teacher_deepspeed or args.deepspeed
-            if config.get('zero_optimization', {}).get('stage') == 3:
-                raise OptionError(
-                    f'{quantised} under ZeRO-3: quantised weights come with state that is not sharded; add --teacher_deepspeed zero0, '
-                    'which keeps the teacher whole on each rank.'
-                )
+        if args.deepspeed and is_zero3(args.teacher_deepspeed or args.deepspeed):
+            raise OptionError(
+                f'{quantised} under ZeRO-3: quantised weights come with state that is not sharded; add --teacher_deepspeed zero0, '
+                'which keeps the teacher whole on each rank.'
+            )
         if args.fsdp:
             raise OptionError(
                 f'{quantised} with --fsdp: quantised weights come with state that is not sharded; use --deepspeed zero3 with '

@@ -12,12 +12,13 @@ from swift.utils import get_logger
 from transformers import AutoConfig
 
 from .. import checks
-from ..arguments import OPTION_NAMES, OptionError, teacher_offload
-from ..samples import used_columns
+from ..arguments import OPTION_NAMES, OptionError, engine_scores, teacher_offload
+from ..samples import with_used_columns
 from ..teachers.adapters import add_frozen_adapter
 from ..teachers.remote import check_servers
 from .loading import TeacherLoading
 from .teachers import TEACHER_ADAPTER
+from .zero3 import is_zero3
 
 logger = get_logger()
 
@@ -58,14 +59,10 @@ NOT_USED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ('gkd_ema_decay', lambda a: a.gkd_self_teacher != 'ema', 'it belongs to --gkd_self_teacher ema'),
     ('gkd_teacher_offload', lambda a: a.teacher_model is None, 'the teacher is the student itself and stays where it is'),
     *(
-        (name, lambda a: a.teacher_model is None, 'the teacher is the student itself, or elsewhere')
-        for name in ('teacher_quant_method', 'teacher_quant_bits', 'teacher_device_map', 'teacher_max_memory')
-    ),
-    *(
-        (
-            name,
-            lambda a: a.gkd_teacher_engine == 'vllm' and a.gkd_logits_topk is not None,
-            'the engine has the only copy of the teacher; see --gkd_teacher_engine_args',
+        (name, applies, why)
+        for applies, why in (
+            (lambda a: a.teacher_model is None, 'the teacher is the student itself, or elsewhere'),
+            (engine_scores, 'the engine has the only copy of the teacher; see --gkd_teacher_engine_args'),
         )
         for name in ('teacher_quant_method', 'teacher_quant_bits', 'teacher_device_map', 'teacher_max_memory')
     ),
@@ -112,7 +109,7 @@ class GKDPipeline(SwiftRLHF):
 
     def _prepare_single_model(self, key, *args):
         # An engine that scores holds the teacher's only copy.
-        if key == 'teacher' and self.args.gkd_teacher_engine == 'vllm' and self.args.gkd_logits_topk is not None:
+        if key == 'teacher' and engine_scores(self.args):
             return None
         if key != 'teacher' or self.args.teacher_model is None:
             return super()._prepare_single_model(key, *args)
@@ -131,15 +128,7 @@ class GKDPipeline(SwiftRLHF):
     def _loaded_datasets(self):
         if not (self.args.dataset or self.args.val_dataset):
             return None, None  # cached ones are loaded by ms-swift
-        args, removes = self.args, self.args.remove_unused_columns
-        args.remove_unused_columns = False  # ms-swift's default would drop columns of ours
-        try:
-            datasets = super()._get_dataset()
-        except StopIteration:  # what ms-swift makes of a file without a row
-            return None, None
-        finally:
-            args.remove_unused_columns = removes
-        return tuple(used_columns(dataset, args) for dataset in datasets)
+        return with_used_columns(self.args, super()._get_dataset)
 
     def _get_dataset(self):
         return self._datasets
@@ -162,8 +151,7 @@ class GKDPipeline(SwiftRLHF):
         args = self.args
         if args.multi_turn_scheduler and not args.use_vllm:
             raise OptionError(f'--multi_turn_scheduler {args.multi_turn_scheduler} needs an engine: add --use_vllm true with --vllm_mode.')
-        zero3 = bool(args.deepspeed) and args.deepspeed.get('zero_optimization', {}).get('stage') == 3
-        if args.gkd_self_teacher == 'ema' and (args.fsdp or zero3):
+        if args.gkd_self_teacher == 'ema' and (args.fsdp or is_zero3(args.deepspeed)):
             raise OptionError(
                 f'--gkd_self_teacher ema with {"--fsdp" if args.fsdp else "ZeRO-3"}: its parameters must be whole on each rank; '
                 'use --deepspeed zero2 or none.'
@@ -200,7 +188,7 @@ class GKDPipeline(SwiftRLHF):
         args = self.args
         if not args.model_info.is_moe_model:
             raise OptionError(f'--gkd_routing teacher: {args.model} has no routed experts; leave it out.')
-        if args.gkd_teacher_engine == 'vllm' and args.gkd_logits_topk is not None:
+        if engine_scores(args):
             raise OptionError('--gkd_routing teacher with --gkd_teacher_engine vllm: an engine does not say which experts it chose.')
         if args.teacher_model is not None and teacher_offload(args) == 'model':
             raise OptionError(

@@ -57,7 +57,7 @@ def recognise(args: Any, teacher: str | None) -> None:
 
 def why_not_shared(args: Any) -> str | None:
     """Why the student's adapter can't be switched off, or leaves something else than the base; None if it can."""
-    start = args.resume_from_checkpoint or (args.adapters[0] if args.adapters else None)
+    start = _start(args)
     if args.tuner_type not in TUNERS:
         return f'--tuner_type {args.tuner_type}: there is no adapter to switch off; use lora.'
     if args.tuner_type == 'lora' and args.use_swift_lora:
@@ -87,7 +87,7 @@ def why_not_on_base(args: Any, adapters: list[str]) -> str | None:
         return f'{path} is of the type {kind}, and the student of {args.tuner_type}.'
     if config.get('bias', 'none') != 'none' or str(config.get('init_lora_weights')).startswith(CHANGES_BASE):
         return f'{path} comes with changes of the base.'
-    start = args.resume_from_checkpoint or (args.adapters[0] if args.adapters else None)
+    start = _start(args)
     mine = vars(args) if start is None else adapter_config(local(args, start))
     both = _saved_and_targeted(mine, config) | _saved_and_targeted(config, mine)
     if both:
@@ -99,6 +99,11 @@ def why_not_on_base(args: Any, adapters: list[str]) -> str | None:
     if config.get('modules_to_save') and args.use_vllm:
         return f"{path} has modules_to_save, which ms-swift would send to vLLM as the student's."
     return None
+
+
+def _start(args: Any) -> str | None:
+    """The adapter that the student's training starts from; None for a fresh one."""
+    return args.resume_from_checkpoint or (args.adapters[0] if args.adapters else None)
 
 
 def _saved_and_targeted(one: Mapping[str, Any], other: Mapping[str, Any]) -> set[str]:

@@ -7,6 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 
+def is_zero3(config: dict[str, Any] | None) -> bool:
+    """Whether a configuration of DeepSpeed's, if there is one, shards parameters."""
+    return bool(config) and config.get('zero_optimization', {}).get('stage') == 3
+
+
 @contextmanager
 def one_trace(engine: Any) -> Iterator[None]:
     """Around the student's forward, after a teacher's through the same model: one trace for both and the backward pass.

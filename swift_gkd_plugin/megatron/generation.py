@@ -34,10 +34,10 @@ from ..arguments import OptionError
 from ..responses import Response, SamplingOptions
 from ..responses.local import ends_of_responses, evaluation_mode, inference_template, never_sampled, unpacked
 from ..responses.sampling import sampling_processors
+from ..teachers.server import MEDIA
 
 # Rows share a micro-batch if their prompts differ by no more tokens than this: each of them is a pass for the whole batch.
 SPREAD = 64
-MEDIA = ('images', 'videos', 'audios')
 # What a collator makes beside the inputs of the towers.
 OF_TEXT = ('input_ids', 'labels', 'loss_scale', 'attention_mask', 'attention_mask_2d', 'position_ids', 'text_position_ids', 'seq_lens')
 # Where modules of megatron-core and Transformer Engine keep whether the sequence is split over the tensor-parallel ranks.

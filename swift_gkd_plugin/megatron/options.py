@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..arguments import OptionError
+from ..arguments import OptionError, engine_scores
 from ..sources import TEACHER
 
 # Options that are refused: name, when, and what to do instead.
@@ -101,9 +101,8 @@ def teacher_arguments(args: Any, has_experts: bool = False) -> Any:
 
 def loads_teacher(args: Any) -> bool:
     """Whether a separate teacher is loaded into the training processes, and not only into engines beside them."""
-    engine = args.gkd_teacher_engine == 'vllm'
-    scores = args.gkd_loss_weight > 0 and not (engine and args.gkd_logits_topk is not None)
-    answers = (args.seq_kd or args.gkd_eval_source == TEACHER) and not engine
+    scores = args.gkd_loss_weight > 0 and not engine_scores(args)
+    answers = (args.seq_kd or args.gkd_eval_source == TEACHER) and args.gkd_teacher_engine != 'vllm'
     return args.teacher_model is not None and (scores or answers)
 
 

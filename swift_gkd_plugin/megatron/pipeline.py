@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from .. import checks
 from ..arguments import OptionError
-from ..samples import used_columns
+from ..samples import with_used_columns
 from ..teachers.remote import check_servers
 from .options import SIZES, check_layout, check_model, check_teacher, loads_teacher, said_once
 from .trainer import GKDTrainer
@@ -84,15 +84,8 @@ class GKDPipeline(MegatronRLHF):
         return GKDTrainer(self.args, self.template, vllm_client=self._prepare_vllm_client(), tokenizer_lengths=self._tokens)
 
     def _get_dataset(self):
-        args, removes = self.args, self.args.remove_unused_columns
-        args.remove_unused_columns = False  # ms-swift's default would drop columns of ours
-        try:
-            train_dataset, val_dataset = super()._get_dataset()
-        except StopIteration:  # what ms-swift makes of a file without a row
-            train_dataset, val_dataset = None, None
-        finally:
-            args.remove_unused_columns = removes
-        train_dataset, val_dataset = (used_columns(dataset, args) for dataset in (train_dataset, val_dataset))
+        args = self.args
+        train_dataset, val_dataset = with_used_columns(args, super()._get_dataset)
         needed = None if args.lmbda == 1 or args.seq_kd else f'--lmbda {args.lmbda} without --seq_kd trains on responses of the dataset'
         with said_once():
             rows = train_dataset if train_dataset is not None else []

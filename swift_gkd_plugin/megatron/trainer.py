@@ -44,7 +44,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from .. import activation, checks, sources
 from .. import cycle as cycles
-from ..arguments import OptionError, teacher_offload
+from ..arguments import OptionError, engine_scores, teacher_offload
 from ..cycle import Cycle
 from ..data import Row, row_loader
 from ..divergence import Divergence, TokenStats
@@ -52,7 +52,7 @@ from ..metrics import Metrics
 from ..objective import LossOptions
 from ..responses import Response, SamplingOptions
 from ..responses.local import inference_template
-from ..samples import MicroBatch, Sample, SampleEncoder, TeacherView, sampled_ids
+from ..samples import MicroBatch, Sample, SampleEncoder, TeacherView, check_one_each, sampled_ids
 from ..sources import DATASET, STUDENT, TEACHER, Source
 from ..teachers import Signal, TopK, TopKOptions
 from ..teachers.engine import TeacherEngine, name_of_device
@@ -176,7 +176,7 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
         """The teacher's servers or its engines; None if a model of the training processes is all there is."""
         args, engine, url = self.args, None, self.args.teacher_model_server
         if url is None:
-            scores = args.gkd_logits_topk is not None and args.gkd_loss_weight > 0
+            scores = engine_scores(args) and args.gkd_loss_weight > 0
             if args.gkd_teacher_engine != 'vllm' or not (scores or args.seq_kd or args.gkd_eval_source == TEACHER):
                 return None
             engine, url = self._engine_of_teacher()
@@ -457,11 +457,7 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
         requested, self._requested = self._requested, None
         found = [self._ahead.result() if self.is_main_process else None]
         dist.broadcast_object_list(found, src=dist.get_world_size() - 1)
-        if len(found[0]) != sum(self._shares):
-            raise OptionError(
-                f'--multi_turn_scheduler of the server: it made {len(found[0])} samples of {sum(self._shares)}, but a row stays one sample '
-                'in distillation; return one RolloutOutput for each request from its run().'
-            )
+        check_one_each(len(found[0]), sum(self._shares), None)
         first = sum(self._shares[: dist.get_rank()])
         return self._postprocess_rollout_outputs(requested, found[0][first : first + len(requested)])
 

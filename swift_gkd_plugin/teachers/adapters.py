@@ -30,7 +30,7 @@ def adapter_on(model: nn.Module, name: str) -> Iterator[None]:
 
 @contextmanager
 def _layers_with(model: nn.Module, attribute: str, value: Any) -> Iterator[None]:
-    layers = [m for m in model.modules() if attribute in vars(m) or hasattr(type(m), attribute)]
+    layers = _layers(model, attribute)
     before = [getattr(layer, attribute) for layer in layers]
     for layer in layers:
         setattr(layer, attribute, value)
@@ -39,6 +39,11 @@ def _layers_with(model: nn.Module, attribute: str, value: Any) -> Iterator[None]
     finally:
         for layer, old in zip(layers, before, strict=True):
             setattr(layer, attribute, old)
+
+
+def _layers(model: nn.Module, attribute: str) -> list[nn.Module]:
+    """PEFT's layers, by what they have of their own; not wrappers that pass a lookup on to the layer inside."""
+    return [m for m in model.modules() if attribute in vars(m) or hasattr(type(m), attribute)]
 
 
 def add_frozen_adapter(model: nn.Module, path: str | Path, name: str) -> None:
@@ -54,8 +59,7 @@ def add_frozen_adapter(model: nn.Module, path: str | Path, name: str) -> None:
 def trained_outside_adapters(model: nn.Module) -> list[str]:
     """Names of the trained parameters that no adapter holds: with it off they are still there."""
     held: set[int] = set()
-    for module in model.modules():
-        if hasattr(type(module), '_disable_adapters') or '_disable_adapters' in vars(module):
-            bases = [base for name in ('base_layer', 'original_module') if (base := module._modules.get(name)) is not None]
-            held |= {id(p) for p in module.parameters()} - {id(p) for base in bases for p in base.parameters()}
+    for layer in _layers(model, '_disable_adapters'):
+        bases = [base for name in ('base_layer', 'original_module') if (base := layer._modules.get(name)) is not None]
+        held |= {id(p) for p in layer.parameters()} - {id(p) for base in bases for p in base.parameters()}
     return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]

@@ -6,19 +6,9 @@ import json
 
 import pytest
 from helpers import write_rows
+from job_runs import ONE_STEP
 
-STEP = {
-    'tuner_type': 'full',
-    'max_steps': 2,
-    'optim': 'sgd',
-    'learning_rate': 0.01,
-    'callbacks': 'recorder',
-    'max_grad_norm': 1e6,
-    'lmbda': 0,
-    'temperature': 1.0,
-    'per_device_train_batch_size': 2,
-    'gradient_accumulation_steps': 2,
-}
+STEP = {**ONE_STEP, 'tuner_type': 'full', 'max_steps': 2}
 
 
 @pytest.fixture(scope='module')

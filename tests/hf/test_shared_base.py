@@ -249,21 +249,7 @@ def test_routing_among_groups_of_experts():
 
 # -- runs
 
-STEP = {
-    'tuner_type': 'lora',
-    'lora_dropout': 0,
-    'max_steps': 1,
-    'optim': 'sgd',
-    'learning_rate': 0.01,
-    'callbacks': 'recorder',
-    'max_grad_norm': 1e6,
-    'lmbda': 0,
-    'temperature': 1.0,
-    'per_device_train_batch_size': 2,
-    'gradient_accumulation_steps': 2,
-    'train_dataloader_shuffle': 'false',
-    'dataset_shuffle': 'false',
-}
+STEP = {**job_runs.ONE_STEP, **job_runs.IN_ORDER, 'tuner_type': 'lora', 'lora_dropout': 0}
 TUNERS = {
     'lora': {},
     'rslora': {'use_rslora': 'true'},

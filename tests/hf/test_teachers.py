@@ -7,21 +7,9 @@ import json
 import pytest
 import torch
 from helpers import write_rows
+from job_runs import IN_ORDER, ONE_STEP
 
-STEP = {
-    'max_steps': 1,
-    'optim': 'sgd',
-    'learning_rate': 0.01,
-    'callbacks': 'recorder',
-    'max_grad_norm': 1e6,
-    'lmbda': 0,
-    'temperature': 1.0,
-    'per_device_train_batch_size': 2,
-    'gradient_accumulation_steps': 2,
-    'tuner_type': 'full',
-    'train_dataloader_shuffle': 'false',
-    'dataset_shuffle': 'false',
-}
+STEP = {**ONE_STEP, **IN_ORDER, 'tuner_type': 'full'}
 LORA = {**STEP, 'tuner_type': 'lora', 'lora_dropout': 0}
 
 

@@ -20,6 +20,7 @@ import vllm_on_cpu  # noqa: F401
 
 from swift_gkd_plugin.megatron.teachers import LiveStudent
 from swift_gkd_plugin.megatron.views import local_view
+from swift_gkd_plugin.samples import sampled_turns
 from swift_gkd_plugin.teachers import TopKOptions
 
 
@@ -46,12 +47,7 @@ def largest_difference(trainer, samples) -> float:
 def _placed(labels: list[int], sample) -> torch.Tensor:
     """vLLM's log-probability of each trained token; nan for those that the template has put behind a turn, inf if a turn isn't there."""
     found, start = torch.full((len(labels),), float('nan')), 0
-    turns, masks = sample.generated.response_token_ids, sample.generated.response_loss_mask
-    if isinstance(turns[0], int):
-        turns = [turns]
-    masks = masks or [[1] * len(turn) for turn in turns]
-    for turn, mask, values in zip(turns, masks, sample.generated.rollout_logprobs, strict=True):
-        ids = [token for token, sampled in zip(turn, mask, strict=True) if sampled]
+    for ids, values in zip(sampled_turns(sample.generated), sample.generated.rollout_logprobs, strict=True):
         while labels[start : start + len(ids)] != ids:
             start += 1
             if start > len(labels):

@@ -12,14 +12,15 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from swift_gkd_plugin.teachers.engine import TeacherEngine
-engine = TeacherEngine(sys.argv[1], 'float32', 1, '--enforce-eager --kv-cache-memory-bytes 67108864', None, Path('engine.log'))
+engine = TeacherEngine(sys.argv[1], 'float32', 1, sys.argv[2], None, Path('engine.log'))
 Path('pid').write_text(str(engine._process.pid))
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 def test_it_ends_with_a_killed_process(tiny_models, tmp_path):
-    helpers.run([sys.executable, '-c', KILLED, tiny_models.teacher], env=helpers.vllm_environment(), cwd=tmp_path)
+    started = [sys.executable, '-c', KILLED, tiny_models.teacher, helpers.VLLM_ENGINE_FLAGS]
+    helpers.run(started, env=helpers.vllm_environment(), cwd=tmp_path)
     status = Path('/proc', (tmp_path / 'pid').read_text(), 'status')
 
     def lives() -> bool:
