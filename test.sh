@@ -6,8 +6,9 @@ scripts/setup.sh
 source .venv/bin/activate
 ruff check .
 ruff format --check .
-# What DeepSpeed compiles; the lock of a run that was killed would be waited for without end.
+# What DeepSpeed and torch compile; DeepSpeed would wait for the lock of a run that was killed without end.
 export TORCH_EXTENSIONS_DIR=$PWD/.venv/torch_extensions
+export TORCHINDUCTOR_CACHE_DIR=$PWD/.venv/inductor
 mkdir -p "$TORCH_EXTENSIONS_DIR" && find "$TORCH_EXTENSIONS_DIR" -name lock -delete
 # The models are tiny: more threads only get in each other's way.
 export OMP_NUM_THREADS=1

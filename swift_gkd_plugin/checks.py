@@ -129,20 +129,19 @@ def check_student_engine(args: Any) -> None:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(args.model_dir, trust_remote_code=True)
+    if args.vllm_mode == 'colocate':
+        import vllm
+
+        names = config.architectures or []
+        classes = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
+        runs = bool(set(names) & set(vllm.ModelRegistry.get_supported_archs()) or getattr(config, 'auto_map', None))
+        by_transformers = any(c.is_backend_compatible() or c._can_set_attn_implementation() for c in classes)
+        if not (runs or by_transformers):
+            raise OptionError(f'--use_vllm true: vLLM {vllm.__version__} does not know the architecture {", ".join(names)}; {instead}.')
     if config.model_type in NOT_IN_STEP_WITH_VLLM:
         raise OptionError(
             f"--use_vllm true: {config.model_type} in vLLM was not the student after ms-swift's weight sync (on a CPU); {instead}."
         )
-    if args.vllm_mode != 'colocate':
-        return
-    import vllm
-
-    names = config.architectures or []
-    classes = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
-    runs = bool(set(names) & set(vllm.ModelRegistry.get_supported_archs()) or getattr(config, 'auto_map', None))
-    by_transformers = any(c.is_backend_compatible() or c._can_set_attn_implementation() for c in classes)
-    if not (runs or by_transformers):
-        raise OptionError(f'--use_vllm true: vLLM {vllm.__version__} does not know the architecture {", ".join(names)}; {instead}.')
 
 
 def check_size(num_rows: int, generation_batch: int, explained: str) -> None:

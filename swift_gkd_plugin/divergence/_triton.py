@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kinds import MAX_LOG_RATIO
+from .kinds import MAX_LOG_RATIO, Divergence
 
 _KINDS = {'forward_kl': 0, 'reverse_kl': 1, 'jsd': 2, 'skew_forward_kl': 3, 'skew_reverse_kl': 4, 'tvd': 5}
 _BLOCK = 4096
@@ -86,25 +86,30 @@ def _column(log_s, log_t, d, w, KIND: tl.constexpr):
 @triton.jit
 def _normalise_kernel(
     z,
+    base,
     top,
     total,
     label_total,
     best,
     columns,
     temperature,
+    ADD: tl.constexpr,
     LABELS: tl.constexpr,
     BEST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
-    start = z + row.to(tl.int64) * columns
+    start = row.to(tl.int64) * columns
     offsets = tl.arange(0, BLOCK)
     m = tl.full((), -3e38, tl.float32)
     s = tl.full((), 0.0, tl.float32)
     at_one = tl.full((), 0.0, tl.float32)
     index = tl.full((), 0, tl.int32)
     for first in range(0, columns, BLOCK):
-        x = tl.load(start + first + offsets, mask=first + offsets < columns, other=-3e38)
+        mask = first + offsets < columns
+        x = tl.load(z + start + first + offsets, mask=mask, other=-3e38)
+        if ADD:
+            x += tl.load(base + start + first + offsets, mask=mask, other=0.0)
         block_m = tl.max(x, 0)
         if BEST:
             index = tl.where(block_m > m, first + tl.argmax(x, 0), index)
@@ -122,7 +127,31 @@ def _normalise_kernel(
 
 
 @triton.jit
-def _value_kernel(zs, zt, norm_s, norm_t, shift, out, rows, columns, w, KIND: tl.constexpr, DETAIL: tl.constexpr, BLOCK: tl.constexpr):
+def _both(zs, zt, place, mask, DIFFERENCE: tl.constexpr):
+    """The student's logits, the teacher's, and the latter minus the former; zt holds the second or the third."""
+    s = tl.load(zs + place, mask=mask, other=-1e30)
+    t = tl.load(zt + place, mask=mask, other=0.0 if DIFFERENCE else -1e30)
+    if DIFFERENCE:
+        return s, s + t, t
+    return s, t, t - s
+
+
+@triton.jit
+def _value_kernel(
+    zs,
+    zt,
+    norm_s,
+    norm_t,
+    shift,
+    out,
+    rows,
+    columns,
+    w,
+    DIFFERENCE: tl.constexpr,
+    KIND: tl.constexpr,
+    DETAIL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0)
     start = row.to(tl.int64) * columns
     offsets = tl.arange(0, BLOCK)
@@ -135,9 +164,8 @@ def _value_kernel(zs, zt, norm_s, norm_t, shift, out, rows, columns, w, KIND: tl
     entropy_t = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, columns, BLOCK):
         mask = first + offsets < columns
-        s = tl.load(zs + start + first + offsets, mask=mask, other=-1e30)
-        t = tl.load(zt + start + first + offsets, mask=mask, other=-1e30)
-        d = (t - s) - c
+        s, t, d = _both(zs, zt, start + first + offsets, mask, DIFFERENCE)
+        d -= c
         student, column, slope = _column(s - lse_s, t - lse_t, d, w, KIND)
         value += tl.where(mask, column, 0.0)
         centre += tl.where(mask, slope if KIND == 0 else student * slope, 0.0)
@@ -172,6 +200,7 @@ def _gradient_kernel(
     w,
     temperature,
     softcap,
+    DIFFERENCE: tl.constexpr,
     KIND: tl.constexpr,
     LABELS: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -181,9 +210,8 @@ def _gradient_kernel(
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = place < columns
     start = row.to(tl.int64) * columns
-    s = tl.load(zs + start + place, mask=mask, other=-1e30)
-    t = tl.load(zt + start + place, mask=mask, other=-1e30)
-    student, _, slope = _column(s - tl.load(norm_s + row), t - tl.load(norm_t + row), (t - s) - tl.load(shift + row), w, KIND)
+    s, t, d = _both(zs, zt, start + place, mask, DIFFERENCE)
+    student, _, slope = _column(s - tl.load(norm_s + row), t - tl.load(norm_t + row), d - tl.load(shift + row), w, KIND)
     c = tl.load(centre + row)
     gradient = (slope - student * c if KIND == 0 else student * (slope - c)) * tl.load(weight + row)
     if LABELS:
@@ -194,30 +222,35 @@ def _gradient_kernel(
     tl.store(zs + start + place, gradient, mask=mask)
 
 
-def normalise(sides: list[Tensor], temperature: float, labels: bool, best: bool) -> list[tuple[Tensor, ...]]:
-    """For each block of logits: largest logit, Σ exp(z - largest), the same sum at temperature 1 (of the first side,
-    where `labels`), the column of the largest logit (where `best`); each [rows]."""
+def normalise(zs: Tensor, zt: Tensor, difference: bool, temperature: float, labels: bool, best: bool) -> list[tuple[Tensor, ...]]:
+    """For both sides: largest logit, Σ exp(z - largest), the same sum at temperature 1 (of the student, where `labels`),
+    the column of the largest logit (where `best`); each [rows]. difference: zt holds the teacher's logits minus zs, here
+    and below."""
     out = []
-    for z in sides:
+    for z in (zs, zt):
         top, total, at_one = torch.empty(3, len(z), dtype=torch.float32, device=z.device)
         index = torch.empty(len(z), dtype=torch.int32, device=z.device)
-        _normalise_kernel[(len(z),)](z, top, total, at_one, index, z.shape[1], temperature, labels and not out, best, _BLOCK)
+        add = difference and z is zt
+        _normalise_kernel[(len(z),)](z, zs, top, total, at_one, index, z.shape[1], temperature, add, labels and not out, best, _BLOCK)
         out.append((top, total, at_one, index.long()))
     return out
 
 
-def sums(form: tuple[str, float], zs: Tensor, zt: Tensor, norm_s: Tensor, norm_t: Tensor, shift: Tensor, detail: bool) -> Tensor:
+def sums(
+    divergence: Divergence, zs: Tensor, zt: Tensor, difference: bool, norm_s: Tensor, norm_t: Tensor, shift: Tensor, detail: bool
+) -> Tensor:
     """[2 or 6, rows]: value, centre; with detail forward KL, reverse KL, the student's and the teacher's entropy."""
-    kind, w = form
+    kind, w = divergence.form
     out = torch.empty(6 if detail else 2, len(zs), dtype=torch.float32, device=zs.device)
-    _value_kernel[(len(zs),)](zs, zt, norm_s, norm_t, shift, out, len(zs), zs.shape[1], w, _KINDS[kind], detail, _BLOCK)
+    _value_kernel[(len(zs),)](zs, zt, norm_s, norm_t, shift, out, len(zs), zs.shape[1], w, difference, _KINDS[kind], detail, _BLOCK)
     return out
 
 
 def gradient_(
-    form: tuple[str, float],
+    divergence: Divergence,
     zs: Tensor,
     zt: Tensor,
+    difference: bool,
     norm_s: Tensor,
     norm_t: Tensor,
     shift: Tensor,
@@ -229,7 +262,7 @@ def gradient_(
     softcap: float | None,
 ) -> None:
     """Replace zs by weight·∂D/∂zs (+ label_weight·S at temperature 1), times the softcap's derivative."""
-    kind, w = form
+    kind, w = divergence.form
     labels = label_norm is not None
     grid = (len(zs), triton.cdiv(zs.shape[1], _BLOCK))
     _gradient_kernel[grid](
@@ -246,6 +279,7 @@ def gradient_(
         w,
         temperature,
         softcap or 1.0,
+        difference,
         _KINDS[kind],
         labels,
         bool(softcap),

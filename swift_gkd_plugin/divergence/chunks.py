@@ -7,6 +7,8 @@ for each chunk of tokens      logits of both sides (matrix products, fp32)
 
 import importlib.util
 from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -22,6 +24,9 @@ _HAS_TRITON = importlib.util.find_spec('triton') is not None
 _CHUNK_BYTES = {'cpu': 320 << 20, 'cuda': 640 << 20}
 # Rows are worked on a few at a time, so that on a CPU the elementwise buffers stay in the last-level cache.
 _BLOCK_ELEMENTS = {'cpu': 1 << 19, 'cuda': 1 << 25}
+# From this vocabulary on torch.compile makes the CPU's elementwise work; below, compiling takes longer than it saves. A
+# model, not a batch, decides, so that a run's numbers do not depend on how it is split.
+_COMPILED_VOCABULARY = 1 << 15
 
 
 @dataclass
@@ -31,6 +36,7 @@ class Call:
     divergence: Divergence
     student: LinearHead | ReadyLogits
     teacher: list  # [(first column, head)] of a teacher with logits, else empty
+    difference: bool  # `teacher` gives the teacher's logits minus the student's
     topk: TopKTeacher | None
     token_weights: Tensor  # [tokens]
     labels: Tensor | None  # [tokens], -100 for none
@@ -54,7 +60,7 @@ def chunk_tokens(call: Call) -> int:
     """How many tokens' logits exist at a time, from the shape and the device: a multiple of 64, and at least 64."""
     device = call.student.hidden.device.type
     budget = _CHUNK_BYTES['cpu' if device == 'cpu' else 'cuda']
-    if call.reduce.group is not None and not uses_kernels(call):
+    if call.reduce.group is not None and kernels_for(call) is None:
         budget //= 4  # the elementwise buffers are as large as the chunk there
     tokens = budget // (2 * call.student.dtype.itemsize * call.student.columns)
     return max(64, tokens // 64 * 64)
@@ -67,14 +73,11 @@ def run(call: Call, gradients: HeadGradients | ReadyGradients | None) -> Tensor:
     kind = 'cpu' if device.type == 'cpu' else 'cuda'
     loss = torch.zeros(call.tokens, dtype=dtype, device=device)
     chunk = min(call.chunk or chunk_tokens(call), max(call.tokens, 1))
-    elementwise = _triton_block if uses_kernels(call) else _block
+    kernels = kernels_for(call)
+    elementwise = _block if kernels is None else partial(_kernel_block, kernels)
     # The kernels need no buffers, and the reductions over a group are per chunk: in both cases a block is a whole
     # chunk.
-    block = (
-        chunk
-        if elementwise is _triton_block or call.reduce.group is not None
-        else max(1, min(chunk, _BLOCK_ELEMENTS[kind] // max(width, 1)))
-    )
+    block = chunk if kernels is not None or call.reduce.group is not None else max(1, min(chunk, _BLOCK_ELEMENTS[kind] // max(width, 1)))
     scratch = _Buffers(block, width, dtype, device)
     student_logits = torch.empty(chunk * width, dtype=dtype, device=device)
     teacher_logits = torch.empty(chunk * width, dtype=dtype, device=device) if call.teacher else None
@@ -167,10 +170,12 @@ def _block(call: Call, rows: slice, zs: Tensor, zt: Tensor | None, buffers: _Buf
     """The loss of a block of rows. With want_gradient the gradient of their sum with respect to the head's products
     replaces zs.
 
-    zs, zt: [rows, columns] logits divided by the temperature; both are overwritten.
+    zs, zt: [rows, columns] logits divided by the temperature, or zt those minus the student's; both are overwritten.
     """
     temperature, slope = call.student.temperature, call.student.slope
-    student = buffers['student']
+    student, log_ratio = buffers['student'], zt
+    if call.difference:
+        zt = torch.add(zs, zt, out=buffers['teacher logits'])
     sides = [(zs, student)] + ([] if zt is None else [(zt, buffers['teacher'])])
     norms = _normalise(sides, call.reduce)
     label = None if call.labels is None else _Label.of(call, rows)
@@ -190,7 +195,9 @@ def _block(call: Call, rows: slice, zs: Tensor, zt: Tensor | None, buffers: _Buf
         if zt is None:
             value, gradient, factor = _topk_value_and_gradient(call, rows, zs, student, norms[0], label, buffers, record, want_gradient)
         else:
-            value, gradient, factor = _value_and_gradient(call, rows, zs, zt, student, norms, buffers, record, want_gradient)
+            if not call.difference:
+                log_ratio.sub_(zs)
+            value, gradient, factor = _value_and_gradient(call, rows, log_ratio, student, norms, buffers, record, want_gradient)
         record(rows, divergence=value)
         weights = call.token_weights[rows].to(zs.dtype)
         loss += weights * value
@@ -216,16 +223,16 @@ def _block(call: Call, rows: slice, zs: Tensor, zt: Tensor | None, buffers: _Buf
 def _value_and_gradient(
     call: Call,
     rows: slice,
-    zs: Tensor,
-    zt: Tensor,
+    log_ratio: Tensor,
     student: Tensor,
     norms,
     buffers: _Buffers,
     record: _Record,
     want_gradient: bool,
 ) -> tuple[Tensor, Tensor | None, float]:
-    """D [rows] against a teacher with logits; its gradient with respect to zs, but for a factor; the factor."""
-    log_ratio = zt.sub_(zs).sub_((norms[1][1] - norms[0][1]).to(zs.dtype))
+    """D [rows] against a teacher with logits; its gradient with respect to the student's logits, but for a factor; the
+    factor. log_ratio: the teacher's logits minus the student's."""
+    log_ratio.sub_((norms[1][1] - norms[0][1]).to(log_ratio.dtype))
     kl_sums = call.stats is not None and call.stats.detail
     found, kls = columns(call.divergence, student, buffers['teacher'], log_ratio, buffers.scratch(), kl_sums)
     sums = call.reduce.sum(torch.stack([found.value, found.centre, *(kls or ())]))
@@ -307,18 +314,19 @@ class _Label:
         dtype = call.student.dtype
         return cls(column.masked_fill(~here, 0)[:, None], here.to(dtype), counts.to(dtype))
 
-    def pick(self, x: Tensor, reduce: Reduce) -> Tensor:
-        return reduce.sum(x.gather(1, self.column)[:, 0] * self.here)
+    def pick(self, reduce: Reduce, *terms: Tensor) -> Tensor:
+        """The sum of the terms at the label, [rows]."""
+        return reduce.sum(sum(x.gather(1, self.column)[:, 0] for x in terms) * self.here)
 
 
-def _triton_block(call: Call, rows: slice, zs: Tensor, zt: Tensor, buffers: '_Buffers', record: _Record, want_gradient: bool) -> Tensor:
-    """`_block` by the kernels of `_triton.py`, for a teacher with logits; the same reductions over the group."""
-    from . import _triton
-
-    student, reduce, form = call.student, call.reduce, call.divergence.form
+def _kernel_block(
+    kernels: ModuleType, call: Call, rows: slice, zs: Tensor, zt: Tensor, buffers: '_Buffers', record: _Record, want_gradient: bool
+) -> Tensor:
+    """`_block` by the kernels of `_triton.py` or `_compiled.py`, for a teacher with logits."""
+    student, reduce, divergence = call.student, call.reduce, call.divergence
     temperature, detail = student.temperature, call.stats is not None and call.stats.detail
     label = None if call.labels is None else _Label.of(call, rows)
-    found = _triton.normalise([zs, zt], temperature, label is not None, detail)
+    found = kernels.normalise(zs, zt, call.difference, temperature, label is not None, detail)
     tops = torch.stack([side[0] for side in found])
     largest = reduce.max(tops.clone())
     below = tops - largest
@@ -330,14 +338,14 @@ def _triton_block(call: Call, rows: slice, zs: Tensor, zt: Tensor, buffers: '_Bu
     label_norm = label_gradient = None
     if label is not None:
         label_norm = largest[0].double() * temperature + totals[2]
-        cross_entropy = (label_norm.float() - label.pick(zs, reduce) * temperature) * label.counts
+        cross_entropy = (label_norm.float() - label.pick(reduce, zs) * temperature) * label.counts
         record(rows, cross_entropy=cross_entropy)
         if call.label_weights is not None:
             weights = call.label_weights[rows].to(zs.dtype) * label.counts
             loss += weights * cross_entropy
             label_gradient = weights * student.slope
     norms = norm_s.float(), norm_t.float()
-    sums = reduce.sum(_triton.sums(form, zs, zt, *norms, shift, detail))
+    sums = reduce.sum(kernels.sums(divergence, zs, zt, call.difference, *norms, shift, detail))
     record(rows, divergence=sums[0])
     if detail:
         best = [
@@ -353,7 +361,8 @@ def _triton_block(call: Call, rows: slice, zs: Tensor, zt: Tensor, buffers: '_Bu
             top1_agreement=best[0] == best[1],
         )
         if label is not None:
-            record(rows, teacher_prob_of_label=(label.pick(zt, reduce) - norms[1]).exp() * label.counts)
+            picked = label.pick(reduce, *((zs, zt) if call.difference else (zt,)))
+            record(rows, teacher_prob_of_label=(picked - norms[1]).exp() * label.counts)
     weights = call.token_weights[rows].to(zs.dtype)
     loss += weights * sums[0]
     if want_gradient:
@@ -362,13 +371,14 @@ def _triton_block(call: Call, rows: slice, zs: Tensor, zt: Tensor, buffers: '_Bu
             at_label = -label_gradient * label.here
             if student.softcap:
                 at_label = at_label * (1 - (zs.gather(1, label.column)[:, 0] * (temperature / student.softcap)).square())
-        _triton.gradient_(
-            form,
+        kernels.gradient_(
+            divergence,
             zs,
             zt,
+            call.difference,
             *norms,
             shift,
-            sums[1],
+            sums[1].float(),
             weights * (student.slope / temperature),
             label_norm.float() if trained else None,
             label_gradient,
@@ -380,17 +390,27 @@ def _triton_block(call: Call, rows: slice, zs: Tensor, zt: Tensor, buffers: '_Bu
     return loss
 
 
-def uses_kernels(call: Call) -> bool:
-    """Whether the Triton kernels do this call's elementwise work."""
-    student = call.student.hidden
-    return student.is_cuda and bool(call.teacher) and call.student.dtype == torch.float32 and _HAS_TRITON
+def kernels_for(call: Call) -> ModuleType | None:
+    """The module whose kernels do this call's elementwise work; None: `_block` does it."""
+    if not call.teacher or call.student.dtype != torch.float32:
+        return None
+    if call.student.hidden.is_cuda and _HAS_TRITON:
+        from . import _triton
+
+        return _triton
+    # Not over a group: its ranks must agree, and only some of them might have a compiler.
+    if call.student.hidden.device.type == 'cpu' and call.vocab_size >= _COMPILED_VOCABULARY and call.reduce.group is None:
+        from . import _compiled
+
+        return _compiled if _compiled.works() else None
+    return None
 
 
 def _cross_entropy(call: Call, label: _Label, zs: Tensor, student: Tensor, norm, buffers: _Buffers):
     """At temperature 1: -log S(label) [rows], the distribution [rows, columns] but for a factor, and the factor."""
     largest, log_norm = norm
     temperature = call.student.temperature
-    picked = label.pick(zs, call.reduce)
+    picked = label.pick(call.reduce, zs)
     if temperature == 1:
         return (log_norm[:, 0].to(zs.dtype) - picked) * label.counts, student, 1.0
     probs = torch.sub(zs, largest.to(zs.dtype), out=buffers['label']).mul_(temperature).exp_()
@@ -418,4 +438,4 @@ def _detail(call: Call, rows: slice, sides, norms, label: _Label | None, buffers
         best = [_top1(call, z, largest) for (z, _), (largest, _) in zip(sides, norms, strict=False)]
         record(rows, teacher_entropy=entropies[1], top1_agreement=best[0] == best[1])
         if label is not None:
-            record(rows, teacher_prob_of_label=label.pick(sides[1][1], call.reduce))
+            record(rows, teacher_prob_of_label=label.pick(call.reduce, sides[1][1]))

@@ -111,6 +111,12 @@ class Scratch(NamedTuple):
     y: Tensor
     h: Tensor
     b: Tensor
+    sums: torch.dtype | None = None  # of sums over columns; None: the block's
+
+    def dot(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+        """Σ a·b [rows]. The products go to `out`, which torch.linalg.vecdot would allocate: on a CPU the page faults of
+        that cost more than the arithmetic."""
+        return torch.mul(a, b, out=out).sum(-1, dtype=self.sums)
 
 
 def columns(
@@ -135,13 +141,18 @@ def columns(
 def _exponents(log_ratio: Tensor, scratch: Scratch) -> None:
     """E in `e`, y in `y`."""
     torch.abs(log_ratio, out=scratch.e).neg_()
-    torch.expm1(scratch.e, out=scratch.y)
+    _expm1(scratch.e, out=scratch.y)
 
 
-def _dot(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """Σ a·b [rows]. The products go to `out`, which torch.linalg.vecdot would allocate: on a CPU the page faults of that
-    cost more than the arithmetic."""
-    return torch.mul(a, b, out=out).sum(-1)
+def _expm1(x: Tensor, out: Tensor) -> Tensor:
+    """exp(x) - 1, for x <= 0 and to the last bits near 0 too; `out` may be x. torch.compile would make it exp(x) - 1 (torch
+    2.13 on a CPU), where a d of 1e-7 is lost: there the series is spelled out."""
+    if not torch.compiler.is_compiling():
+        return torch.expm1(x, out=out)
+    series = torch.ones_like(x)
+    for n in range(8, 1, -1):
+        series = 1 + x * (1 / n) * series
+    return out.copy_(torch.where(x > -0.35, x * series, x.exp() - 1))
 
 
 def _teacher_larger(log_ratio: Tensor, out: Tensor) -> Tensor:
@@ -168,8 +179,8 @@ def _both_kl(larger: Tensor, log_ratio: Tensor, scratch: Scratch) -> tuple[Tenso
     teacher_larger = _teacher_larger(log_ratio, scratch.b)
     near, far = _plain_near_and_far(scratch)
     column = scratch.y
-    forward = _dot(larger, torch.lerp(far, near, teacher_larger, out=column), column)
-    return forward, _dot(larger, torch.lerp(near, far, teacher_larger, out=column), column)
+    forward = scratch.dot(larger, torch.lerp(far, near, teacher_larger, out=column), column)
+    return forward, scratch.dot(larger, torch.lerp(near, far, teacher_larger, out=column), column)
 
 
 def _forward_kl(w: float, student: Tensor, larger: Tensor, log_ratio: Tensor, scratch: Scratch) -> Columns:
@@ -181,9 +192,9 @@ def _forward_kl(w: float, student: Tensor, larger: Tensor, log_ratio: Tensor, sc
     """
     teacher_larger = _teacher_larger(log_ratio, scratch.b)
     near, far = _plain_near_and_far(scratch)
-    value = _dot(larger, torch.lerp(far, near, teacher_larger, out=far), far)
+    value = scratch.dot(larger, torch.lerp(far, near, teacher_larger, out=far), far)
     gradient = scratch.y.mul_(larger).mul_(teacher_larger.mul_(2).sub_(1))
-    return Columns(value, gradient, gradient.sum(-1), 1.0, weighted=True)
+    return Columns(value, gradient, gradient.sum(-1, dtype=scratch.sums), 1.0, weighted=True)
 
 
 def _reverse_kl(w: float, student: Tensor, larger: Tensor, log_ratio: Tensor, scratch: Scratch) -> Columns:
@@ -193,8 +204,8 @@ def _reverse_kl(w: float, student: Tensor, larger: Tensor, log_ratio: Tensor, sc
     """
     teacher_larger = _teacher_larger(log_ratio, scratch.b)
     near, far = _plain_near_and_far(scratch)
-    value = _dot(larger, torch.lerp(near, far, teacher_larger, out=far), far)
-    return Columns(value, log_ratio, _dot(student, log_ratio, far), -1.0)
+    value = scratch.dot(larger, torch.lerp(near, far, teacher_larger, out=far), far)
+    return Columns(value, log_ratio, scratch.dot(student, log_ratio, far), -1.0)
 
 
 def _jsd(w: float, student: Tensor, larger: Tensor, log_ratio: Tensor, scratch: Scratch) -> Columns:
@@ -205,14 +216,16 @@ def _jsd(w: float, student: Tensor, larger: Tensor, log_ratio: Tensor, scratch: 
 
     Slope: ∂/∂S_v = -β(1-β)T/M + (1-β)(log(S/M) + 1 - (1-β)S/M) = (1-β)·log(S_v/M_v), and log(M/S) = h + max(d, 0).
     """
-    e, y, h, _ = scratch
+    e, y, h = scratch.e, scratch.y, scratch.h
     b = w if w == 0.5 else _weight_of_smaller(w, log_ratio, scratch.b)
     torch.mul(y, b, out=h).log1p_()
+    if not 1e-6 < w < 1 - 1e-6:  # 1 + b·y may round to 0; M is at least the smaller of the two, so h >= E
+        torch.maximum(h, e, out=h)
     e.sub_(h)
     y.mul_(e).add_(e).add_(h).mul_(b).sub_(h).relu_()
-    value = _dot(larger, y, y)
+    value = scratch.dot(larger, y, y)
     slope = h.add_(log_ratio.relu_())
-    return Columns(value, slope, _dot(student, slope, y), w - 1.0)
+    return Columns(value, slope, scratch.dot(student, slope, y), w - 1.0)
 
 
 def _weight_of_smaller(w: float, log_ratio: Tensor, out: Tensor) -> Tensor:
@@ -222,7 +235,7 @@ def _weight_of_smaller(w: float, log_ratio: Tensor, out: Tensor) -> Tensor:
 
 def _mixture_near_and_far(w: float, log_ratio: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
     """near in `y` and far in `e`, as at the top of this file, and h in `h`."""
-    e, y, h, b = scratch
+    e, y, h, b = scratch.e, scratch.y, scratch.h, scratch.b
     _weight_of_smaller(w, log_ratio, b)
     torch.mul(y, b, out=h).log1p_()
     e.sub_(h).addcmul_(e, y).sub_(y)
@@ -239,9 +252,10 @@ def _skew_forward_kl(w: float, student: Tensor, larger: Tensor, log_ratio: Tenso
     """
     near, far = _mixture_near_and_far(w, log_ratio, scratch)
     teacher_larger = _teacher_larger(log_ratio, scratch.b)
-    value = _dot(larger, torch.lerp(far, near, teacher_larger, out=far), far)
-    slope = scratch.h.add_(log_ratio.relu_()).neg_().expm1_()
-    return Columns(value, slope, _dot(student, slope, far), (1 - w) ** 2 / w)
+    value = scratch.dot(larger, torch.lerp(far, near, teacher_larger, out=far), far)
+    slope = scratch.h.add_(log_ratio.relu_()).neg_()
+    _expm1(slope, out=slope)
+    return Columns(value, slope, scratch.dot(student, slope, far), (1 - w) ** 2 / w)
 
 
 def _skew_reverse_kl(w: float, student: Tensor, larger: Tensor, log_ratio: Tensor, scratch: Scratch) -> Columns:
@@ -252,17 +266,18 @@ def _skew_reverse_kl(w: float, student: Tensor, larger: Tensor, log_ratio: Tenso
     """
     near, far = _mixture_near_and_far(w, log_ratio, scratch)
     teacher_larger = _teacher_larger(log_ratio, scratch.b)
-    value = _dot(larger, torch.lerp(near, far, teacher_larger, out=far), far)
+    value = scratch.dot(larger, torch.lerp(near, far, teacher_larger, out=far), far)
     slope = scratch.h.add_(log_ratio.relu_())
-    slope.add_(torch.neg(slope, out=scratch.b).expm1_(), alpha=1 - w)
-    return Columns(value, slope, _dot(student, slope, far), -1.0)
+    step = torch.neg(slope, out=scratch.b)
+    slope.add_(_expm1(step, out=step), alpha=1 - w)
+    return Columns(value, slope, scratch.dot(student, slope, far), -1.0)
 
 
 def _tvd(w: float, student: Tensor, larger: Tensor, log_ratio: Tensor, scratch: Scratch) -> Columns:
     """½Σ|T - S| = -½ΣP·y. Slope: a = -½·sign(T - S); at T = S the subgradient 0."""
-    value = _dot(larger, scratch.y, scratch.y).mul_(-0.5)
+    value = scratch.dot(larger, scratch.y, scratch.y).mul_(-0.5)
     slope = torch.sign(log_ratio, out=log_ratio)
-    return Columns(value, slope, _dot(student, slope, scratch.y), -0.5)
+    return Columns(value, slope, scratch.dot(student, slope, scratch.y), -0.5)
 
 
 _FORMS = {

@@ -158,8 +158,14 @@ def linear_divergence(
         columns_here,
         divergence.temperature,
     )
-    teacher = []
+    teacher, difference = [], False
     if teacher_hidden is not None:
+        difference = student.plain and _same_head(
+            (student_hidden, student_weight, student_bias, student_lora, student_transform),
+            (teacher_hidden, teacher_weight, teacher_bias, teacher_lora, teacher_transform),
+        )
+        if difference:
+            teacher_hidden, teacher_bias = teacher_hidden - student_hidden.detach(), None
         a, b, scaling = teacher_lora or (None, None, None)
         rows = (teacher_weight, teacher_bias, b)
         for column, (weight, bias, b) in _teacher_pieces(rows, columns_here, have, want, vocab_group):
@@ -168,6 +174,7 @@ def linear_divergence(
     return _apply(
         student,
         teacher,
+        difference,
         None,
         divergence,
         token_weights,
@@ -254,6 +261,7 @@ def topk_divergence(
     return _apply(
         student,
         [],
+        False,
         TopKTeacher(topk_logprobs, topk_ids, tail, topk_temperature),
         divergence,
         token_weights,
@@ -300,6 +308,7 @@ def logits_divergence(
     return _apply(
         student,
         teacher,
+        False,
         None,
         divergence,
         token_weights,
@@ -326,6 +335,7 @@ def _teacher_pieces(rows: tuple[Tensor | None, ...], columns_here: int, have, wa
 def _apply(
     student,
     teacher,
+    difference,
     topk,
     divergence,
     token_weights,
@@ -359,6 +369,7 @@ def _apply(
         divergence,
         student,
         teacher,
+        difference,
         topk,
         ones if token_weights is None else token_weights.detach(),
         labels,
@@ -370,6 +381,20 @@ def _apply(
         stats,
     )
     return _Operator.apply(call, reduction, torch.is_grad_enabled(), *student.tensors)
+
+
+def _same_head(student: tuple, teacher: tuple) -> bool:
+    """Whether logits are one linear function of the hidden states of both sides, up to a shared bias. The product of
+    teacher_hidden - student_hidden then gives the log-ratio, rounded at its own size and not at that of the logits."""
+    (hidden_s, weight_s, bias_s, lora_s, transform_s), (hidden_t, weight_t, bias_t, lora_t, transform_t) = student, teacher
+    linear = lora_s is None and lora_t is None and transform_s == transform_t and (transform_s is None or transform_s.softcap is None)
+    return linear and hidden_s.dtype == hidden_t.dtype and _same_tensor(weight_s, weight_t) and _same_tensor(bias_s, bias_t)
+
+
+def _same_tensor(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
 
 
 def _common_vocab(vocab_size: int | None, student_vocab: int, teacher_vocab: int) -> int:

@@ -5,7 +5,7 @@ import math
 import divergence_reference as reference
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from swift_gkd_plugin.divergence import Divergence, linear_divergence, logits_divergence
@@ -84,6 +84,7 @@ def test_equal_distributions_are_exactly_zero(divergence, dtype):
     vocab=st.integers(1, 300),
     chunk=st.integers(1, 9),
 )
+@example('jsd', 1e-9, 0.0, 1.0, 0, 1.0, 1.0, torch.float32, 2, 1)
 @settings(max_examples=150, deadline=None)
 def test_never_negative_and_finite(kind, beta, skew, temperature, seed, log_spread, log_distance, dtype, vocab, chunk):
     generator = torch.Generator().manual_seed(seed)
@@ -178,14 +179,15 @@ def test_accuracy_from_fp32_logits(divergence, distance):
     assert relative(found_gradient, gradient) < 1e-5
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(('dtype', 'one_head'), [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)])
 @pytest.mark.parametrize('distance', DISTANCES)
 @pytest.mark.parametrize('divergence', CLOSE, ids=by_name)
-def test_accuracy_from_hidden_states(divergence, distance, dtype):
+def test_accuracy_from_hidden_states(divergence, distance, dtype, one_head):
     """fp32: mean within max(1e-5·D, 1e-8). bf16: mean within max(5e-4·D, 1e-7), a token within max(5e-3·D, 1e-6).
 
-    Gradients: bf16 within 0.5 %. In fp32 the product that makes the logits is rounded at 1e-7 of the logit, and that,
-    not the divergence, limits the gradient to about 1e-6 of a logit over the typical log-ratio sqrt(8·D).
+    Gradients: bf16 within 0.5 %, fp32 within 1e-5 where both models have one head. With two heads the products that make
+    the logits are rounded at 1e-7 of a logit, and that limits the gradient to about 1e-6 of a logit over the typical
+    log-ratio sqrt(8·D).
     """
     distance = min(distance, 0.2) if divergence.kind in ('jsd', 'skew_forward_kl', 'skew_reverse_kl') else distance
     hs, ht, weight = models_at(divergence, distance, 32, 64, 4096, 0.4)
@@ -193,7 +195,7 @@ def test_accuracy_from_hidden_states(divergence, distance, dtype):
     if dtype == torch.bfloat16 and distance < 1e-2:  # hidden states this close are equal in bf16: the heads differ instead
         ht, other = hs.detach(), (weight + (distance**0.5) * 0.5 * 0.4 * torch.randn(weight.shape)).to(dtype).detach()
     else:
-        other = weight.detach()
+        other = weight.detach() if one_head else weight.detach().clone()
     exact = [x.detach().double().requires_grad_() for x in (hs, weight)]
     expected = reference.divergence_of_logits(divergence, exact[0] @ exact[1].t(), ht.detach().double() @ other.double().t())
     gradients = torch.autograd.grad(expected.sum(), exact)
@@ -204,7 +206,7 @@ def test_accuracy_from_hidden_states(divergence, distance, dtype):
     else:
         assert abs(error.mean()) <= max(5e-4 * mean, 1e-7)
         assert (error.abs() <= torch.clamp(5e-3 * expected, min=1e-6)).all()
-    bound = 5e-3 if dtype == torch.bfloat16 else max(1e-5, 3e-6 / math.sqrt(mean))
+    bound = 5e-3 if dtype == torch.bfloat16 else 1e-5 if one_head else max(1e-5, 3e-6 / math.sqrt(mean))
     total = linear_divergence(hs, weight, ht, other, divergence, reduction='sum')
     for one, two, right in zip(
         torch.autograd.grad(total, (hs, weight)), torch.autograd.grad(found.sum(), (hs, weight)), gradients, strict=True

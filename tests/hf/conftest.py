@@ -7,6 +7,8 @@ from pathlib import Path
 
 import job_runs
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 
 @pytest.fixture(scope='session')
@@ -17,3 +19,21 @@ def run_jobs(tmp_path_factory, tiny_models) -> job_runs.JobRunner:
 @pytest.fixture(scope='session')
 def gradient_difference() -> Callable[..., float]:
     return job_runs.relative
+
+
+@pytest.fixture(scope='session')
+def moe(tiny_models, tmp_path_factory):
+    """A Qwen3-MoE of the tiny student's size with four experts, and its tokenizer."""
+    path = tmp_path_factory.mktemp('moe')
+    like = AutoModelForCausalLM.from_pretrained(tiny_models.student).config.to_dict()
+    like |= {'model_type': 'qwen3_moe', 'architectures': ['Qwen3MoeForCausalLM'], 'decoder_sparse_step': 1}
+    torch.manual_seed(4)
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**like | {'num_experts': 4, 'num_experts_per_tok': 2, 'moe_intermediate_size': 16, 'norm_topk_prob': True})
+    )
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.normal_()  # so that tokens differ in where they go
+    model.save_pretrained(path)
+    AutoTokenizer.from_pretrained(tiny_models.student).save_pretrained(path)
+    return path

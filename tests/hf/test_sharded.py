@@ -42,6 +42,9 @@ CASES = (
     'lora on head',
     'last layer',
     'previous',
+    'dora',
+    'experts',
+    'routed',
 )
 LAYOUTS = {
     'ddp': (
@@ -53,10 +56,24 @@ LAYOUTS = {
         'modules_to_save',
         'last layer',
         'previous',
+        'dora',
+        'experts',
+        'routed',
         'on host',
         'average',
     ),
-    'zero2': ('separate', 'checkpointing', 'tied', 'shared base', 'modules_to_save', 'last layer', 'on host', 'average'),
+    'zero2': (
+        'separate',
+        'checkpointing',
+        'tied',
+        'shared base',
+        'modules_to_save',
+        'last layer',
+        'previous',
+        'routed',
+        'on host',
+        'average',
+    ),
     'zero3': (*CASES, 'on host'),
     'zero3 offload': ('shared base', 'modules_to_save'),
     'fsdp2': CASES,
@@ -88,20 +105,23 @@ def files(tiny_models, tmp_path_factory):
     return found | {'fsdp': root / 'fsdp.json', 'offload': root / 'offload.json'}
 
 
+EXPERTS = ['mlp.experts.gate_up_proj', 'mlp.experts.down_proj']
 ADAPTERS = {
     'lora': {},
     'modules_to_save': {'modules_to_save': 'lm_head'},
     'lora on head': {'target_modules': ['q_proj', 'lm_head']},
     'last layer': {'target_modules': ['layers.1.self_attn.q_proj', 'layers.1.mlp.up_proj']},
+    'dora': {'use_dora': 'true'},
 }
 
 
 @pytest.fixture(scope='module')
-def adapters(run_jobs, files):
+def adapters(run_jobs, files, moe):
     """Adapters that are not the zero that a fresh one is, and whose random numbers every layout shares."""
     options = {'tuner_type': 'lora', 'lora_dropout': 0, 'learning_rate': 1.0, 'max_steps': 1, 'save_strategy': 'steps', 'save_steps': 1}
     jobs = {name: {**STEP, **ONE_PROCESS, **options, **kind} for name, kind in ADAPTERS.items()}
     jobs['tied'] = {**jobs['lora'], 'model': files['tied']}
+    jobs['experts'] = {**jobs['lora'], 'model': moe, 'model_type': 'qwen3_moe', 'target_modules': 'q_proj', 'target_parameters': EXPERTS}
     found = {name: run.ok().output_dir / 'checkpoint-1' for name, run in run_jobs(jobs).items()}
     # PEFT saves the frozen head beside its LoRA, and can't load that into ZeRO-3's empty tensors.
     weights = found['lora on head'] / 'adapter_model.safetensors'
@@ -110,10 +130,12 @@ def adapters(run_jobs, files):
 
 
 @pytest.fixture(scope='module')
-def cases(tiny_models, files, adapters):
+def cases(tiny_models, files, moe, adapters):
     none = {'teacher_model': None, 'teacher_model_type': None}
     privileged = {'dataset': files['privileged']}
     same = {'tuner_type': 'lora', 'teacher_model': tiny_models.student, **privileged}
+    experts = {**same, 'model': moe, 'teacher_model': moe, 'adapters': adapters['experts']}
+    experts |= {'model_type': 'qwen3_moe', 'teacher_model_type': 'qwen3_moe'}
     return {
         'separate': {},
         'checkpointing': {'gradient_checkpointing': 'true'},
@@ -132,6 +154,9 @@ def cases(tiny_models, files, adapters):
         'last layer': {'tuner_type': 'lora', 'teacher_model': tiny_models.student, 'adapters': adapters['last layer']},
         # The teacher has an adapter of its own on the base.
         'previous': {**same, 'adapters': adapters['lora'], 'teacher_adapters': adapters['last layer']},
+        'dora': {**same, 'adapters': adapters['dora']},
+        'experts': experts,
+        'routed': {**experts, 'dataset': tiny_models.train, 'gkd_routing': 'teacher'},
         'average': {**none, **privileged, 'gkd_self_teacher': 'ema', 'gkd_ema_decay': 0.5},
     }
 

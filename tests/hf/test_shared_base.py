@@ -12,7 +12,7 @@ import torch
 from helpers import write_rows
 from peft import AdaLoraConfig, BOFTConfig, FourierFTConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM
 
 from swift_gkd_plugin import checks
 from swift_gkd_plugin.arguments import OptionError
@@ -39,24 +39,6 @@ KINDS = {
     'fourierft': FourierFTConfig(target_modules=['q_proj'], n_frequency=10),
 }
 MOE_KINDS = {'experts': LoraConfig(**EXPERTS), 'router': LoraConfig(target_parameters=['mlp.gate.weight'], target_modules=['q_proj'])}
-
-
-@pytest.fixture(scope='module')
-def moe(tiny_models, tmp_path_factory):
-    """A Qwen3-MoE of the tiny student's size with four experts, and its tokenizer."""
-    path = tmp_path_factory.mktemp('moe')
-    like = AutoModelForCausalLM.from_pretrained(tiny_models.student).config.to_dict()
-    like |= {'model_type': 'qwen3_moe', 'architectures': ['Qwen3MoeForCausalLM'], 'decoder_sparse_step': 1}
-    torch.manual_seed(4)
-    model = Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(**like | {'num_experts': 4, 'num_experts_per_tok': 2, 'moe_intermediate_size': 16, 'norm_topk_prob': True})
-    )
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.mlp.gate.weight.normal_()  # so that tokens differ in where they go
-    model.save_pretrained(path)
-    AutoTokenizer.from_pretrained(tiny_models.student).save_pretrained(path)
-    return path
 
 
 def batch(**other):

@@ -1,5 +1,8 @@
-"""The kernels in Triton's interpreter against the torch path. Started by test_divergence_triton.py with
-TRITON_INTERPRET=1."""
+"""The kernels of divergence/_triton.py or divergence/_compiled.py, named as the argument, against the torch path. Started
+by test_divergence_kernels.py with TRITON_INTERPRET=1."""
+
+import importlib
+import sys
 
 import torch
 
@@ -22,14 +25,14 @@ def close(found, expected, bound, what):
 
 
 def run(kernels, divergence, x, other, head, transform, labels, weights, detail):
-    chunks.uses_kernels = lambda call: kernels
+    chunks.kernels_for = lambda call: kernels
     x = {n: t.clone().requires_grad_() for n, t in x.items()}
     stats = TokenStats(detail=detail)
     loss = linear_divergence(
         x['hidden'],
         x['weight'],
         other,
-        head,
+        x['weight'].detach() if head is None else head,
         divergence,
         reduction='sum',
         token_weights=weights,
@@ -43,16 +46,20 @@ def run(kernels, divergence, x, other, head, transform, labels, weights, detail)
 
 
 torch.manual_seed(0)
+module = importlib.import_module(f'swift_gkd_plugin.divergence.{sys.argv[1]}')
 for divergence in KINDS:
     for distance in (1e-3, 1.0, 4.0):
         x = {'hidden': torch.randn(5, 8), 'weight': torch.randn(5003, 8)}
-        other, head = x['hidden'] + distance * torch.randn(5, 8), x['weight']
+        other = x['hidden'] + distance * torch.randn(5, 8)
         labels = torch.tensor([3, -100, 5002, 0, 4096])
         weights = torch.rand(5)
-        variants = [(None, None, False), (LogitTransform(0.7, 9.0), labels, True)]
-        for transform, wanted, detail in variants:
+        # One head for both sides gives the difference of their logits; with a softcap, or another head, both are made.
+        variants = [(None, None, labels, False), (None, None, None, True), (x['weight'], LogitTransform(0.7, 9.0), labels, True)]
+        if divergence is not KINDS[0] and module.__name__.endswith('_compiled'):
+            variants = variants[:1]  # each variant is compiled, which takes seconds
+        for head, transform, wanted, detail in variants:
             args = (divergence, x, other, head, transform, wanted, weights, detail)
-            (loss, gradients, stats), (right, right_gradients, right_stats) = run(True, *args), run(False, *args)
+            (loss, gradients, stats), (right, right_gradients, right_stats) = run(module, *args), run(None, *args)
             close(loss, right, 1e-4 if distance == 1e-3 else 1e-5, f'{divergence.kind} at {distance}')
             for one, other_one in zip(gradients, right_gradients, strict=True):
                 close(one, other_one, 1e-4, f'{divergence.kind} gradient at {distance}')
@@ -63,5 +70,5 @@ for divergence in KINDS:
                         divergence.kind,
                         distance,
                     )
-    equal = run(True, divergence, x, x['hidden'], x['weight'], None, None, weights, False)
+    equal = run(module, divergence, x, x['hidden'], None, None, None, weights, False)
     assert equal[0] == 0 and not any(g.any() for g in equal[1]), divergence.kind

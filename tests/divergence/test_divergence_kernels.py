@@ -1,0 +1,53 @@
+"""The kernels of the elementwise work, the same numbers as the torch path: Triton's in its interpreter, torch.compile's as
+they are."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from swift_gkd_plugin.divergence import Divergence, _compiled, chunks, linear_divergence
+
+
+@pytest.mark.parametrize('module', ['_triton', '_compiled'])
+def test_kernels_and_torch_path_agree(module):
+    if module == '_triton':
+        pytest.importorskip('triton', reason='Triton is not installed: the kernels cannot be interpreted')
+    root = Path(__file__).resolve().parents[2]
+    path = os.pathsep.join([str(root), os.environ.get('PYTHONPATH', '')])
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name('kernels_worker.py')), module],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env={**os.environ, 'TRITON_INTERPRET': '1', 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1'},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_large_vocabularies_are_compiled_on_a_cpu(monkeypatch, caplog):
+    """From _COMPILED_VOCABULARY on. Where compiling fails the torch path gives the same loss, and one warning says so."""
+    torch.manual_seed(0)
+    hidden, other, weight = torch.randn(3, 4), torch.randn(3, 4), torch.randn(chunks._COMPILED_VOCABULARY, 4)
+    made = []
+    monkeypatch.setattr(_compiled, 'normalise', lambda *args, original=_compiled.normalise: made.append(1) or original(*args))
+    small = slice(0, chunks._COMPILED_VOCABULARY - 1)
+    linear_divergence(hidden, weight[small], other, weight[small], Divergence())
+    assert not made
+    compiled = linear_divergence(hidden, weight, other, weight, Divergence())
+    assert made
+
+    def no_compiler(function):
+        raise RuntimeError('no C++ compiler')
+
+    monkeypatch.setattr(_compiled, '_compile', no_compiler)
+    _compiled.works.cache_clear()
+    made.clear()
+    for _ in range(2):
+        assert torch.allclose(linear_divergence(hidden, weight, other, weight, Divergence()), compiled, rtol=1e-5)
+    assert not made
+    assert sum('no C++ compiler' in record.message for record in caplog.records) == 1
+    _compiled.works.cache_clear()
