@@ -20,8 +20,10 @@ logger = logging.getLogger(__name__)
 
 def _compile(function):
     # One kernel for any number of rows, and no other to be made at the same time. The options are in the closure, so that
-    # a process may use any number of them: recompiles of one function would end at torch's limit of 8.
-    return torch.compile(function, fullgraph=True, dynamic=True, isolate_recompiles=True, options={'compile_threads': 1})
+    # a process may use any number of them; what is left to compile again for, a single row or inference mode, stays far
+    # below the limit, beyond which torch would fail.
+    options = {'compile_threads': 1}
+    return torch.compile(function, fullgraph=True, dynamic=True, isolate_recompiles=True, recompile_limit=64, options=options)
 
 
 @functools.cache

@@ -28,6 +28,30 @@ def test_kernels_and_torch_path_agree(module):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_triton_kernels_compile_for_a_gpu():
+    """To the machine code of Hopper, which takes no GPU: the interpreter accepts more than the compiler does."""
+    triton = pytest.importorskip('triton', reason='Triton is not installed')
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from swift_gkd_plugin.divergence import _triton
+
+    numbers = {'temperature': 'fp32', 'w': 'fp32', 'softcap': 'fp32', 'columns': 'i32', 'rows': 'i32', 'best': '*i32'}
+
+    def code(kernel, **constants):
+        constants['BLOCK'] = _triton._BLOCK
+        types = {name: 'constexpr' if name in constants else numbers.get(name, '*fp32') for name in kernel.arg_names}
+        source = ASTSource(fn=kernel, signature=types, constexprs=constants)
+        return triton.compile(source, target=GPUTarget('cuda', 90, 32), options={'num_warps': _triton._WARPS}).asm['cubin']
+
+    for add in (False, True):
+        assert code(_triton._normalise_kernel, ADD=add, LABELS=not add, BEST=True)
+    for kind in _triton._KINDS.values():
+        for difference in (False, True):
+            assert code(_triton._value_kernel, DIFFERENCE=difference, KIND=kind, DETAIL=not difference)
+            assert code(_triton._gradient_kernel, DIFFERENCE=difference, KIND=kind, LABELS=difference, SOFTCAP=not difference)
+
+
 def test_large_vocabularies_are_compiled_on_a_cpu(monkeypatch, caplog):
     """From _COMPILED_VOCABULARY on. Where compiling fails the torch path gives the same loss, and one warning says so."""
     torch.manual_seed(0)

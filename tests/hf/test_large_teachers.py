@@ -274,6 +274,8 @@ def two_ranks(run_jobs, models):
             'zero3 4 bits': {**step, **bnb(4), 'deepspeed': 'zero3'},
             'zero3 4 bits teacher zero0': {**step, **bnb(4), 'deepspeed': 'zero3', 'teacher_deepspeed': 'zero0'},
             'zero3 on disk': {**step, 'deepspeed': 'zero3', 'teacher_device_map': placed('disk', 'disk')},
+            'fsdp2 4 bits': {**step, **bnb(4), 'fsdp': 'fsdp2'},
+            'fsdp2 on disk': {**step, 'fsdp': 'fsdp2', 'teacher_device_map': placed('disk', 'disk')},
         },
         nproc=2,
         env={**WITH_QUANTISER, 'DS_ACCELERATOR': 'cpu'},
@@ -305,6 +307,8 @@ def test_loss_and_gradient_are_those_of_one_process(two_ranks, spread, quantised
         ('ddp auto', 'with 2 ranks: each of them would take every device'),
         ('zero3 4 bits', '--teacher_quant_method bnb under ZeRO-3'),
         ('zero3 on disk', '--teacher_device_map with --deepspeed: it places the teacher itself; use --teacher_deepspeed zero3_offload'),
+        ('fsdp2 4 bits', '--teacher_quant_method bnb with --fsdp: quantised weights come with state that is not sharded'),
+        ('fsdp2 on disk', '--teacher_device_map with --fsdp: it places the teacher itself'),
     ],
 )
 def test_layouts_refused(two_ranks, name, message):
