@@ -12,6 +12,8 @@ import torch
 from helpers import write_rows
 from safetensors.torch import load_file, save_file
 
+pytestmark = pytest.mark.timeout(1800)  # the first test waits for the runs of all layouts
+
 STEP = {
     'max_steps': 2,
     'optim': 'sgd',
