@@ -26,6 +26,8 @@ ONE_STEP = {
     'per_device_train_batch_size': 2,
     'gradient_accumulation_steps': 2,
 }
+# The fused weights of a tiny Qwen3-MoE's experts, for LoRA.
+EXPERTS = ['mlp.experts.gate_up_proj', 'mlp.experts.down_proj']
 IN_ORDER = {'train_dataloader_shuffle': 'false', 'dataset_shuffle': 'false'}
 
 

@@ -89,7 +89,7 @@ def _normaliser(label_temperature: float | None, best: bool):
 @functools.cache
 def _summing(divergence: Divergence, difference: bool, detail: bool):
     def sweep(zs, zt, norm_s, norm_t, shift):
-        zt, d = (zs + zt, zt) if difference else (zt, zt - zs)
+        zt, d = _both(zs, zt, difference)
         student, teacher, found, kls = _columns(divergence, zs, zt, d, norm_s, norm_t, shift, detail)
         if not detail:
             return found.value, found.centre
@@ -103,7 +103,7 @@ def _summing(divergence: Divergence, difference: bool, detail: bool):
 @functools.cache
 def _differentiating(divergence: Divergence, difference: bool, labels: bool, temperature: float, softcap: float | None):
     def sweep(zs, zt, norm_s, norm_t, shift, centre, weight, label_norm=None, label_weight=None):
-        zt, d = (zs + zt, zt) if difference else (zt, zt - zs)
+        zt, d = _both(zs, zt, difference)
         student, _, found, _ = _columns(divergence, zs, zt, d, norm_s, norm_t, shift)
         gradient = found.gradient(student, centre) * (found.factor * weight)[:, None]
         if labels:
@@ -113,6 +113,11 @@ def _differentiating(divergence: Divergence, difference: bool, labels: bool, tem
         zs.copy_(gradient)
 
     return _compile(sweep)
+
+
+def _both(zs, zt, difference: bool) -> tuple[Tensor, Tensor]:
+    """The teacher's logits, and those minus the student's; zt holds the first or the second."""
+    return (zs + zt, zt) if difference else (zt, zt - zs)
 
 
 def _columns(divergence, zs, zt, d, norm_s, norm_t, shift, kl_sums=False) -> tuple[Tensor, Tensor, Columns, tuple[Tensor, Tensor] | None]:

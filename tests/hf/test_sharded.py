@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import job_runs
 import pytest
 import swift
 import torch
@@ -27,6 +28,7 @@ STEP = {
     'dataset_shuffle': 'false',
 }
 ONE_PROCESS = {'per_device_train_batch_size': 2, 'gradient_accumulation_steps': 2}
+TWO_PROCESSES = {'per_device_train_batch_size': 1, 'gradient_accumulation_steps': 2}
 DEEPSPEED = {'DS_ACCELERATOR': 'cpu'}
 
 CASES = (
@@ -107,7 +109,6 @@ def files(tiny_models, tmp_path_factory):
     return found | {'fsdp': root / 'fsdp.json', 'offload': root / 'offload.json'}
 
 
-EXPERTS = ['mlp.experts.gate_up_proj', 'mlp.experts.down_proj']
 # Its epsilon keeps Adam from turning the rounding of gradients near zero into whole steps.
 ADAM = {'optim': 'adamw_torch', 'adam_epsilon': 1e-3, 'learning_rate': 0.05, 'max_steps': 4}
 ADAPTERS = {
@@ -125,7 +126,13 @@ def adapters(run_jobs, files, moe):
     options = {'tuner_type': 'lora', 'lora_dropout': 0, 'learning_rate': 1.0, 'max_steps': 1, 'save_strategy': 'steps', 'save_steps': 1}
     jobs = {name: {**STEP, **ONE_PROCESS, **options, **kind} for name, kind in ADAPTERS.items()}
     jobs['tied'] = {**jobs['lora'], 'model': files['tied']}
-    jobs['experts'] = {**jobs['lora'], 'model': moe, 'model_type': 'qwen3_moe', 'target_modules': 'q_proj', 'target_parameters': EXPERTS}
+    jobs['experts'] = {
+        **jobs['lora'],
+        'model': moe,
+        'model_type': 'qwen3_moe',
+        'target_modules': 'q_proj',
+        'target_parameters': job_runs.EXPERTS,
+    }
     found = {name: run.ok().output_dir / 'checkpoint-1' for name, run in run_jobs(jobs).items()}
     # PEFT saves the frozen head beside its LoRA, and can't load that into ZeRO-3's empty tensors.
     weights = found['lora on head'] / 'adapter_model.safetensors'
@@ -195,7 +202,7 @@ def layouts(run_jobs, cases, generating, files, tiny_models, tmp_path_factory):
     root = tmp_path_factory.mktemp('layouts')
 
     def jobs(layout, how):
-        two = {**STEP, 'per_device_train_batch_size': 1, 'gradient_accumulation_steps': 2}
+        two = {**STEP, **TWO_PROCESSES}
         found = {f'{layout} {name}': {**two, **options, **how(name)} for name, options in cases.items() if name in LAYOUTS[layout]}
         if layout in ('zero3', 'fsdp2'):
             for name, options in generating.items():
@@ -216,7 +223,7 @@ def layouts(run_jobs, cases, generating, files, tiny_models, tmp_path_factory):
     plain['fsdp2 bf16'] = {**plain['fsdp2 separate'], 'torch_dtype': 'bfloat16', 'bf16': 'true', 'sft_alpha': 0}
     sharded = jobs('zero2', lambda name: {'deepspeed': 'zero2'}) | jobs('zero3', lambda name: {'deepspeed': 'zero3'})
     sharded |= jobs('zero3 offload', lambda name: {'deepspeed': files['offload']})
-    adam = {**STEP, **cases['shared base'], **ADAM, 'per_device_train_batch_size': 1, 'gradient_accumulation_steps': 2}
+    adam = {**STEP, **TWO_PROCESSES, **cases['shared base'], **ADAM}
     sharded['zero3 offload adam'] = {**adam, 'deepspeed': 'zero3_offload'}
     sharded['zero3 no gather'] = {**sharded['zero3 generated'], 'ds3_gather_for_generation': 'false', 'output_dir': root / 'no gather'}
     sharded['zero3 teacher zero0'] = {**sharded['zero3 generated'], 'teacher_deepspeed': 'zero0', 'output_dir': root / 'zero0'}

@@ -21,7 +21,7 @@ from swift_gkd_plugin.hf.teachers import TEACHER_ADAPTER, AdapterOnBase, LocalTe
 from swift_gkd_plugin.teachers.adapters import add_frozen_adapter
 
 QV = ['q_proj', 'v_proj']
-EXPERTS = {'target_parameters': ['mlp.experts.gate_up_proj', 'mlp.experts.down_proj'], 'target_modules': ['q_proj']}
+EXPERTS = {'target_parameters': job_runs.EXPERTS, 'target_modules': ['q_proj']}
 KINDS = {
     'lora': LoraConfig(target_modules=QV),
     'every linear': LoraConfig(target_modules='all-linear'),
@@ -237,7 +237,7 @@ TUNERS = {
     'rslora': {'use_rslora': 'true'},
     'dora': {'use_dora': 'true'},
     'saved': {'modules_to_save': ['embed_tokens', 'all-norm'], 'target_modules': ['q_proj', 'up_proj']},
-    'experts': {'target_modules': ['q_proj', 'v_proj'], 'target_parameters': EXPERTS['target_parameters']},
+    'experts': {'target_modules': ['q_proj', 'v_proj'], 'target_parameters': job_runs.EXPERTS},
 }
 MOE = ('experts', 'checkpointing', 'routed', 'routed checkpointing', 'routed privileged')
 
@@ -299,7 +299,7 @@ def runs(run_jobs, tiny_models, moe, starts, tmp_path_factory):
             'own, two teachers': {**own, **small},
             'adapters of nothing': {**own, **small, 'gkd_self_teacher': None, 'tuner_type': 'full'},
             'two starts': {**fresh, 'adapters': [starts['lora'], starts['small']]},
-            'dropout': {**fresh, 'target_parameters': EXPERTS['target_parameters'], 'lora_dropout': 0.05},
+            'dropout': {**fresh, 'target_parameters': job_runs.EXPERTS, 'lora_dropout': 0.05},
             'freezing': {**fresh, 'freeze_parameters_ratio': 0.5, 'trainable_parameters': 'lm_head'},
             'routing, dense': {**fresh, 'gkd_routing': 'teacher'},
             'routing, one visit': {**routed, 'teacher_model': copy, 'offload_teacher_model': 'true'},
