@@ -90,10 +90,18 @@ class HeadTensors:
     transform: LogitTransform | None
     lora: tuple[torch.Tensor, torch.Tensor, float] | None = None
 
-    def detached(self) -> HeadTensors:
-        """The same values, whatever becomes of the parameters."""
-        lora = None if self.lora is None else (self.lora[0].detach(), self.lora[1].detach(), self.lora[2])
-        return HeadTensors(self.weight.detach(), None if self.bias is None else self.bias.detach(), self.transform, lora)
+    def detached(self, copy: bool) -> HeadTensors:
+        """The same values, whatever becomes of the parameters.
+
+        Args:
+            copy: Their memory is used again; if not, parameters are given other memory.
+        """
+
+        def kept(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.detach().clone() if copy else tensor.detach()
+
+        lora = None if self.lora is None else (kept(self.lora[0]), kept(self.lora[1]), self.lora[2])
+        return HeadTensors(kept(self.weight), None if self.bias is None else kept(self.bias), self.transform, lora)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, dim] -> [n, vocab] in fp32 from inputs of any precision; for a few tokens, and without a gradient."""

@@ -15,10 +15,11 @@ from .. import checks
 from ..arguments import OPTION_NAMES, OptionError, engine_scores, teacher_offload
 from ..samples import with_used_columns
 from ..teachers.adapters import add_frozen_adapter
+from ..teachers.average import average_of
 from ..teachers.remote import check_servers
 from .loading import TeacherLoading
 from .teachers import TEACHER_ADAPTER
-from .zero3 import is_zero3
+from .zero3 import why_not_averaged
 
 logger = get_logger()
 
@@ -151,11 +152,8 @@ class GKDPipeline(SwiftRLHF):
         args = self.args
         if args.multi_turn_scheduler and not args.use_vllm:
             raise OptionError(f'--multi_turn_scheduler {args.multi_turn_scheduler} needs an engine: add --use_vllm true with --vllm_mode.')
-        if args.gkd_self_teacher == 'ema' and (args.fsdp or is_zero3(args.deepspeed)):
-            raise OptionError(
-                f'--gkd_self_teacher ema with {"--fsdp" if args.fsdp else "ZeRO-3"}: its parameters must be whole on each rank; '
-                'use --deepspeed zero2 or none.'
-            )
+        if args.gkd_self_teacher == 'ema':
+            self._check_average()
         if args.gkd_routing == 'teacher':
             self._check_routing()
         if len(args.adapters) > 1:
@@ -183,6 +181,14 @@ class GKDPipeline(SwiftRLHF):
             if value not in (None, [], default.get(name)) and applies(args):
                 shown = '' if isinstance(value, dict) else f' {value}'
                 logger.warning(f'--{name}{shown} is not used as such: {why}.')
+
+    def _check_average(self) -> None:
+        args = self.args
+        where = why_not_averaged(args.deepspeed)
+        if where is not None:
+            raise OptionError(f'--gkd_self_teacher ema with {where}.')
+        if args.resume_from_checkpoint and not args.resume_only_model:
+            average_of(args.resume_from_checkpoint)
 
     def _check_routing(self) -> None:
         args = self.args

@@ -88,11 +88,19 @@ class LocalTeacher:
         if self.head.dense:
             found = Logits(chosen(forward(model, inputs).logits))
         else:
-            with self.head.replaced(chosen, self.adapter):
-                found = HiddenStates(forward(model, inputs).logits, self._head_for_the_loss())
+            heads = []
+
+            def chosen_with_head(states: torch.Tensor) -> torch.Tensor:
+                heads.append(self._head_for_the_loss())
+                return chosen(states)
+
+            with self.head.replaced(chosen_with_head, self.adapter):
+                hidden = forward(model, inputs).logits
+            found = HiddenStates(hidden, heads[0])
         return found if topk is None else self._reduced(found, topk)
 
-    def _head_for_the_loss(self) -> OutputHead:
+    def _head_for_the_loss(self) -> OutputHead | KeptHead:
+        """Called in the forward of the head, where its tensors are whole."""
         return self.head
 
     def _reduced(self, found: HiddenStates | Logits, topk: TopKOptions, chunk_tokens: int = 256) -> TopK:
@@ -177,6 +185,8 @@ class AveragedStudent(LocalTeacher):
         with self.average.in_place_of_the_student(), super().ready() as model:
             yield model
 
-    def _head_for_the_loss(self) -> OutputHead:
+    def _head_for_the_loss(self) -> OutputHead | KeptHead:
+        if not self.average.concerns(self.head.executed(True)):
+            return self.head
         # The loss reads the teacher's head when the student's weights are back.
-        return KeptHead(self.head, self.head.tensors().detached()) if self.average.concerns(self.head.executed(True)) else self.head
+        return KeptHead(self.head, self.head.tensors().detached(copy=not self.average.parameters.lends))

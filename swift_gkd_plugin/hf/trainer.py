@@ -43,7 +43,7 @@ from ..responses.local import LocalGenerator, evaluation_mode
 from ..samples import MicroBatch, Sample, SampleEncoder, TeacherView
 from ..sources import DATASET, STUDENT, TEACHER, Source
 from ..teachers import Signal, TopKOptions
-from ..teachers.average import MovingAverage
+from ..teachers.average import MovingAverage, ShardedParameters, WholeParameters
 from ..teachers.engine import TeacherEngine, name_of_device
 from ..teachers.offload import HostCopy, LayerStream
 from ..teachers.remote import RemoteTeacher
@@ -55,7 +55,7 @@ from .loss import DistillationLoss
 from .routing import RoutingReplay
 from .shared_work import SharedWork
 from .teachers import TEACHER_ADAPTER, AdapterOnBase, AveragedStudent, LiveStudent, LocalTeacher, SharedBase
-from .zero3 import one_trace
+from .zero3 import PartitionedParameters, is_zero3, one_trace
 
 logger = get_logger()
 
@@ -73,11 +73,16 @@ class BeforeUpdate(TrainerCallback):
         self.trainer.stop_on_nan()
 
 
-class AfterUpdate(TrainerCallback):
-    """A moving teacher follows the student, before any checkpoint is written."""
+class Follower(TrainerCallback):
+    """A moving teacher begins as the student, and follows it after each update, before any checkpoint is written."""
 
-    def __init__(self, average: MovingAverage):
-        self.average = average
+    def __init__(self, trainer: GKDTrainer, average: MovingAverage):
+        self.trainer, self.average = trainer, average
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.average.begin(self.trainer.trained_parameters())
+        if self.trainer.resumes_from is not None:
+            self.average.load(self.trainer.resumes_from)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.average.follow()
@@ -132,6 +137,7 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
 
         self._ready: deque[list[Sample]] = deque()  # micro-batches that have their responses and wait for their optimizer step
         self._resumed: dict[str, Any] | None = None  # what the checkpoint has kept of those
+        self.resumes_from: str | None = None  # that checkpoint; None too if only its weights are wanted
         self._begun: list[list[Sample]] = []  # the cycle that the rollout server answers while a step trains
         self._cycle_key = 0, 0  # optimizer step and number of the cycle in it
         self._step_tokens = self._step_batches = 1
@@ -175,14 +181,22 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
 
     def _kind_of_self_teacher(self) -> LocalTeacher:
         if self.args.gkd_self_teacher == 'ema':
-            average = MovingAverage(self._bare(), self.args.gkd_ema_decay)
-            self.add_callback(AfterUpdate(average))
+            average = MovingAverage(self.args.gkd_ema_decay)
+            self.add_callback(Follower(self, average))
             return AveragedStudent(self.model, self._bare(), average)
         if not self._teacher_use_disable_adapter:
             kind = LiveStudent
         else:
             kind = AdapterOnBase if TEACHER_ADAPTER in self._bare().peft_config else SharedBase
         return kind(self.model, self._bare())
+
+    def trained_parameters(self) -> WholeParameters:
+        """What is trained, as the ranks hold it once training has begun."""
+        if self.is_fsdp_enabled:
+            return ShardedParameters(self._bare())
+        if is_zero3(self.args.deepspeed):
+            return PartitionedParameters(self._bare(), self.model_wrapped)
+        return WholeParameters(self._bare())
 
     def _setup_teacher(self) -> None:
         model, offload = self._teacher_model, teacher_offload(self.args)
@@ -793,11 +807,10 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         self._ready.clear()
         self._resumed = None
-        resume = resume_from_checkpoint or self.args.resume_from_checkpoint
-        if resume and not self.args.resume_only_model and not self.args.ignore_data_skip:
+        resume = None if self.args.resume_only_model else resume_from_checkpoint or self.args.resume_from_checkpoint
+        if resume and not self.args.ignore_data_skip:
             self._resumed = cycles.load(resume)
-        if resume and not self.args.resume_only_model and isinstance(self.teacher, AveragedStudent):
-            self.teacher.average.load(resume)
+        self.resumes_from = resume or None
         if self.aux_loss_enabled:
             HfConfigFactory.set_config_attr(self._bare().config, 'router_aux_loss_coef', self.aux_loss_coef)
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -809,6 +822,6 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
             # Before the rest: a checkpoint that looks complete has to be.
             checkpoint = os.path.join(self.args.output_dir, f'checkpoint-{self.state.global_step}')
             cycles.save(checkpoint, list(self._ready))
-            if isinstance(self.teacher, AveragedStudent) and self.args.should_save:
-                self.teacher.average.save(checkpoint)
+            if isinstance(self.teacher, AveragedStudent):
+                self.teacher.average.save(checkpoint, writes=self.args.should_save)
         return super()._save_checkpoint(*args, **kwargs)

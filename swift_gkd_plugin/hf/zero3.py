@@ -1,4 +1,4 @@
-"""ZeRO-3 and two forwards through one model."""
+"""ZeRO-3: two forwards through one model, and other values in the place of its parameters."""
 
 from __future__ import annotations
 
@@ -6,10 +6,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..teachers.average import ShardedParameters
+
 
 def is_zero3(config: dict[str, Any] | None) -> bool:
     """Whether a configuration of DeepSpeed's, if there is one, shards parameters."""
     return bool(config) and config.get('zero_optimization', {}).get('stage') == 3
+
+
+def why_not_averaged(config: dict[str, Any] | None) -> str | None:
+    """What in a configuration of DeepSpeed's leaves no place to exchange parameters in, with what to do about it; None if nothing does."""
+    if not is_zero3(config):
+        return None
+    zero = config['zero_optimization']
+    if (zero.get('offload_param') or {}).get('device') == 'nvme':
+        return "ZeRO-3's offload_param on nvme: the parameters are not in memory; use cpu"
+    if zero.get('zero_hpz_partition_size', 1) > 1:
+        return f'zero_hpz_partition_size {zero["zero_hpz_partition_size"]}: ZeRO++ keeps a second copy of the student; use 1'
+    return None
 
 
 @contextmanager
@@ -33,3 +51,37 @@ def one_trace(engine: Any) -> Iterator[None]:
         yield
     finally:
         del coordinator.reset_step
+
+
+class PartitionedParameters(ShardedParameters):
+    """What a model trains, spread over ranks by ZeRO-3: each has an equal piece of a flat parameter, padded at the end.
+
+    Args:
+        model: Prepared for training, without its wrapper.
+        engine: Its DeepSpeed engine.
+    """
+
+    def __init__(self, model: nn.Module, engine: Any):
+        super().__init__(model)
+        self._coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+        self._owners = [m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
+
+    def held(self, name: str) -> torch.Tensor:
+        return self.params[name].ds_tensor.data
+
+    def whole(self, name: str, part: torch.Tensor) -> torch.Tensor:
+        p = self.params[name]
+        pieces = torch.empty(p.ds_zero_partition_world_size * part.numel(), dtype=part.dtype, device=p.device)
+        dist.all_gather_into_tensor(pieces, part.to(p.device), group=p.ds_process_group)
+        return pieces[: p.ds_numel].view(p.ds_shape)
+
+    def part(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+        p, held = self.params[name], self.held(name)
+        start = p.ds_zero_partition_rank * held.numel()
+        mine = whole.flatten()[start : start + held.numel()]
+        return torch.cat([mine, mine.new_zeros(held.numel() - mine.numel())])
+
+    def _release(self) -> None:
+        # Those that are on their way to this rank (prefetched) arrive first. The order of modules stays known.
+        for owner in self._owners:
+            self._coordinator.release_and_reset_all(owner)

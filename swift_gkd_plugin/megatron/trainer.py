@@ -31,6 +31,7 @@ import torch.distributed as dist
 from megatron.core import mpu
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from swift.megatron.callbacks.print import PrintCallback
 from swift.megatron.model import get_mcore_model
 from swift.megatron.trainers.gkd_trainer import MegatronGKDTrainer
 from swift.megatron.trainers.rlhf_mixin import MegatronRLHFTrainer
@@ -504,6 +505,13 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
             loader.set_epoch(epoch)
             yield from _filled_up(loader, per_step)
             loader.batch_sampler.skip = 0
+
+    def setup_model_training(self) -> None:
+        super().setup_model_training()
+        for callback in self.callbacks:
+            # Stock writes logging.jsonl from a daemon thread (4.6.0, megatron/callbacks/print.py:32): its end is lost with the process.
+            if isinstance(callback, PrintCallback):
+                callback.jsonl_writer.enable_async = False
 
     def setup_training(self, train_dataset, val_dataset) -> tuple[Iterator[list[Row]], Any]:
         args = self.args

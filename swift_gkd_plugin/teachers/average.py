@@ -1,78 +1,190 @@
 """A moving teacher: the exponential moving average of what the student trains (Tarvainen & Valpola, 2017, arXiv 1703.01780).
 
 With an adapter the average costs an adapter, for everything else is shared with the student. It is kept in fp32, where a step's small
-change is not rounded away.
+change is not rounded away, and each rank keeps the average of those values of the student that it holds itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..arguments import OptionError
 
 FILE = 'gkd_teacher_average.safetensors'
 
 
-class MovingAverage:
-    """average <- decay * average + (1 - decay) * student, after each optimizer step.
+def average_of(checkpoint: str | Path) -> Path:
+    """Where a checkpoint has its average.
+
+    Raises:
+        OptionError: It has none.
+    """
+    path = Path(checkpoint) / FILE
+    if not path.exists():
+        raise OptionError(
+            f'--resume_from_checkpoint {checkpoint}: there is no {FILE} in it, the average of a run with --gkd_self_teacher ema; start '
+            'with --adapters instead.'
+        )
+    return path
+
+
+class WholeParameters:
+    """What a model trains, whole on each rank.
 
     Args:
-        model: Whose trained parameters are averaged, from their values of now on. Parameters must be whole on this rank.
-        decay: In [0, 1]; 1 keeps the values of now.
+        model: Prepared for training, without its wrapper.
+
+    Attributes:
+        params: The trained parameters by name.
+        lends: Whether tensors that :meth:`replaced` has put into the model stay as they are when it ends.
     """
 
-    def __init__(self, model: nn.Module, decay: float):
-        self.decay = decay
+    lends = True
+
+    def __init__(self, model: nn.Module):
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.values = {name: p.detach().float().clone() for name, p in self.params.items()}
+        self._modules = {id(m) for m in model.modules() if any(p.requires_grad for p in m.parameters())}
 
-    @torch.no_grad()
-    def follow(self) -> None:
-        for name, p in self.params.items():
-            self.values[name].lerp_(p.detach().float(), 1 - self.decay)
+    def concern(self, module: nn.Module) -> bool:
+        """Whether one of them is a parameter of this module of the model."""
+        return id(module) in self._modules
 
-    def concerns(self, module: nn.Module) -> bool:
-        """Whether one of the module's parameters is averaged."""
-        mine = {id(p) for p in self.params.values()}
-        return any(id(p) in mine for p in module.parameters())
+    def held(self, name: str) -> torch.Tensor:
+        """This rank's part of one, not a copy."""
+        return self.params[name].data
+
+    def whole(self, name: str, part: torch.Tensor) -> torch.Tensor:
+        """A tensor in the parameter's shape from every rank's part. A collective call."""
+        return part
+
+    def part(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+        """The inverse of :meth:`whole`."""
+        return whole
 
     @contextmanager
-    def in_place_of_the_student(self) -> Iterator[None]:
-        """The model computes with the average, in the dtype of its parameters. No gradient may be in flight."""
+    def replaced(self, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """The model computes with other values, in the dtype of its parameters. No gradient may be in flight."""
         students = {name: p.data for name, p in self.params.items()}
         for name, p in self.params.items():
-            p.data = self.values[name].to(p.dtype, copy=True)
+            p.data = values[name].to(p.dtype, copy=True)
         try:
             yield
         finally:
             for name, p in self.params.items():
                 p.data = students[name]
 
-    def save(self, checkpoint: str | Path) -> None:
-        Path(checkpoint).mkdir(parents=True, exist_ok=True)
-        save_file({name: value.cpu() for name, value in self.values.items()}, Path(checkpoint) / FILE)
+
+class ShardedParameters(WholeParameters):
+    """What a model trains, spread over ranks by FSDP2."""
+
+    lends = False
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        self._groups = [m for m in model.modules() if isinstance(m, FSDPModule)]
+
+    @torch.no_grad()
+    def held(self, name: str) -> torch.Tensor:
+        return self.params[name].to_local()
+
+    def whole(self, name: str, part: torch.Tensor) -> torch.Tensor:
+        p = self.params[name]
+        return DTensor.from_local(part, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()).full_tensor()
+
+    def part(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+        p = self.params[name]
+        return distribute_tensor(whole.to(p.device), p.device_mesh, p.placements, src_data_rank=None).to_local()
+
+    @contextmanager
+    def replaced(self, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        students = {name: self.held(name).clone() for name in self.params}
+        self._write(values)
+        try:
+            yield
+        finally:
+            self._write(students)
+
+    @torch.no_grad()
+    def _write(self, values: Mapping[str, torch.Tensor]) -> None:
+        for name in self.params:
+            self.held(name).copy_(values[name])
+        self._release()
+
+    def _release(self) -> None:
+        """Whatever is whole has other values; what it is needed for gathers it anew."""
+        for group in self._groups:
+            group.reshard()
+
+
+class MovingAverage:
+    """average <- decay * average + (1 - decay) * student, after each optimizer step.
+
+    Args:
+        decay: In [0, 1]; 1 keeps the values of the beginning.
+    """
+
+    def __init__(self, decay: float):
+        self.decay = decay
+        self.parameters: WholeParameters | None = None  # until training begins the average is the student
+        self.values: dict[str, torch.Tensor] = {}
+
+    def begin(self, parameters: WholeParameters) -> None:
+        """The average of these, from their values of now on."""
+        self.parameters = parameters
+        self.values = {name: parameters.held(name).to(torch.float32, copy=True) for name in parameters.params}
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        for name, value in self.values.items():
+            value.lerp_(self.parameters.held(name).float(), 1 - self.decay)
+
+    def concerns(self, module: nn.Module) -> bool:
+        """Whether one of the module's parameters is averaged."""
+        return self.parameters is not None and self.parameters.concern(module)
+
+    @contextmanager
+    def in_place_of_the_student(self) -> Iterator[None]:
+        """The model computes with the average, in the dtype of its parameters. No gradient may be in flight."""
+        if self.parameters is None:
+            yield
+            return
+        with self.parameters.replaced(self.values):
+            yield
+
+    def save(self, checkpoint: str | Path, writes: bool) -> None:
+        """Write the average into a checkpoint, whole, whatever the ranks. A collective call.
+
+        Args:
+            writes: Whether this rank writes it.
+        """
+        tensors = {}
+        for name, value in self.values.items():
+            whole = self.parameters.whole(name, value)
+            if writes:
+                tensors[name] = whole.cpu()
+        if writes:
+            Path(checkpoint).mkdir(parents=True, exist_ok=True)
+            save_file(tensors, Path(checkpoint) / FILE)
 
     def load(self, checkpoint: str | Path) -> None:
         """Raises:
         OptionError: The checkpoint has no average, or that of other parameters.
         """
-        path = Path(checkpoint) / FILE
-        if not path.exists():
-            raise OptionError(
-                f'--resume_from_checkpoint {checkpoint}: there is no {FILE} in it, the average of a run with --gkd_self_teacher ema; start '
-                'with --adapters instead.'
-            )
-        found = load_file(path)
-        if found.keys() != self.values.keys():
-            raise OptionError(
-                f'--resume_from_checkpoint {checkpoint}: its {FILE} has {len(found)} tensors and the student trains {len(self.values)}; '
-                'resume with the options of the run that wrote it.'
-            )
-        for name, value in self.values.items():
-            value.copy_(found[name])
+        with safe_open(average_of(checkpoint), 'pt') as file:
+            found = set(file.keys())
+            if found != self.values.keys():
+                raise OptionError(
+                    f'--resume_from_checkpoint {checkpoint}: its {FILE} has {len(found)} tensors and the student trains '
+                    f'{len(self.values)}; resume with the options of the run that wrote it.'
+                )
+            for name, value in self.values.items():
+                value.copy_(self.parameters.part(name, file.get_tensor(name)))

@@ -6,6 +6,7 @@ imports that a command costs. With SWIFT_GKD_PLUGIN=0 the same jobs run stock ms
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -180,6 +181,8 @@ def main(path: str) -> None:
     if os.environ.get('DS_ACCELERATOR') == 'cpu' and 'RANK' in os.environ:
         import deepspeed
 
+        # All-reduce through shared memory, which would have to be compiled; gloo has one.
+        deepspeed.ops.__compatible_ops__['deepspeed_shm_comm'] = False
         deepspeed.init_distributed('gloo')  # before any model asks for ZeRO-3; it would pick a back end of its own
     if os.environ.get('SWIFT_GKD_PLUGIN') != '0':
         from swift_gkd_plugin import register
@@ -209,6 +212,7 @@ def main(path: str) -> None:
     jobs = json.loads(Path(path).read_text())
     rank = int(os.environ.get('RANK', 0))
     for job in jobs:
+        gc.freeze()  # accelerate collects garbage after each run, and looks through whatever has been imported
         os.environ['STOP_AT'] = str(job.get('stop_at', -1))
         error, trace = None, ''
         loaded.clear()

@@ -29,6 +29,7 @@ STEP = {
 }
 ONE_PROCESS = {'per_device_train_batch_size': 2, 'gradient_accumulation_steps': 2}
 TWO_PROCESSES = {'per_device_train_batch_size': 1, 'gradient_accumulation_steps': 2}
+MOVING = {'teacher_model': None, 'teacher_model_type': None, 'gkd_self_teacher': 'ema', 'gkd_ema_decay': 0.5}
 DEEPSPEED = {'DS_ACCELERATOR': 'cpu'}
 
 CASES = (
@@ -49,6 +50,9 @@ CASES = (
     'dora',
     'experts',
     'routed',
+    'average',
+    'average lora',
+    'average head',
 )
 LAYOUTS = {
     'ddp': (
@@ -65,6 +69,7 @@ LAYOUTS = {
         'routed',
         'on host',
         'average',
+        'average lora',
     ),
     'zero2': (
         'separate',
@@ -79,8 +84,13 @@ LAYOUTS = {
         'average',
     ),
     'zero3': (*CASES, 'on host'),
-    'zero3 offload': ('shared base', 'modules_to_save'),
+    'zero3 offload': ('shared base', 'modules_to_save', 'average lora'),
     'fsdp2': CASES,
+}
+# Settings of ZeRO-3 that leave no place to exchange parameters in.
+NOT_AVERAGED = {
+    'offload_param on nvme': {'offload_param': {'device': 'nvme', 'nvme_path': '.'}},
+    'zero_hpz_partition_size 2': {'zero_hpz_partition_size': 2},
 }
 # Gradient checkpointing, packed rows, a teacher on the host and whole logits change nothing.
 SAME_AS = {'checkpointing': 'separate', 'padding_free': 'separate', 'on host': 'separate', 'dense': 'topk'}
@@ -147,6 +157,7 @@ def cases(tiny_models, files, moe, adapters):
     same = {'tuner_type': 'lora', 'teacher_model': tiny_models.student, **privileged}
     experts = {**same, 'model': moe, 'teacher_model': moe, 'adapters': adapters['experts']}
     experts |= {'model_type': 'qwen3_moe', 'teacher_model_type': 'qwen3_moe'}
+    average = {**privileged, **MOVING}
     return {
         'separate': {},
         'checkpointing': {'gradient_checkpointing': 'true'},
@@ -168,7 +179,9 @@ def cases(tiny_models, files, moe, adapters):
         'dora': {**same, 'adapters': adapters['dora']},
         'experts': experts,
         'routed': {**experts, 'dataset': tiny_models.train, 'gkd_routing': 'teacher'},
-        'average': {**none, **privileged, 'gkd_self_teacher': 'ema', 'gkd_ema_decay': 0.5},
+        'average': average,
+        'average lora': {**average, 'tuner_type': 'lora', 'adapters': adapters['lora']},
+        'average head': {**average, 'tuner_type': 'lora', 'adapters': adapters['modules_to_save']},
     }
 
 
@@ -185,6 +198,8 @@ def generating(files, adapters, tiny_models):
         'generated shared': {**mixed, **shared},
         'saved': {**mixed, **saving},
         'saved lora': {**mixed, **shared, **saving},
+        # The average answers, teaches, and is part of the checkpoints.
+        'saved average': {**mixed, **shared, **saving, **MOVING, 'seq_kd': 'true', 'lmbda': 0},
     }
 
 
@@ -227,6 +242,10 @@ def layouts(run_jobs, cases, generating, files, tiny_models, tmp_path_factory):
     sharded['zero3 offload adam'] = {**adam, 'deepspeed': 'zero3_offload'}
     sharded['zero3 no gather'] = {**sharded['zero3 generated'], 'ds3_gather_for_generation': 'false', 'output_dir': root / 'no gather'}
     sharded['zero3 teacher zero0'] = {**sharded['zero3 generated'], 'teacher_deepspeed': 'zero0', 'output_dir': root / 'zero0'}
+    for name, zero in NOT_AVERAGED.items():
+        path = root / f'{name}.json'
+        path.write_text(json.dumps({**json.loads(files['offload'].read_text()), 'zero_optimization': {'stage': 3, **zero}}))
+        sharded[name] = {**sharded['zero3 average lora'], 'deepspeed': path}
     weights = shutil.copytree(tiny_models.student, root / 'broken')
     model = AutoModelForCausalLM.from_pretrained(weights)
     model.model.layers[0].mlp.down_proj.weight.data[0, 0] = float('nan')
@@ -299,7 +318,7 @@ def test_a_rank_had_nothing_to_generate(one_process):
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize('name', ['saved', 'saved lora'])
+@pytest.mark.parametrize('name', ['saved', 'saved lora', 'saved average'])
 @pytest.mark.parametrize('layout', ['zero3', 'fsdp2'])
 def test_evaluation_and_resume(one_process, layouts, layout, name):
     run, resumed, whole = layouts[f'{layout} {name}'].ok(), layouts[f'{layout} {name} resumed'].ok(), one_process[name].ok()
@@ -307,6 +326,22 @@ def test_evaluation_and_resume(one_process, layouts, layout, name):
     assert run.values('eval_loss') == pytest.approx(whole.values('eval_loss'), rel=1e-4)
     assert resumed.losses == pytest.approx(run.losses[2:], rel=1e-6)
     assert resumed.values('eval_loss') == pytest.approx(run.values('eval_loss')[2:], rel=1e-6)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize('layout', ['zero3', 'fsdp2'])
+def test_average_is_saved_whole(one_process, layouts, layout):
+    for step in (1, 2, 3):
+        file = Path(f'checkpoint-{step}', 'gkd_teacher_average.safetensors')
+        saved, whole = (load_file(run.output_dir / file) for run in (layouts[f'{layout} saved average'], one_process['saved average']))
+        assert job_runs.relative(saved, whole) < 1e-4
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize('name', NOT_AVERAGED)
+def test_average_refused(layouts, name):
+    run = layouts[name]
+    assert run.error.startswith('OptionError') and name in run.error and run.loaded == 0
 
 
 @pytest.mark.e2e

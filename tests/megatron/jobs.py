@@ -7,6 +7,7 @@ megatron-core sets up its process groups once per process.
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import sys
@@ -145,6 +146,7 @@ def main(path: str) -> None:
     keeps_cache, attention = generation.keeps_cache, generation.Attention
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     for job in listed:
+        gc.freeze()  # ms-swift collects garbage in every run, and looks through whatever has been imported
         os.environ['EXPORT'], os.environ['SAVE'] = str(int(job['export'])), str(int(job['save']))
         generation.keeps_cache = (lambda model: False) if job['no_cache'] else keeps_cache
         generation.Attention = Foreign if job['foreign'] else attention
