@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from . import memory
 from .heads import LOWEST_LOGIT, HeadGradients, LinearHead, ReadyGradients, ReadyLogits
 from .kinds import Divergence, Scratch, columns
 from .sharding import Reduce
@@ -79,8 +80,8 @@ def run(call: Call, gradients: HeadGradients | ReadyGradients | None) -> Tensor:
     # chunk.
     block = chunk if kernels is not None or call.reduce.group is not None else max(1, min(chunk, _BLOCK_ELEMENTS[kind] // max(width, 1)))
     scratch = _Buffers(block, width, dtype, device)
-    student_logits = torch.empty(chunk * width, dtype=dtype, device=device)
-    teacher_logits = torch.empty(chunk * width, dtype=dtype, device=device) if call.teacher else None
+    student_logits = memory.empty(chunk * width, dtype=dtype, device=device)
+    teacher_logits = memory.empty(chunk * width, dtype=dtype, device=device) if call.teacher else None
     record = _Record(call, loss)
     for start in range(0, call.tokens, chunk):
         rows = slice(start, min(start + chunk, call.tokens))

@@ -56,7 +56,7 @@ for divergence in KINDS:
         # One head for both sides gives the difference of their logits; with a softcap, or another head, both are made.
         variants = [(None, None, labels, False), (None, None, None, True), (x['weight'], LogitTransform(0.7, 9.0), labels, True)]
         if divergence is not KINDS[0] and module.__name__.endswith('_compiled'):
-            variants = variants[:1]  # each variant is compiled, which takes seconds
+            variants = [(None, None, None, False)]  # each variant is compiled, which takes seconds; this one is needed below
         for head, transform, wanted, detail in variants:
             args = (divergence, x, other, head, transform, wanted, weights, detail)
             (loss, gradients, stats), (right, right_gradients, right_stats) = run(module, *args), run(None, *args)

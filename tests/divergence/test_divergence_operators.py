@@ -1,5 +1,8 @@
 """The operators around the mathematics: heads, weights, labels, vocabularies, partitions, memory, errors."""
 
+import copy
+import errno
+import io
 import math
 
 import divergence_reference as reference
@@ -12,6 +15,7 @@ from swift_gkd_plugin.divergence import (
     TokenStats,
     linear_divergence,
     logits_divergence,
+    memory,
     topk_divergence,
 )
 
@@ -404,3 +408,23 @@ def test_errors_name_both_numbers(case):
     }.items():
         with pytest.raises(ValueError, match=match):
             call()
+
+
+@pytest.mark.parametrize('refused', [False, True])
+def test_large_buffers_are_tensors_like_others(monkeypatch, refused):
+    """In huge pages or, where the system refuses them, not."""
+
+    class Refuses(memory.mmap.mmap):
+        def madvise(self, advice):
+            raise OSError(errno.EINVAL, 'Invalid argument')
+
+    monkeypatch.setattr(memory, '_LARGE', 4096)
+    if refused:
+        monkeypatch.setattr(memory.mmap, 'mmap', Refuses)
+    buffer = memory.empty(3, 1000, dtype=torch.float32, device=torch.device('cpu'))
+    buffer.fill_(1)[1].mul_(2)
+    kept = io.BytesIO()
+    torch.save(buffer[:, :5], kept)
+    kept.seek(0)
+    assert buffer.sum(1).tolist() == [1000, 2000, 1000]
+    assert torch.load(kept).equal(copy.deepcopy(buffer)[:, :5])
