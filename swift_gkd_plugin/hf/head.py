@@ -94,7 +94,8 @@ class HeadTensors:
         """The same values, whatever becomes of the parameters.
 
         Args:
-            copy: Their memory is used again; if not, parameters are given other memory.
+            copy: Clone them, for their memory will hold other values. Without it they have no gradient any more, and that is all: enough
+                where the parameters are given other memory.
         """
 
         def kept(tensor: torch.Tensor) -> torch.Tensor:

@@ -91,7 +91,8 @@ class LocalTeacher:
             heads = []
 
             def chosen_with_head(states: torch.Tensor) -> torch.Tensor:
-                heads.append(self._head_for_the_loss())
+                with torch.autocast(states.device.type, enabled=False):  # the loss takes the student's head without it, too
+                    heads.append(self._head_for_the_loss() if topk is None else self.head)
                 return chosen(states)
 
             with self.head.replaced(chosen_with_head, self.adapter):

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..teachers.average import ShardedParameters
+from ..teachers.average import SpreadParameters
 
 
 def is_zero3(config: dict[str, Any] | None) -> bool:
@@ -53,7 +53,7 @@ def one_trace(engine: Any) -> Iterator[None]:
         del coordinator.reset_step
 
 
-class PartitionedParameters(ShardedParameters):
+class PartitionedParameters(SpreadParameters):
     """What a model trains, spread over ranks by ZeRO-3: each has an equal piece of a flat parameter, padded at the end.
 
     Args:

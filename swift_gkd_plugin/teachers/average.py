@@ -74,23 +74,57 @@ class WholeParameters:
     def replaced(self, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
         """The model computes with other values, in the dtype of its parameters. No gradient may be in flight."""
         students = {name: p.data for name, p in self.params.items()}
-        for name, p in self.params.items():
-            p.data = values[name].to(p.dtype, copy=True)
         try:
+            for name, p in self.params.items():
+                p.data = values[name].to(p.dtype, copy=True)
             yield
         finally:
             for name, p in self.params.items():
                 p.data = students[name]
 
 
-class ShardedParameters(WholeParameters):
-    """What a model trains, spread over ranks by FSDP2."""
+class SpreadParameters(WholeParameters):
+    """What a model trains, a part of it on each rank, which gathers the others' where it computes."""
 
     lends = False
 
+    @contextmanager
+    def replaced(self, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        students = {name: self.held(name).clone() for name in self.params}
+        try:
+            self._write(values)
+            yield
+        finally:
+            self._write(students)
+
+    @torch.no_grad()
+    def _write(self, values: Mapping[str, torch.Tensor]) -> None:
+        # Gathers have streams of their own, which wait for nothing but an optimizer's step, and read what lies on the host when they
+        # get to it.
+        _synchronize()
+        for name in self.params:
+            self.held(name).copy_(values[name])
+        _synchronize()
+        self._release()
+
+    def _release(self) -> None:
+        """What has been gathered has other values: let it go, so that it is gathered anew where it is needed."""
+        raise NotImplementedError
+
+
+def _synchronize() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+class ShardedParameters(SpreadParameters):
+    """What a model trains, spread over ranks by FSDP2."""
+
     def __init__(self, model: nn.Module):
         super().__init__(model)
-        self._groups = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        # Activation checkpointing, FSDP's own, is in the names of the modules that it wraps.
+        self.params = {name.replace('_checkpoint_wrapped_module.', ''): p for name, p in self.params.items()}
+        self._groups = [m for m in model.modules() if isinstance(m, FSDPModule) and self.concern(m)]
 
     @torch.no_grad()
     def held(self, name: str) -> torch.Tensor:
@@ -104,23 +138,7 @@ class ShardedParameters(WholeParameters):
         p = self.params[name]
         return distribute_tensor(whole.to(p.device), p.device_mesh, p.placements, src_data_rank=None).to_local()
 
-    @contextmanager
-    def replaced(self, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        students = {name: self.held(name).clone() for name in self.params}
-        self._write(values)
-        try:
-            yield
-        finally:
-            self._write(students)
-
-    @torch.no_grad()
-    def _write(self, values: Mapping[str, torch.Tensor]) -> None:
-        for name in self.params:
-            self.held(name).copy_(values[name])
-        self._release()
-
     def _release(self) -> None:
-        """Whatever is whole has other values; what it is needed for gathers it anew."""
         for group in self._groups:
             group.reshard()
 
@@ -181,10 +199,11 @@ class MovingAverage:
         """
         with safe_open(average_of(checkpoint), 'pt') as file:
             found = set(file.keys())
-            if found != self.values.keys():
+            different = found ^ self.values.keys()
+            if different:
                 raise OptionError(
                     f'--resume_from_checkpoint {checkpoint}: its {FILE} has {len(found)} tensors and the student trains '
-                    f'{len(self.values)}; resume with the options of the run that wrote it.'
+                    f'{len(self.values)}, and only one of them has {min(different)}; resume with the options of the run that wrote it.'
                 )
             for name, value in self.values.items():
                 value.copy_(self.parameters.part(name, file.get_tensor(name)))

@@ -212,7 +212,8 @@ def main(path: str) -> None:
     jobs = json.loads(Path(path).read_text())
     rank = int(os.environ.get('RANK', 0))
     for job in jobs:
-        gc.freeze()  # accelerate collects garbage after each run, and looks through whatever has been imported
+        gc.collect()
+        gc.freeze()  # accelerate collects garbage after each run, and would look through whatever has been imported
         os.environ['STOP_AT'] = str(job.get('stop_at', -1))
         error, trace = None, ''
         loaded.clear()

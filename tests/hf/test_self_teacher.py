@@ -37,6 +37,7 @@ def runs(run_jobs, tiny_models, tmp_path_factory):
             'start': {**STEP, 'gkd_self_teacher': 'ema', 'gkd_ema_decay': 1},
             'copy': {**STEP, **teacher},
             'live': {**STEP, **live},
+            'live, mixed precision': {**STEP, **live, 'bf16': 'true'},
             'live, lora on head': {**LORA, **live},
             'live, head saved': {**LORA, **live, 'target_modules': ['q_proj'], 'modules_to_save': 'lm_head'},
             'lora': {**LORA, **EMA, **SAVED},
@@ -72,7 +73,7 @@ def test_decay_one_is_a_copy_of_the_start(runs):
     assert job_runs.relative(start.gradients(3), copy.gradients(3)) < 1e-4
 
 
-@pytest.mark.parametrize('name', ['live', 'live, lora on head', 'live, head saved'])
+@pytest.mark.parametrize('name', ['live', 'live, mixed precision', 'live, lora on head', 'live, head saved'])
 def test_decay_zero_is_the_student_itself(runs, name):
     """Exactly: the divergence is 0 while the cross-entropy moves all that is trained, the output head too."""
     run = runs[0][name].ok()

@@ -53,6 +53,7 @@ CASES = (
     'average',
     'average lora',
     'average head',
+    'average topk',
 )
 LAYOUTS = {
     'ddp': (
@@ -182,6 +183,7 @@ def cases(tiny_models, files, moe, adapters):
         'average': average,
         'average lora': {**average, 'tuner_type': 'lora', 'adapters': adapters['lora']},
         'average head': {**average, 'tuner_type': 'lora', 'adapters': adapters['modules_to_save']},
+        'average topk': {**average, 'gkd_logits_topk': 8},
     }
 
 
@@ -231,8 +233,10 @@ def layouts(run_jobs, cases, generating, files, tiny_models, tmp_path_factory):
     # Jobs of one process share its environment, in which ms-swift leaves FSDP on.
     plain = jobs('ddp', lambda name: {})
     # The configuration of ms-swift's own name checkpoints activations and saves shards.
-    plain |= jobs('fsdp2', lambda name: {'fsdp': 'fsdp2' if name in ('checkpointing', 'shared base', 'saved') else files['fsdp']})
-    for name in ('generated', 'generated shared'):
+    plain |= jobs(
+        'fsdp2', lambda name: {'fsdp': 'fsdp2' if name in ('checkpointing', 'shared base', 'saved', 'saved average') else files['fsdp']}
+    )
+    for name in ('generated', 'generated shared', 'saved average'):
         plain[f'fsdp2 {name} first'] = {**plain[f'fsdp2 {name}'], 'evaluate_first': True, 'output_dir': root / f'{name} first'}
         plain[f'fsdp2 {name} first'] |= {k: generating['saved'][k] for k in ('val_dataset', 'gkd_eval_source')}
     plain['fsdp2 bf16'] = {**plain['fsdp2 separate'], 'torch_dtype': 'bfloat16', 'bf16': 'true', 'sft_alpha': 0}
@@ -266,7 +270,7 @@ def test_loss_and_gradient_are_those_of_whole_logits_in_one_process(one_process,
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize('name', ['live lora', 'shared base', 'last layer', 'previous'])
+@pytest.mark.parametrize('name', ['live lora', 'shared base', 'last layer', 'previous', 'average lora'])
 def test_zero3_keeps_its_trace_over_two_forwards(layouts, name):
     """It forgets the check of the heads, in front of the first micro-batch, and nothing after that."""
     seen = layouts[f'zero3 {name}'].ok().seen
@@ -300,6 +304,7 @@ GENERATED = {
     'fsdp2 generated shared': 'generated shared',
     'fsdp2 generated first': 'generated',
     'fsdp2 generated shared first': 'generated shared',
+    'fsdp2 saved average first': 'saved average',
 }
 
 

@@ -101,6 +101,9 @@ def make_recorder():
                 self.state.should_save = False  # stock saves after the last step, whatever --save_steps says
 
         def on_train_end(self) -> None:
+            writers = [c.jsonl_writer for c in self.trainer.callbacks if hasattr(c, 'jsonl_writer')]
+            self.seen['log_writers'] = len(writers)
+            self.seen['log_threads'] = sum(writer._thread is not None for writer in writers)
             if dist.get_rank() == dist.get_world_size() - 1:
                 Path(self.args.output_dir, 'seen.json').write_text(json.dumps(self.seen))
             Path(self.args.output_dir, f'answers_rank{dist.get_rank()}.json').write_text(json.dumps(self.answers))
@@ -146,7 +149,8 @@ def main(path: str) -> None:
     keeps_cache, attention = generation.keeps_cache, generation.Attention
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     for job in listed:
-        gc.freeze()  # ms-swift collects garbage in every run, and looks through whatever has been imported
+        gc.collect()
+        gc.freeze()  # ms-swift collects garbage in every run, and would look through whatever has been imported
         os.environ['EXPORT'], os.environ['SAVE'] = str(int(job['export'])), str(int(job['save']))
         generation.keeps_cache = (lambda model: False) if job['no_cache'] else keeps_cache
         generation.Attention = Foreign if job['foreign'] else attention

@@ -108,6 +108,12 @@ def test_student_answers_the_same_in_every_layout(alone, parallel, split):
     assert alone['on_policy'].values('response/length')
 
 
+def test_log_is_written_when_the_step_ends(alone):
+    """Stock's thread may still have the last lines when the process ends."""
+    seen = alone['steps'].ok().seen
+    assert seen['log_writers'] == 1 and seen['log_threads'] == 0
+
+
 def test_resumed_is_not_interrupted(alone):
     assert alone['resumed'].ok().losses == alone['whole'].ok().losses[3:]
     assert alone['whole'].losses[:4] == alone['steps'].ok().losses  # a cycle of two steps has the same rows
