@@ -25,6 +25,11 @@ def pytest_configure(config: pytest.Config) -> None:
 ONE_WORKER = ('activation', 'engine', 'servers')
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """They come first: the last of them would leave the other worker with nothing to do."""
+    items.sort(key=lambda item: item.path.parent.name not in ONE_WORKER)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log):
     """``pytest -n``: a file, or one of these directories, goes to one worker."""

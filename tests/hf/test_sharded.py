@@ -233,12 +233,11 @@ def layouts(run_jobs, cases, generating, files, tiny_models, tmp_path_factory):
     # Jobs of one process share its environment, in which ms-swift leaves FSDP on.
     plain = jobs('ddp', lambda name: {})
     # The configuration of ms-swift's own name checkpoints activations and saves shards.
-    plain |= jobs(
-        'fsdp2', lambda name: {'fsdp': 'fsdp2' if name in ('checkpointing', 'shared base', 'saved', 'saved average') else files['fsdp']}
-    )
+    plain |= jobs('fsdp2', lambda name: {'fsdp': 'fsdp2' if name in ('checkpointing', 'shared base', 'saved') else files['fsdp']})
     for name in ('generated', 'generated shared', 'saved average'):
         plain[f'fsdp2 {name} first'] = {**plain[f'fsdp2 {name}'], 'evaluate_first': True, 'output_dir': root / f'{name} first'}
         plain[f'fsdp2 {name} first'] |= {k: generating['saved'][k] for k in ('val_dataset', 'gkd_eval_source')}
+    plain['fsdp2 checkpointing saved average'] = {**plain['fsdp2 saved average'], 'fsdp': 'fsdp2', 'output_dir': root / 'checkpointing'}
     plain['fsdp2 bf16'] = {**plain['fsdp2 separate'], 'torch_dtype': 'bfloat16', 'bf16': 'true', 'sft_alpha': 0}
     sharded = jobs('zero2', lambda name: {'deepspeed': 'zero2'}) | jobs('zero3', lambda name: {'deepspeed': 'zero3'})
     sharded |= jobs('zero3 offload', lambda name: {'deepspeed': files['offload']})
@@ -334,7 +333,7 @@ def test_evaluation_and_resume(one_process, layouts, layout, name):
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize('layout', ['zero3', 'fsdp2'])
+@pytest.mark.parametrize('layout', ['zero3', 'fsdp2', 'fsdp2 checkpointing'])
 def test_average_is_saved_whole(one_process, layouts, layout):
     for step in (1, 2, 3):
         file = Path(f'checkpoint-{step}', 'gkd_teacher_average.safetensors')
