@@ -42,7 +42,7 @@ def available_bytes() -> int:
 
 
 def make_step(name: str, hs, ws, ht, wt):
-    """A function that leaves gradients in hs.grad and ws.grad and returns the mean loss."""
+    """A function that leaves gradients in hs.grad, and in ws.grad if it is trained, and returns the mean loss."""
     import torch
 
     tokens = len(hs)
@@ -69,7 +69,7 @@ def make_step(name: str, hs, ws, ht, wt):
         def loss_of():
             with torch.no_grad():
                 teacher = (ht @ wt.t())[None]
-            labels = torch.zeros(1, tokens, dtype=torch.long)
+            labels = torch.zeros(1, tokens, dtype=torch.long, device=hs.device)
             total, count = gkd_loss((hs @ ws.t())[None], TeacherOutput(full_logits=teacher), labels, BETA, TEMPERATURE)
             return total / count
     elif name == 'trl':
@@ -82,10 +82,11 @@ def make_step(name: str, hs, ws, ht, wt):
     else:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-        liger = LigerFusedLinearJSDLoss(beta=BETA, temperature=TEMPERATURE, compiled=False, weight_hard_loss=0.0, weight_soft_loss=1.0)
+        # Compiled by default, which on a CPU takes longer than it saves.
+        liger = LigerFusedLinearJSDLoss(beta=BETA, temperature=TEMPERATURE, compiled=hs.is_cuda, weight_hard_loss=0.0, weight_soft_loss=1.0)
 
         def loss_of():
-            return liger(hs, ws, ht, wt, torch.zeros(tokens, dtype=torch.long))
+            return liger(hs, ws, ht, wt, torch.zeros(tokens, dtype=torch.long, device=hs.device))
 
     def step():
         loss = loss_of()
@@ -192,28 +193,30 @@ def plot(source: str, target: str) -> None:
 
     with open(source) as file:
         rows = list(csv.DictReader(file))
-    dtypes = list(dict.fromkeys(r['dtype'] for r in rows))
-    figure, axes = plt.subplots(len(dtypes), 2, figsize=(11, 4 * len(dtypes)), squeeze=False)
-    for line, dtype in zip(axes, dtypes, strict=True):
+
+    def panel(row: dict) -> str:
+        return f'{row["dtype"]}, {row["head"]} head' if 'head' in row else row['dtype']
+
+    panels = list(dict.fromkeys(map(panel, rows)))
+    figure, axes = plt.subplots(len(panels), 2, figsize=(11, 4 * len(panels)), squeeze=False)
+    for line, title in zip(axes, panels, strict=True):
         for axis, field, label in (
             (line[0], rows[0]['ratio_of'], f'{rows[0]["ratio_of"]} per step'),
             (line[1], 'extra_gb', 'extra peak memory, GB'),
         ):
             for name in IMPLEMENTATIONS:
-                points = sorted((int(r['tokens']), float(r[field])) for r in rows if r['implementation'] == name and r['dtype'] == dtype)
+                points = sorted((int(r['tokens']), float(r[field])) for r in rows if r['implementation'] == name and panel(r) == title)
                 if points:
                     axis.plot(*zip(*points, strict=True), marker='o', label=name)
-            axis.set(xscale='log', yscale='log', xlabel='tokens', ylabel=label, title=dtype)
+            axis.set(xscale='log', yscale='log', xlabel='tokens', ylabel=label, title=title)
             axis.set_xticks(sorted({int(r['tokens']) for r in rows}))
             axis.xaxis.set_major_formatter('{x:.0f}')
             axis.yaxis.set_major_formatter('{x:g}')
             axis.minorticks_off()
             axis.grid(alpha=0.3)
             axis.legend()
-    figure.suptitle(
-        f'Output heads + JSD, forward and backward: hidden {rows[0]["hidden"]}, vocabulary {rows[0]["vocab"]}, '
-        f'{rows[0]["threads"]} CPU threads'
-    )
+    machine = rows[0]['device'] if 'device' in rows[0] else f'{rows[0]["threads"]} CPU threads'
+    figure.suptitle(f'Output heads + JSD, forward and backward: hidden {rows[0]["hidden"]}, vocabulary {rows[0]["vocab"]}, {machine}')
     figure.tight_layout()
     figure.savefig(target, dpi=120)
 
