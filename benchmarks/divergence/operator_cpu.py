@@ -179,10 +179,14 @@ def measure(args) -> None:
                     )
                     print(rows[-1], flush=True)
     if args.out:
-        with open(args.out, 'w', newline='') as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
+        write(rows, args.out)
+
+
+def write(rows: list[dict], target: str) -> None:
+    with open(target, 'w', newline='') as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def plot(source: str, target: str) -> None:
@@ -221,20 +225,26 @@ def plot(source: str, target: str) -> None:
     figure.savefig(target, dpi=120)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser(description: str, tokens: list[int], hidden: int, dtypes: list[str], repeats: int) -> argparse.ArgumentParser:
+    """The options of both scripts, with the defaults of one."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--implementations', nargs='+', default=IMPLEMENTATIONS)
-    parser.add_argument('--tokens', nargs='+', type=int, default=[256, 1024, 8192])
-    parser.add_argument('--others-up-to', type=int, default=1024, help='tokens up to which implementations with whole logits are run')
-    parser.add_argument('--hidden', type=int, default=512)
+    parser.add_argument('--tokens', nargs='+', type=int, default=tokens)
+    parser.add_argument('--hidden', type=int, default=hidden)
     parser.add_argument('--vocab', type=int, default=151936)
-    parser.add_argument('--dtypes', nargs='+', default=['float32', 'bfloat16'])
-    parser.add_argument('--threads', type=int, default=2)
-    parser.add_argument('--repeats', type=int, default=3)
-    parser.add_argument('--ratio', choices=['seconds', 'cpu_seconds'], default='seconds')
+    parser.add_argument('--dtypes', nargs='+', default=dtypes)
+    parser.add_argument('--repeats', type=int, default=repeats)
     parser.add_argument('--out')
     parser.add_argument('--plot', nargs=2, metavar=('CSV', 'PNG'))
     parser.add_argument('--worker', help=argparse.SUPPRESS)
+    return parser
+
+
+def main() -> None:
+    parser = make_parser(__doc__, [256, 1024, 8192], 512, ['float32', 'bfloat16'], 3)
+    parser.add_argument('--others-up-to', type=int, default=1024, help='tokens up to which implementations with whole logits are run')
+    parser.add_argument('--threads', type=int, default=2)
+    parser.add_argument('--ratio', choices=['seconds', 'cpu_seconds'], default='seconds')
     args = parser.parse_args()
     if args.worker:
         print(json.dumps(worker(args.worker, args.tokens[0], args.hidden, args.vocab, args.dtypes[0], args.threads)))

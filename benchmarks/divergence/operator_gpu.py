@@ -9,15 +9,13 @@ GPU's own clock. Memory is the peak of torch's allocator above what it held befo
 were asked for. What is not installed, or needs more memory than there is, is left out.
 """
 
-import argparse
-import csv
 import itertools
 import json
 import statistics
 import subprocess
 import sys
 
-from operator_cpu import IMPLEMENTATIONS, make_step, plot
+from operator_cpu import make_parser, make_step, plot, write
 
 HEADS = ('trained', 'frozen')
 WARM_UP = 2
@@ -90,24 +88,12 @@ def measure(args) -> None:
             )
             print(rows[-1], flush=True)
     if args.out and rows:
-        with open(args.out, 'w', newline='') as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
+        write(rows, args.out)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--implementations', nargs='+', default=IMPLEMENTATIONS)
+    parser = make_parser(__doc__, [1024, 8192], 4096, ['bfloat16'], 10)
     parser.add_argument('--heads', nargs='+', choices=HEADS, default=HEADS)
-    parser.add_argument('--tokens', nargs='+', type=int, default=[1024, 8192])
-    parser.add_argument('--hidden', type=int, default=4096)
-    parser.add_argument('--vocab', type=int, default=151936)
-    parser.add_argument('--dtypes', nargs='+', default=['bfloat16'])
-    parser.add_argument('--repeats', type=int, default=10)
-    parser.add_argument('--out')
-    parser.add_argument('--plot', nargs=2, metavar=('CSV', 'PNG'))
-    parser.add_argument('--worker', help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         print(json.dumps(worker(args.worker, args.heads[0], args.tokens[0], args.hidden, args.vocab, args.dtypes[0], args.repeats)))

@@ -6,6 +6,7 @@ change is not rounded away, and each rank keeps the average of those values of t
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,7 +84,7 @@ class WholeParameters:
                 p.data = students[name]
 
 
-class SpreadParameters(WholeParameters):
+class SpreadParameters(WholeParameters, ABC):
     """What a model trains, a part of it on each rank, which gathers the others' where it computes."""
 
     lends = False
@@ -107,9 +108,9 @@ class SpreadParameters(WholeParameters):
         _synchronize()
         self._release()
 
+    @abstractmethod
     def _release(self) -> None:
         """What has been gathered has other values: let it go, so that it is gathered anew where it is needed."""
-        raise NotImplementedError
 
 
 def _synchronize() -> None:

@@ -44,11 +44,7 @@ def test_two_ranks_on_the_command_line(tiny_models, tmp_path):
         'num_train_epochs': 1,
         'save_strategy': 'no',
     }
-    result = run_swift(options, output_dir=tmp_path, nproc=2)
-    # gloo's threads may abort a rank on its way out, when everything is done and written (torch 2.13).
-    if 'terminate called without an active exception' not in result.output:
-        result.ok()
-    assert 'End time of running main' in result.output
+    result = run_swift(options, output_dir=tmp_path, nproc=2).ok()
     assert len(result.values('loss')) == 3  # 21 rows: 8, 8, 5; the last window has one rank with less to do
     assert result.values('tokens/trained')[-1] > 0
 
