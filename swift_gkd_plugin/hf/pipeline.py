@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any
 
+import torch.distributed as dist
 from swift.pipelines.train.rlhf import SwiftRLHF
 from swift.utils import get_logger
 from transformers import AutoConfig
@@ -99,6 +101,11 @@ NOT_USED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 class GKDPipeline(SwiftRLHF):
     """ms-swift's pipeline, with start-up checks in front of the models."""
+
+    def run(self):
+        result = super().run()
+        atexit.register(_leave_process_group)
+        return result
 
     def _prepare_model_tokenizer(self) -> None:
         self._check_options()
@@ -254,3 +261,12 @@ class GKDPipeline(SwiftRLHF):
             'teacher_is_start': self._adapter_is_start()
             or (is_start and args.tuner_type == 'full' and args.teacher_quant_method in (None, 'none')),
         }
+
+
+def _leave_process_group() -> None:
+    """Ends the threads of the process group before the interpreter does, which may abort a rank whose work is done.
+
+    ms-swift 4.6 never leaves the group of a transformers run; after a failure that is right, for other ranks may wait in it.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()

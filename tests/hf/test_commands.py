@@ -35,6 +35,10 @@ def test_trains_and_logs(trained):
 
 
 def test_two_ranks_on_the_command_line(tiny_models, tmp_path):
+    last = tmp_path / 'last.py'
+    last.write_text(
+        'import atexit\nimport torch.distributed as dist\natexit.register(lambda: print(f"in a process group: {dist.is_initialized()}"))\n'
+    )
     options = {
         **tiny_models.with_teacher,
         **OPTIONS,
@@ -43,10 +47,12 @@ def test_two_ranks_on_the_command_line(tiny_models, tmp_path):
         'max_steps': None,
         'num_train_epochs': 1,
         'save_strategy': 'no',
+        'external_plugins': last,
     }
     result = run_swift(options, output_dir=tmp_path, nproc=2).ok()
     assert len(result.values('loss')) == 3  # 21 rows: 8, 8, 5; the last window has one rank with less to do
     assert result.values('tokens/trained')[-1] > 0
+    assert result.output.count('in a process group: False') == 2  # whose threads could abort a rank on its way out
 
 
 @pytest.mark.parametrize('plugin', [True, False])
