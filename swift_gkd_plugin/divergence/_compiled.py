@@ -52,7 +52,7 @@ def sums(
     return torch.stack(_summing(divergence, difference, detail)(zs, zt, norm_s, norm_t, shift))
 
 
-def gradient_(
+def gradient(
     divergence: Divergence,
     zs: Tensor,
     zt: Tensor,
@@ -62,15 +62,14 @@ def gradient_(
     shift: Tensor,
     centre: Tensor,
     weight: Tensor,
-    label_norm: Tensor | None,
-    label_weight: Tensor | None,
+    labels: tuple[Tensor, Tensor, Tensor] | None,
     temperature: float,
     softcap: float | None,
+    out: Tensor,
 ) -> None:
-    """As `_triton.gradient_`."""
-    labels = () if label_norm is None else (label_norm, label_weight)
-    sweep = _differentiating(divergence, difference, bool(labels), temperature, softcap)
-    sweep(zs, zt, norm_s, norm_t, shift, centre, weight, *labels)
+    """As `_triton.gradient`."""
+    sweep = _differentiating(divergence, difference, temperature, softcap)
+    sweep(zs, zt, norm_s, norm_t, shift, centre, weight, labels, None if out is zs else out)
 
 
 @functools.cache
@@ -101,16 +100,18 @@ def _summing(divergence: Divergence, difference: bool, detail: bool):
 
 
 @functools.cache
-def _differentiating(divergence: Divergence, difference: bool, labels: bool, temperature: float, softcap: float | None):
-    def sweep(zs, zt, norm_s, norm_t, shift, centre, weight, label_norm=None, label_weight=None):
+def _differentiating(divergence: Divergence, difference: bool, temperature: float, softcap: float | None):
+    def sweep(zs, zt, norm_s, norm_t, shift, centre, weight, labels, out):
         zt, d = _both(zs, zt, difference)
         student, _, found, _ = _columns(divergence, zs, zt, d, norm_s, norm_t, shift)
         gradient = found.gradient(student, centre) * (found.factor * weight)[:, None]
-        if labels:
-            gradient = gradient + (zs * temperature - label_norm[:, None]).exp() * label_weight[:, None]
+        if labels is not None:
+            norm, label_weight, column = (x[:, None] for x in labels)
+            one_hot = (torch.arange(zs.shape[1]) == column).to(zs.dtype)
+            gradient = gradient + ((zs * temperature - norm).exp() - one_hot) * label_weight
         if softcap:
             gradient = gradient * (1 - (zs * (temperature / softcap)).square())
-        zs.copy_(gradient)
+        (zs if out is None else out).copy_(gradient)
 
     return _compile(sweep)
 

@@ -1,8 +1,8 @@
-"""The elementwise part of a chunk on a GPU: three kernels over the two blocks of logits, nothing else of their size.
+"""The elementwise part of a chunk on a GPU: three kernels over the two blocks of logits.
 
     normalisers   one sweep: largest logit and sum of exponentials of both sides, and what else needs only the logits
     value         one sweep: D, the slope's centre Σ S·a, the detailed statistics
-    gradient      one sweep: S·(a - Σ S·a), in place of the student's logits
+    gradient      one sweep: S·(a - Σ S·a), in place of the student's logits, or in half precision elsewhere
 
 The centre needs a whole row before the first column of its gradient can be written, hence a sweep of its own; a group's
 reductions sit between the sweeps. One program per row (per row and block of columns in the last one), fp32 throughout.
@@ -199,6 +199,8 @@ def _gradient_kernel(
     weight,
     label_norm,
     label_weight,
+    label_column,
+    out,
     columns,
     w,
     temperature,
@@ -218,11 +220,12 @@ def _gradient_kernel(
     c = tl.load(centre + row)
     gradient = (slope - student * c if KIND == 0 else student * (slope - c)) * tl.load(weight + row)
     if LABELS:
-        gradient += tl.exp(s * temperature - tl.load(label_norm + row)) * tl.load(label_weight + row)
+        one_hot = tl.where(place == tl.load(label_column + row), 1.0, 0.0)
+        gradient += (tl.exp(s * temperature - tl.load(label_norm + row)) - one_hot) * tl.load(label_weight + row)
     if SOFTCAP:
         tanh = s * (temperature / softcap)
         gradient *= 1 - tanh * tanh
-    tl.store(zs + start + place, gradient, mask=mask)
+    tl.store(out + start + place, gradient.to(out.dtype.element_ty), mask=mask)
 
 
 def normalise(zs: Tensor, zt: Tensor, difference: bool, temperature: float, labels: bool, best: bool) -> list[tuple[Tensor, ...]]:
@@ -251,7 +254,7 @@ def sums(
     return out
 
 
-def gradient_(
+def gradient(
     divergence: Divergence,
     zs: Tensor,
     zt: Tensor,
@@ -261,14 +264,16 @@ def gradient_(
     shift: Tensor,
     centre: Tensor,
     weight: Tensor,
-    label_norm: Tensor | None,
-    label_weight: Tensor | None,
+    labels: tuple[Tensor, Tensor, Tensor] | None,
     temperature: float,
     softcap: float | None,
+    out: Tensor,
 ) -> None:
-    """Replace zs by weight·∂D/∂zs (+ label_weight·S at temperature 1), times the softcap's derivative."""
+    """Fill out [rows, columns], which may be zs, with weight·∂D/∂zs, times the softcap's derivative. labels: the
+    log-sum-exp at temperature 1, the cross-entropy's weight and the label's column, -1 for none here, each [rows]: the
+    gradient of the cross-entropy is added."""
     kind, w = divergence.form
-    labels = label_norm is not None
+    label_norm, label_weight, label_column = labels or (weight, weight, weight)
     grid = (len(zs), triton.cdiv(zs.shape[1], _BLOCK))
     _gradient_kernel[grid](
         zs,
@@ -278,15 +283,17 @@ def gradient_(
         shift,
         centre,
         weight,
-        label_norm if labels else weight,
-        label_weight if labels else weight,
+        label_norm,
+        label_weight,
+        label_column,
+        out,
         zs.shape[1],
         w,
         temperature,
         softcap or 1.0,
         difference,
         _KINDS[kind],
-        labels,
+        labels is not None,
         bool(softcap),
         _BLOCK,
         num_warps=_WARPS,

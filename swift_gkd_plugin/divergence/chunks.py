@@ -1,7 +1,7 @@
 """One pass over chunks of tokens: the engine under all operators.
 
 for each chunk of tokens      logits of both sides (matrix products, fp32)
-    for each block of rows    normalise, divergence, statistics, gradient in place of the student's logits
+    for each block of rows    normalise, divergence, statistics, gradient, in place of the student's logits or narrowed
     gradient of the chunk     to the hidden states, and to the head where it is trained
 """
 
@@ -93,13 +93,16 @@ def run(call: Call, gradients: HeadGradients | ReadyGradients | None) -> Tensor:
             zt = teacher_logits[: n * width].view(n, width)
             for first, head in call.teacher:
                 head.logits(rows, zt if head.columns == width else zt[:, first : first + head.columns])
+        into = None if gradients is None else zs if kernels is None else gradients.place(rows, zs)
         for top in range(0, n, block):
             inner = slice(top, min(top + block, n))
             outer = slice(start + inner.start, start + inner.stop)
             part = scratch.rows(inner.stop - inner.start)
-            loss[outer] = elementwise(call, outer, zs[inner], None if zt is None else zt[inner], part, record, gradients is not None)
+            zs_part, zt_part = (None if z is None else z[inner] for z in (zs, zt))
+            into_part = zs_part if into is zs else None if into is None else into[inner]
+            loss[outer] = elementwise(call, outer, zs_part, zt_part, part, record, into_part)
         if gradients is not None:
-            gradients.add(rows, zs, teacher_logits)
+            gradients.add(rows, into)
     return loss
 
 
@@ -167,13 +170,13 @@ def _normalise(sides: list[tuple[Tensor, Tensor]], reduce: Reduce) -> list[tuple
     return [(m.double(), m.double() + total.log()) for m, total in zip(largest, sums, strict=False)]
 
 
-def _block(call: Call, rows: slice, zs: Tensor, zt: Tensor | None, buffers: _Buffers, record: _Record, want_gradient: bool) -> Tensor:
-    """The loss of a block of rows. With want_gradient the gradient of their sum with respect to the head's products
-    replaces zs.
+def _block(call: Call, rows: slice, zs: Tensor, zt: Tensor | None, buffers: _Buffers, record: _Record, into: Tensor | None) -> Tensor:
+    """The loss of a block of rows. The gradient of their sum with respect to the head's products goes to `into`, which is
+    zs, or is not made at None.
 
     zs, zt: [rows, columns] logits divided by the temperature, or zt those minus the student's; both are overwritten.
     """
-    temperature, slope = call.student.temperature, call.student.slope
+    temperature, slope, want_gradient = call.student.temperature, call.student.slope, into is not None
     student, log_ratio = buffers['student'], zt
     if call.difference:
         zt = torch.add(zs, zt, out=buffers['teacher logits'])
@@ -208,7 +211,7 @@ def _block(call: Call, rows: slice, zs: Tensor, zt: Tensor | None, buffers: _Buf
         damping = zs.mul_(temperature / call.student.softcap).square_().neg_().add_(1)
         into = buffers['damped']
     else:
-        damping, into = None, zs
+        damping = None
     if gradient is None:
         into.zero_()
     else:
@@ -321,9 +324,10 @@ class _Label:
 
 
 def _kernel_block(
-    kernels: ModuleType, call: Call, rows: slice, zs: Tensor, zt: Tensor, buffers: '_Buffers', record: _Record, want_gradient: bool
+    kernels: ModuleType, call: Call, rows: slice, zs: Tensor, zt: Tensor, buffers: '_Buffers', record: _Record, into: Tensor | None
 ) -> Tensor:
-    """`_block` by the kernels of `_triton.py` or `_compiled.py`, for a teacher with logits."""
+    """`_block` by the kernels of `_triton.py` or `_compiled.py`, for a teacher with logits; `into` may be other memory than
+    zs, in half precision."""
     student, reduce, divergence = call.student, call.reduce, call.divergence
     temperature, detail = student.temperature, call.stats is not None and call.stats.detail
     label = None if call.labels is None else _Label.of(call, rows)
@@ -366,13 +370,9 @@ def _kernel_block(
             record(rows, teacher_prob_of_label=(picked - norms[1]).exp() * label.counts)
     weights = call.token_weights[rows].to(zs.dtype)
     loss += weights * sums[0]
-    if want_gradient:
+    if into is not None:
         trained = label_gradient is not None
-        if trained:  # the one-hot part, before the logits are gone: the softcap's derivative there
-            at_label = -label_gradient * label.here
-            if student.softcap:
-                at_label = at_label * (1 - (zs.gather(1, label.column)[:, 0] * (temperature / student.softcap)).square())
-        kernels.gradient_(
+        kernels.gradient(
             divergence,
             zs,
             zt,
@@ -381,13 +381,11 @@ def _kernel_block(
             shift,
             sums[1].float(),
             weights * (student.slope / temperature),
-            label_norm.float() if trained else None,
-            label_gradient,
+            (label_norm.float(), label_gradient, label.column[:, 0].masked_fill(label.here == 0, -1)) if trained else None,
             temperature,
             student.softcap,
+            into,
         )
-        if trained:
-            zs.scatter_add_(1, label.column, at_label[:, None])
     return loss
 
 

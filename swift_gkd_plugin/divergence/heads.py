@@ -116,8 +116,7 @@ class LinearHead:
         elif self.plain:
             torch.addmm(out, x, weight.t(), beta=0, alpha=alpha, out=out)
         else:
-            torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
-            out.mul_(alpha)
+            torch.addmm(out, x, weight.t(), out_dtype=torch.float32, beta=0, alpha=alpha, out=out)
         if self.lora is not None:
             a, b, scaling = self.lora
             out.addmm_(x.to(self.dtype) @ a.detach().to(self.dtype).t(), b.detach().to(self.dtype).t(), alpha=alpha * scaling)
@@ -158,18 +157,24 @@ def linear_logits(
 
 
 class HeadGradients:
-    """Gradients of a LinearHead, summed over the chunks: those `wanted` of (hidden, weight, bias, A, B)."""
+    """Gradients of a LinearHead, summed over the chunks: those `wanted` of (hidden, weight, bias, A, B).
+
+    Half-precision products take the chunk's gradient in half precision, `narrow`. It is kept until there is enough of it
+    for a product, see `tokens_per_product`.
+    """
 
     def __init__(self, head: LinearHead, wanted: tuple[bool, ...], reduce: Reduce):
         self.head, self.reduce = head, reduce
         self.want_hidden, self.want_weight, self.want_bias, self.want_a, self.want_b = wanted
         hidden, vocab = head.hidden, len(head.tensors[1])
+        halves = hidden.dtype == head.weight.dtype and (hidden.dtype == torch.bfloat16 or hidden.is_cuda)
+        self.narrow = hidden.dtype if halves and not head.plain else None
+        # What is not a product with hidden or weight is made of the gradient in `head.dtype`, chunk by chunk.
+        self.wide = self.narrow is None or self.want_bias or head.lora is not None
+        self.kept, self.room = None, slice(0, 0)  # [tokens of the slice, columns]
         self.hidden = self.weight = self.bias = self.a = self.b = None
         if self.want_hidden:
             self.hidden = torch.empty(hidden.shape, dtype=head.dtype if reduce.group else hidden.dtype, device=hidden.device)
-        if self.want_weight:
-            self.weight = memory.empty(vocab, hidden.shape[1], dtype=head.dtype, device=hidden.device)
-            self.weight[head.columns if len(hidden) else 0 :].zero_()
         if self.want_bias:
             self.bias = torch.zeros(vocab, dtype=head.dtype, device=hidden.device)
         if self.want_a:
@@ -177,59 +182,106 @@ class HeadGradients:
         if self.want_b:
             self.b = torch.zeros(vocab, head.lora[1].shape[1], dtype=head.dtype, device=hidden.device)
 
-    def add(self, rows: slice, gradient: Tensor, spare: Tensor | None) -> None:
-        """gradient: [rows, columns], of hidden @ weightᵀ + …, in `head.dtype`. spare: memory as large that is free."""
-        head = self.head
-        x = head.hidden[rows].detach()
-        weight = head.weight.detach()
-        narrow = gradient
-        if not head.plain and x.dtype == weight.dtype:
-            narrow = _narrowed(gradient, x.dtype, spare)
-        if self.want_hidden:
-            self._add_hidden(rows, narrow, gradient, weight)
-        if self.want_weight:
-            into = self.weight[: head.columns]
-            add = rows.start > 0
-            if narrow.is_cuda and narrow.dtype != head.dtype:
-                torch.addmm(into, narrow.t(), x, beta=int(add), out_dtype=head.dtype, out=into)
-            elif narrow.dtype == torch.bfloat16:
-                _add_product_in_blocks(into, narrow, x, add)
-            else:
-                torch.addmm(into, gradient.t(), x.to(head.dtype), beta=int(add), out=into)
-        if self.want_bias:
-            self.bias[: head.columns] += gradient.sum(0)
-        if self.want_a or self.want_b:
-            a, b, scaling = head.lora
-            wide = x.to(head.dtype)
-            if self.want_b:
-                self.b[: head.columns].addmm_(gradient.t(), wide @ a.detach().to(head.dtype).t(), alpha=scaling)
-            if self.want_a:
-                self.a.addmm_((gradient @ b.detach().to(head.dtype)).t(), wide, alpha=scaling)
+    def place(self, rows: slice, logits: Tensor) -> Tensor:
+        """Where the gradient of a chunk with these `logits` [rows, columns] is to be written: in their place, or in half
+        precision where nothing needs more."""
+        return logits if self.wide else self._keep(rows)
 
-    def _add_hidden(self, rows: slice, narrow: Tensor, gradient: Tensor, weight: Tensor) -> None:
+    def add(self, rows: slice, gradient: Tensor) -> None:
+        """gradient: [rows, columns], of hidden @ weightᵀ + …, in `head.dtype`, or what was written into `place`."""
+        if self.narrow is None:
+            self._add_products(rows, gradient)
+        else:
+            if gradient.dtype != self.narrow:
+                self._keep(rows).copy_(gradient)
+            if rows.stop == self.room.stop:
+                self._add_products(self.room, self.kept[: rows.stop - self.room.start])
+        if self.want_bias:
+            self.bias[: self.head.columns] += gradient.sum(0)
+        if self.head.lora is not None:
+            self._add_low_rank(rows, gradient)
+
+    def _keep(self, rows: slice) -> Tensor:
+        """The place of a chunk's gradient in `kept`."""
+        head = self.head
+        if self.kept is None:
+            tokens = tokens_per_product(len(head.hidden), head.hidden, rows.stop, self.want_weight, self.wide)
+            self.kept = memory.empty(tokens, head.columns, dtype=self.narrow, device=head.hidden.device)
+        if rows.start == self.room.stop:
+            self.room = slice(rows.start, min(rows.start + len(self.kept), len(head.hidden)))
+        return self.kept[rows.start - self.room.start : rows.stop - self.room.start]
+
+    def _add_products(self, rows: slice, gradient: Tensor) -> None:
+        """gradient: [rows, columns], in `narrow` if that is not None, else in `head.dtype`."""
+        if self.want_hidden:
+            self._add_hidden(rows, gradient)
+        if self.want_weight:
+            self._add_weight(rows, gradient)
+
+    def _add_hidden(self, rows: slice, gradient: Tensor) -> None:
         head, into = self.head, self.hidden[rows]
-        if narrow.dtype == weight.dtype == into.dtype:
-            torch.mm(narrow, weight, out=into)
-        elif narrow.dtype == weight.dtype:
-            into.copy_(narrow @ weight)
+        weight = head.weight.detach()
+        if gradient.dtype == weight.dtype == into.dtype:
+            torch.mm(gradient, weight, out=into)
+        elif gradient.dtype == weight.dtype and gradient.is_cuda:
+            torch.mm(gradient, weight, out_dtype=into.dtype, out=into)
+        elif gradient.dtype == weight.dtype:
+            into.copy_(gradient @ weight)
         else:
             total = torch.zeros(into.shape, dtype=head.dtype, device=into.device)
             for start in range(0, len(weight), _BLOCK_ROWS):
                 part = weight[start : start + _BLOCK_ROWS]
                 total.addmm_(gradient[:, start : start + len(part)], part.to(head.dtype))
             into.copy_(total)
-        if head.lora is not None:
-            a, b, scaling = head.lora
-            into += scaling * (gradient @ b.detach().to(head.dtype)) @ a.detach().to(head.dtype)
+
+    def _add_weight(self, rows: slice, gradient: Tensor) -> None:
+        head, add = self.head, rows.start > 0
+        x, like = head.hidden[rows].detach(), head.tensors[1]
+        if not add:
+            whole = rows.stop == len(head.hidden) and like.dtype == self.narrow  # no sum that would need fp32
+            self.weight = memory.empty(*like.shape, dtype=like.dtype if whole else head.dtype, device=like.device)
+            self.weight[head.columns :].zero_()
+        into = self.weight[: head.columns]
+        if gradient.dtype == torch.bfloat16 and not gradient.is_cuda:
+            _add_product_in_blocks(into, gradient, x, add)
+        elif gradient.dtype == into.dtype:
+            torch.addmm(into, gradient.t(), x.to(into.dtype), beta=int(add), out=into)
+        else:
+            torch.addmm(into, gradient.t(), x, beta=int(add), out_dtype=into.dtype, out=into)
+
+    def _add_low_rank(self, rows: slice, gradient: Tensor) -> None:
+        head = self.head
+        a, b, scaling = head.lora
+        a, b, x = (t.detach().to(head.dtype) for t in (a, b, head.hidden[rows]))
+        if self.want_hidden:
+            self.hidden[rows] += scaling * (gradient @ b) @ a
+        if self.want_b:
+            self.b[: head.columns].addmm_(gradient.t(), x @ a.t(), alpha=scaling)
+        if self.want_a:
+            self.a.addmm_((gradient @ b).t(), x, alpha=scaling)
 
     def finish(self) -> tuple[Tensor | None, ...]:
         """(hidden, weight, bias, A, B) in the dtypes of their tensors; those not wanted are None."""
         head = self.head
+        if self.want_weight and self.weight is None:  # there were no tokens
+            self.weight = torch.zeros_like(head.tensors[1])
         for shared in (self.hidden, self.a):
             if shared is not None:
                 self.reduce.sum(shared)
         found = (self.hidden, self.weight, self.bias, self.a, self.b)
         return tuple(None if g is None else _converted(g, like.dtype) for g, like in zip(found, head.tensors, strict=False))
+
+
+def tokens_per_product(tokens: int, hidden: Tensor, chunk: int, trained: bool, wide: bool) -> int:
+    """Of how many tokens the gradient is kept in half precision: all, or some chunks.
+
+    On a GPU a product of one chunk leaves much of it idle, and with a trained head each product reads and writes the
+    fp32 sum of them, as large as the half-precision gradients of 2·dim tokens: up to there all are kept and there is no
+    sum. Beyond, and with a frozen head, four chunks of them take the memory of a chunk's two blocks of logits.
+    """
+    if wide or not hidden.is_cuda:
+        return chunk
+    return tokens if trained and tokens <= 2 * hidden.shape[1] else min(tokens, 4 * chunk)
 
 
 def _add_product_in_blocks(into: Tensor, gradient: Tensor, x: Tensor, add: bool) -> None:
@@ -246,13 +298,6 @@ def _converted(gradient: Tensor, dtype: torch.dtype) -> Tensor:
     if gradient.dtype == dtype:
         return gradient
     return memory.empty(*gradient.shape, dtype=dtype, device=gradient.device).copy_(gradient)
-
-
-def _narrowed(gradient: Tensor, dtype: torch.dtype, spare: Tensor | None) -> Tensor:
-    """`gradient` in a half-precision type, in `spare`'s memory where there is one."""
-    if spare is None:
-        return gradient.to(dtype)
-    return spare.flatten().view(dtype)[: gradient.numel()].view(gradient.shape).copy_(gradient)
 
 
 class ReadyLogits:
@@ -280,7 +325,10 @@ class ReadyGradients:
         self.gradient = torch.empty_like(head.hidden)
         self.gradient[:, head.columns :].zero_()
 
-    def add(self, rows: slice, gradient: Tensor, spare: Tensor | None) -> None:
+    def place(self, rows: slice, logits: Tensor) -> Tensor:
+        return logits
+
+    def add(self, rows: slice, gradient: Tensor) -> None:
         self.gradient[rows, : self.head.columns].copy_(gradient)
 
     def finish(self) -> tuple[Tensor]:

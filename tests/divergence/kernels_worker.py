@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from swift_gkd_plugin.divergence import Divergence, LogitTransform, TokenStats, chunks, linear_divergence
+from swift_gkd_plugin.divergence import Divergence, LogitTransform, TokenStats, chunks, heads, linear_divergence
 
 KINDS = [
     Divergence(temperature=0.9),
@@ -72,3 +72,18 @@ for divergence in KINDS:
                     )
     equal = run(module, divergence, x, x['hidden'], None, None, None, weights, False)
     assert equal[0] == 0 and not any(g.any() for g in equal[1]), divergence.kind
+
+# Half-precision inputs: the sweep writes the gradient of a chunk in half precision itself, into memory where one chunk's,
+# two chunks' or all are kept. Against the torch path on the same numbers in fp32.
+for divergence in KINDS if module.__name__.endswith('_triton') else KINDS[:1]:
+    rounded = {name: (t * 0.5).bfloat16() for name, t in x.items()}
+    wide = {name: t.float() for name, t in rounded.items()}
+    teacher, head = other.bfloat16(), torch.randn(5003, 8).bfloat16()
+    for tokens in (3, 6, 5):
+        heads.tokens_per_product = lambda *args, tokens=tokens: tokens
+        found = run(module, divergence, rounded, teacher, head, LogitTransform(0.7), labels, weights, False)
+        right = run(None, divergence, wide, teacher.float(), head.float(), LogitTransform(0.7), labels, weights, False)
+        close(found[0], right[0], 1e-5, f'{divergence.kind} of bf16')
+        for one, other_one in zip(found[1], right[1], strict=True):
+            assert one.dtype == torch.bfloat16
+            close(one, other_one, 5e-3, f'{divergence.kind} gradient of bf16, {tokens} tokens a product')

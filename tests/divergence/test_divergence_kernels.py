@@ -36,11 +36,19 @@ def test_triton_kernels_compile_for_a_gpu():
 
     from swift_gkd_plugin.divergence import _triton
 
-    numbers = {'temperature': 'fp32', 'w': 'fp32', 'softcap': 'fp32', 'columns': 'i32', 'rows': 'i32', 'best': '*i32'}
+    numbers = {
+        'temperature': 'fp32',
+        'w': 'fp32',
+        'softcap': 'fp32',
+        'columns': 'i32',
+        'rows': 'i32',
+        'best': '*i32',
+        'label_column': '*i64',
+    }
 
-    def code(kernel, **constants):
+    def code(kernel, out='*fp32', **constants):
         constants['BLOCK'] = _triton._BLOCK
-        types = {name: 'constexpr' if name in constants else numbers.get(name, '*fp32') for name in kernel.arg_names}
+        types = {name: 'constexpr' if name in constants else {**numbers, 'out': out}.get(name, '*fp32') for name in kernel.arg_names}
         source = ASTSource(fn=kernel, signature=types, constexprs=constants)
         return triton.compile(source, target=GPUTarget('cuda', 90, 32), options={'num_warps': _triton._WARPS}).asm['cubin']
 
@@ -49,7 +57,8 @@ def test_triton_kernels_compile_for_a_gpu():
     for kind in _triton._KINDS.values():
         for difference in (False, True):
             assert code(_triton._value_kernel, DIFFERENCE=difference, KIND=kind, DETAIL=not difference)
-            assert code(_triton._gradient_kernel, DIFFERENCE=difference, KIND=kind, LABELS=difference, SOFTCAP=not difference)
+            out = '*fp32' if difference else '*bf16'
+            assert code(_triton._gradient_kernel, out, DIFFERENCE=difference, KIND=kind, LABELS=difference, SOFTCAP=not difference)
 
 
 def test_large_vocabularies_are_compiled_on_a_cpu(monkeypatch, caplog):

@@ -4,6 +4,7 @@ import copy
 import errno
 import io
 import math
+from types import SimpleNamespace
 
 import divergence_reference as reference
 import pytest
@@ -13,6 +14,7 @@ from swift_gkd_plugin.divergence import (
     Divergence,
     LogitTransform,
     TokenStats,
+    heads,
     linear_divergence,
     logits_divergence,
     memory,
@@ -147,6 +149,38 @@ def test_per_token_loss_is_differentiable_under_any_weighting(case):
     ).backward()
     for name in x:
         assert relative(x[name].grad, y[name].grad.double()) < 1e-6
+
+
+@pytest.mark.parametrize('wanted', [NAMES[:1], NAMES[:2], NAMES])
+def test_gradients_kept_for_a_product_of_several_chunks(case, wanted, monkeypatch):
+    """As on a GPU, here on a CPU: all of them, two chunks of them, one."""
+    found = []
+    for tokens in (23, 8, 4):
+        monkeypatch.setattr(heads, 'tokens_per_product', lambda *args, tokens=tokens: 4 if args[-1] else tokens)
+        x = {n: case[n].bfloat16().requires_grad_(n in wanted) for n in NAMES}
+        extra = {'student_bias': x['bias'], 'student_lora': (x['a'], x['b'], 2.0)} if len(wanted) > 2 else {}
+        other, head = case['other'].bfloat16(), case['head'].bfloat16()
+        loss = linear_divergence(x['hidden'], x['weight'], other, head, Divergence(), reduction='sum', chunk_tokens=4, **extra)
+        found.append(torch.autograd.grad(loss, [x[n] for n in wanted]))
+        assert [g.dtype for g in found[-1]] == [torch.bfloat16] * len(wanted)
+    for fewer in found[1:]:
+        for one, right in zip(fewer, found[0], strict=True):
+            assert relative(one, right.double()) < 5e-3
+
+
+def test_tokens_of_a_product():
+    """With a trained head no more than an fp32 sum of its gradients would take; where fp32 gradients are needed, a chunk."""
+    gpu = SimpleNamespace(is_cuda=True, shape=(0, 512))
+    for tokens, chunk, trained, wide, expected in (
+        (1024, 256, True, False, 1024),
+        (1025, 256, True, False, 1024),
+        (4096, 256, True, False, 1024),
+        (4096, 256, False, False, 1024),
+        (600, 256, False, False, 600),
+        (600, 256, True, True, 256),
+    ):
+        assert heads.tokens_per_product(tokens, gpu, chunk, trained, wide) == expected
+    assert heads.tokens_per_product(600, torch.empty(600, 512), 256, True, False) == 256
 
 
 def test_only_what_needs_a_gradient_gets_one(case):
