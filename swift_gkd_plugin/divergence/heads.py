@@ -171,7 +171,7 @@ class HeadGradients:
         self.narrow = hidden.dtype if halves and not head.plain else None
         # What is not a product with hidden or weight is made of the gradient in `head.dtype`, chunk by chunk.
         self.wide = self.narrow is None or self.want_bias or head.lora is not None
-        self.kept, self.room = None, slice(0, 0)  # [tokens of the slice, columns]
+        self.kept, self.room = None, slice(0, 0)  # gradients of the slice's tokens, one after another
         self.hidden = self.weight = self.bias = self.a = self.b = None
         if self.want_hidden:
             self.hidden = torch.empty(hidden.shape, dtype=head.dtype if reduce.group else hidden.dtype, device=hidden.device)
@@ -195,7 +195,7 @@ class HeadGradients:
             if gradient.dtype != self.narrow:
                 self._keep(rows).copy_(gradient)
             if rows.stop == self.room.stop:
-                self._add_products(self.room, self.kept[: rows.stop - self.room.start])
+                self._add_products(self.room, self._kept(self.room))
         if self.want_bias:
             self.bias[: self.head.columns] += gradient.sum(0)
         if self.head.lora is not None:
@@ -206,10 +206,15 @@ class HeadGradients:
         head = self.head
         if self.kept is None:
             tokens = tokens_per_product(len(head.hidden), head.hidden, rows.stop, self.want_weight, self.wide)
-            self.kept = memory.empty(tokens, head.columns, dtype=self.narrow, device=head.hidden.device)
+            self.kept = memory.empty(tokens * head.columns, dtype=self.narrow, device=head.hidden.device)
         if rows.start == self.room.stop:
-            self.room = slice(rows.start, min(rows.start + len(self.kept), len(head.hidden)))
-        return self.kept[rows.start - self.room.start : rows.stop - self.room.start]
+            self.room = slice(rows.start, min(rows.start + len(self.kept) // head.columns, len(head.hidden)))
+        return self._kept(rows)
+
+    def _kept(self, rows: slice) -> Tensor:
+        # Of flat memory, as a chunk's logits are: a compiled sweep is made for one relation of a view to its base.
+        start, stop = ((token - self.room.start) * self.head.columns for token in (rows.start, rows.stop))
+        return self.kept[start:stop].view(-1, self.head.columns)
 
     def _add_products(self, rows: slice, gradient: Tensor) -> None:
         """gradient: [rows, columns], in `narrow` if that is not None, else in `head.dtype`."""

@@ -24,7 +24,7 @@ def close(found, expected, bound, what):
     assert error < bound, f'{what} is off by {error}'
 
 
-def run(kernels, divergence, x, other, head, transform, labels, weights, detail):
+def run(kernels, divergence, x, other, head, transform, labels, weights, detail, chunk=3):
     chunks.kernels_for = lambda call: kernels
     x = {n: t.clone().requires_grad_() for n, t in x.items()}
     stats = TokenStats(detail=detail)
@@ -40,7 +40,7 @@ def run(kernels, divergence, x, other, head, transform, labels, weights, detail)
         labels=labels,
         label_weights=None if labels is None else weights,
         stats=stats,
-        chunk_tokens=3,
+        chunk_tokens=chunk,
     )
     return loss, torch.autograd.grad(loss, list(x.values())), stats
 
@@ -79,9 +79,12 @@ for divergence in KINDS if module.__name__.endswith('_triton') else KINDS[:1]:
     rounded = {name: (t * 0.5).bfloat16() for name, t in x.items()}
     wide = {name: t.float() for name, t in rounded.items()}
     teacher, head = other.bfloat16(), torch.randn(5003, 8).bfloat16()
-    for tokens in (3, 6, 5):
+    # On a CPU a chunk's: the kernel compiled for 5 tokens has to do for chunks of 3 and 2.
+    compiled = module.__name__.endswith('_compiled')
+    for chunk, tokens in ((5, 5), (3, 3)) if compiled else ((3, 3), (3, 6), (3, 5)):
+        torch._dynamo.config.error_on_recompile = compiled and chunk == 3
         heads.tokens_per_product = lambda *args, tokens=tokens: tokens
-        found = run(module, divergence, rounded, teacher, head, LogitTransform(0.7), labels, weights, False)
+        found = run(module, divergence, rounded, teacher, head, LogitTransform(0.7), labels, weights, False, chunk)
         right = run(None, divergence, wide, teacher.float(), head.float(), LogitTransform(0.7), labels, weights, False)
         close(found[0], right[0], 1e-5, f'{divergence.kind} of bf16')
         for one, other_one in zip(found[1], right[1], strict=True):
