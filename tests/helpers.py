@@ -75,6 +75,9 @@ def vllm_environment() -> dict[str, str]:
     }
 
 
+RANKS = Path(__file__).parent / 'ranks.py'  # starts several
+
+
 def one_rank() -> dict[str, str]:
     """What torchrun would set for a single process; a colocated engine asks for it."""
     ranks = {'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '1', 'LOCAL_WORLD_SIZE': '1'}

@@ -119,7 +119,7 @@ class JobRunner:
         path.write_text(json.dumps(listed))
         argv = [sys.executable, self.script, path]
         if nproc > 1:
-            argv[1:1] = ['-m', 'torch.distributed.run', '--nproc_per_node', nproc, '--master_port', helpers.free_port()]
+            argv[1:1] = [helpers.RANKS, nproc, helpers.free_port()]
         variables = {'SWIFT_GKD_PLUGIN': '1' if plugin else '0', **self.environment, **(env or {})}
         _, output = helpers.run(argv, env=variables, cwd=root, timeout=timeout)
         runs = {}

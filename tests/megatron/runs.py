@@ -1,4 +1,4 @@
-"""Starts jobs.py under torchrun and reads what it leaves; used by the tests and by parity.py."""
+"""Starts the ranks of jobs.py and reads what it leaves; used by the tests and by parity.py."""
 
 from __future__ import annotations
 
@@ -127,8 +127,8 @@ def run_jobs(
         listed.append({'argv': helpers.command_line(merged), 'output_dir': str(output_dir), 'name': name, **keep})
     path = root / 'jobs.json'
     path.write_text(json.dumps(listed))
-    # torchrun for one rank too: a process group needs its variables.
-    launcher = ['-m', 'torch.distributed.run', '--nproc_per_node', ranks, '--master_port', helpers.free_port()]
+    # For one rank too: a process group needs its variables.
+    launcher = [helpers.RANKS, ranks, helpers.free_port()]
     _, output = helpers.run([sys.executable, *launcher, HERE / 'jobs.py', path], env={**CPU, **(env or {})}, cwd=root, timeout=timeout)
     found = {}
     for job in listed:
