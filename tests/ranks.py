@@ -1,7 +1,7 @@
 """``python ranks.py N PORT script.py ...``: N ranks on this machine, as torchrun starts them, parted after the slow imports.
 
 A rank of its own needs six seconds for those, and torchrun three more. What asks for its rank when it is imported, as ms-swift's logger
-does, is left to the ranks. They share the seed of Python's hashes, which torchrun's don't: the tests of real command lines are for that.
+does, is left to the ranks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def wait_for(ranks: set[int]) -> int:
         if status and not failure:
             failure = os.waitstatus_to_exitcode(status) or 1
             for other in ranks:
-                os.kill(other, signal.SIGTERM)
+                os.kill(other, signal.SIGKILL)
     return failure
 
 
@@ -31,20 +31,27 @@ def main(size: str, port: str, script: str, *arguments: str) -> int:
     import accelerate  # noqa: F401
     import datasets  # noqa: F401
     import peft  # noqa: F401
+    from torch.distributed import TCPStore
     from transformers import AutoModelForCausalLM, AutoProcessor, PreTrainedModel, Trainer  # noqa: F401
 
     gc.freeze()
+    sys.stdout.flush()
     ranks = set()
     for rank in map(str, range(int(size))):
         pid = os.fork()
         if pid == 0:
             os.environ |= {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': size, 'LOCAL_WORLD_SIZE': size}
-            os.environ |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
+            os.environ |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, 'GROUP_RANK': '0'}
+            os.environ |= {'TORCHELASTIC_USE_AGENT_STORE': 'True', 'TORCHELASTIC_RUN_ID': 'none', 'TORCHELASTIC_RESTART_COUNT': '0'}
             sys.argv, sys.path[0] = [script, *arguments], str(Path(script).parent)
             runpy.run_path(script, run_name='__main__')
             return 0
         ranks.add(pid)
-    return wait_for(ranks)
+    store = TCPStore('127.0.0.1', int(port), is_master=True, wait_for_workers=False)  # has threads, so after the forks
+    try:
+        return wait_for(ranks)
+    finally:
+        del store
 
 
 if __name__ == '__main__':

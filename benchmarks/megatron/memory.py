@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from swift_gkd_plugin.divergence.heads import tokens_per_product
+
 HERE = Path(__file__).parent
 BF16, FP32 = 2, 4
 CHUNK = {'cpu': 320 << 20, 'cuda': 640 << 20}  # swift_gkd_plugin/divergence/chunks.py
@@ -94,7 +96,8 @@ def payload_bytes(teacher: Shape, tokens: int) -> int:
 
 
 def operator_bytes(hidden: int, width: int, tokens: int, *, device: str = 'cuda', sharded: bool = False, trained: bool = True) -> int:
-    """Two buffers of a chunk's logits, the gradient of the hidden states, and that of a trained head in fp32 and bf16.
+    """At most: two buffers of a chunk's logits, the gradients that wait in bf16 for a product, the gradient of the hidden states, and that
+    of a trained head in bf16, where not all gradients wait for one product in fp32 too.
 
     Args:
         hidden: Of the student.
@@ -103,8 +106,10 @@ def operator_bytes(hidden: int, width: int, tokens: int, *, device: str = 'cuda'
         sharded: Whether the vocabulary is.
     """
     chunk = min(tokens, max(64, CHUNK[device] // (2 * FP32 * width) // 64 * 64))
+    kept = tokens_per_product(tokens, hidden, chunk, device, trained)
     states = (FP32 + BF16 if sharded else BF16) * tokens * hidden
-    return 2 * FP32 * chunk * width + states + (FP32 + BF16) * width * hidden * trained
+    head = (BF16 if kept == tokens else FP32 + BF16) * width * hidden * trained
+    return (2 * FP32 * chunk + BF16 * kept) * width + states + head
 
 
 def estimate(

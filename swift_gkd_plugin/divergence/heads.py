@@ -168,7 +168,8 @@ class HeadGradients:
         self.want_hidden, self.want_weight, self.want_bias, self.want_a, self.want_b = wanted
         hidden, vocab = head.hidden, len(head.tensors[1])
         halves = hidden.dtype == head.weight.dtype and (hidden.dtype == torch.bfloat16 or hidden.is_cuda)
-        self.narrow = hidden.dtype if halves and not head.plain else None
+        products = self.want_hidden or self.want_weight
+        self.narrow = hidden.dtype if halves and products and not head.plain else None
         # What is not a product with hidden or weight is made of the gradient in `head.dtype`, chunk by chunk.
         self.wide = self.narrow is None or self.want_bias or head.lora is not None
         self.kept, self.room = None, slice(0, 0)  # gradients of the slice's tokens, one after another
@@ -205,7 +206,10 @@ class HeadGradients:
         """The place of a chunk's gradient in `kept`."""
         head = self.head
         if self.kept is None:
-            tokens = tokens_per_product(len(head.hidden), head.hidden, rows.stop, self.want_weight, self.wide)
+            # The gradient of a head in another precision, fp32 weights under autocast say, is a sum in any case.
+            replaces_sum = self.want_weight and head.tensors[1].dtype == self.narrow
+            shape, device = head.hidden.shape, head.hidden.device.type
+            tokens = rows.stop if self.wide else tokens_per_product(*shape, rows.stop, device, replaces_sum)
             self.kept = memory.empty(tokens * head.columns, dtype=self.narrow, device=head.hidden.device)
         if rows.start == self.room.stop:
             self.room = slice(rows.start, min(rows.start + len(self.kept) // head.columns, len(head.hidden)))
@@ -267,7 +271,7 @@ class HeadGradients:
 
     def finish(self) -> tuple[Tensor | None, ...]:
         """(hidden, weight, bias, A, B) in the dtypes of their tensors; those not wanted are None."""
-        head = self.head
+        head, self.kept = self.head, None
         if self.want_weight and self.weight is None:  # there were no tokens
             self.weight = torch.zeros_like(head.tensors[1])
         for shared in (self.hidden, self.a):
@@ -277,16 +281,16 @@ class HeadGradients:
         return tuple(None if g is None else _converted(g, like.dtype) for g, like in zip(found, head.tensors, strict=False))
 
 
-def tokens_per_product(tokens: int, hidden: Tensor, chunk: int, trained: bool, wide: bool) -> int:
+def tokens_per_product(tokens: int, dim: int, chunk: int, device: str, replaces_sum: bool) -> int:
     """Of how many tokens the gradient is kept in half precision: all, or some chunks.
 
     On a GPU a product of one chunk leaves much of it idle, and with a trained head each product reads and writes the
     fp32 sum of them, as large as the half-precision gradients of 2·dim tokens: up to there all are kept and there is no
     sum. Beyond, and with a frozen head, four chunks of them take the memory of a chunk's two blocks of logits.
     """
-    if wide or not hidden.is_cuda:
+    if device == 'cpu':
         return chunk
-    return tokens if trained and tokens <= 2 * hidden.shape[1] else min(tokens, 4 * chunk)
+    return tokens if replaces_sum and tokens <= 2 * dim else min(tokens, 4 * chunk)
 
 
 def _add_product_in_blocks(into: Tensor, gradient: Tensor, x: Tensor, add: bool) -> None:

@@ -87,7 +87,7 @@ def linear_divergence(
     vocab_group=None,
     stats: TokenStats | None = None,
 ) -> Tensor:
-    """Divergence between two models from their last hidden states and output heads; no [tokens, vocab] tensor is made.
+    """Divergence between two models from their last hidden states and output heads; their logits never exist whole.
 
     The loss of a token is `token_weights · D(teacher, student) + label_weights · CE(label)`.
 

@@ -57,8 +57,9 @@ def test_triton_kernels_compile_for_a_gpu():
     for kind in _triton._KINDS.values():
         for difference in (False, True):
             assert code(_triton._value_kernel, DIFFERENCE=difference, KIND=kind, DETAIL=not difference)
-            out = '*fp32' if difference else '*bf16'
-            assert code(_triton._gradient_kernel, out, DIFFERENCE=difference, KIND=kind, LABELS=difference, SOFTCAP=not difference)
+            assert code(_triton._gradient_kernel, DIFFERENCE=difference, KIND=kind, LABELS=difference, SOFTCAP=not difference)
+        for out in ('*bf16', '*fp16'):
+            assert code(_triton._gradient_kernel, out, DIFFERENCE=False, KIND=kind, LABELS=True, SOFTCAP=True)
 
 
 def test_large_vocabularies_are_compiled_on_a_cpu(monkeypatch, caplog):

@@ -4,7 +4,6 @@ import copy
 import errno
 import io
 import math
-from types import SimpleNamespace
 
 import divergence_reference as reference
 import pytest
@@ -156,7 +155,7 @@ def test_gradients_kept_for_a_product_of_several_chunks(case, wanted, monkeypatc
     """As on a GPU, here on a CPU: all of them, two chunks of them, one."""
     found = []
     for tokens in (23, 8, 4):
-        monkeypatch.setattr(heads, 'tokens_per_product', lambda *args, tokens=tokens: 4 if args[-1] else tokens)
+        monkeypatch.setattr(heads, 'tokens_per_product', lambda *args, tokens=tokens: tokens)
         x = {n: case[n].bfloat16().requires_grad_(n in wanted) for n in NAMES}
         extra = {'student_bias': x['bias'], 'student_lora': (x['a'], x['b'], 2.0)} if len(wanted) > 2 else {}
         other, head = case['other'].bfloat16(), case['head'].bfloat16()
@@ -169,18 +168,15 @@ def test_gradients_kept_for_a_product_of_several_chunks(case, wanted, monkeypatc
 
 
 def test_tokens_of_a_product():
-    """With a trained head no more than an fp32 sum of its gradients would take; where fp32 gradients are needed, a chunk."""
-    gpu = SimpleNamespace(is_cuda=True, shape=(0, 512))
-    for tokens, chunk, trained, wide, expected in (
-        (1024, 256, True, False, 1024),
-        (1025, 256, True, False, 1024),
-        (4096, 256, True, False, 1024),
-        (4096, 256, False, False, 1024),
-        (600, 256, False, False, 600),
-        (600, 256, True, True, 256),
+    """All where that takes no more than the fp32 sum which they replace."""
+    for tokens, device, replaces_sum, expected in (
+        (1024, 'cuda', True, 1024),
+        (1025, 'cuda', True, 800),
+        (1024, 'cuda', False, 800),
+        (600, 'cuda', False, 600),
+        (600, 'cpu', True, 200),
     ):
-        assert heads.tokens_per_product(tokens, gpu, chunk, trained, wide) == expected
-    assert heads.tokens_per_product(600, torch.empty(600, 512), 256, True, False) == 256
+        assert heads.tokens_per_product(tokens, 512, 200, device, replaces_sum) == expected
 
 
 def test_only_what_needs_a_gradient_gets_one(case):
