@@ -21,7 +21,7 @@ def wait_for(ranks: set[int]) -> int:
         pid, status = os.wait()
         ranks.discard(pid)
         if status and not failure:
-            failure = os.waitstatus_to_exitcode(status) or 1
+            failure = os.waitstatus_to_exitcode(status)
             for other in ranks:
                 os.kill(other, signal.SIGKILL)
     return failure

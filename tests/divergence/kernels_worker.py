@@ -47,6 +47,7 @@ def run(kernels, divergence, x, other, head, transform, labels, weights, detail,
 
 torch.manual_seed(0)
 module = importlib.import_module(f'swift_gkd_plugin.divergence.{sys.argv[1]}')
+compiled = sys.argv[1] == '_compiled'
 for divergence in KINDS:
     for distance in (1e-3, 1.0, 4.0):
         x = {'hidden': torch.randn(5, 8), 'weight': torch.randn(5003, 8)}
@@ -55,7 +56,7 @@ for divergence in KINDS:
         weights = torch.rand(5)
         # One head for both sides gives the difference of their logits; with a softcap, or another head, both are made.
         variants = [(None, None, labels, False), (None, None, None, True), (x['weight'], LogitTransform(0.7, 9.0), labels, True)]
-        if divergence is not KINDS[0] and module.__name__.endswith('_compiled'):
+        if divergence is not KINDS[0] and compiled:
             variants = [(None, None, None, False)]  # each variant is compiled, which takes seconds; this one is needed below
         for head, transform, wanted, detail in variants:
             args = (divergence, x, other, head, transform, wanted, weights, detail)
@@ -75,12 +76,11 @@ for divergence in KINDS:
 
 # Half-precision inputs: the sweep writes the gradient of a chunk in half precision itself, into memory where one chunk's,
 # two chunks' or all are kept. Against the torch path on the same numbers in fp32.
-for divergence in KINDS if module.__name__.endswith('_triton') else KINDS[:1]:
+for divergence in KINDS[:1] if compiled else KINDS:
     rounded = {name: (t * 0.5).bfloat16() for name, t in x.items()}
     wide = {name: t.float() for name, t in rounded.items()}
     teacher, head, transform = other.bfloat16(), torch.randn(5003, 8).bfloat16(), LogitTransform(0.7, 9.0)
     # On a CPU a chunk's: the kernel compiled for 5 tokens has to do for chunks of 3 and 2.
-    compiled = module.__name__.endswith('_compiled')
     for chunk, tokens in ((5, 5), (3, 3)) if compiled else ((3, 3), (3, 6), (3, 5)):
         torch._dynamo.config.error_on_recompile = compiled and chunk == 3
         heads.tokens_per_product = lambda *args, tokens=tokens: tokens

@@ -48,7 +48,8 @@ def test_triton_kernels_compile_for_a_gpu():
 
     def code(kernel, out='*fp32', **constants):
         constants['BLOCK'] = _triton._BLOCK
-        types = {name: 'constexpr' if name in constants else {**numbers, 'out': out}.get(name, '*fp32') for name in kernel.arg_names}
+        given = {**numbers, 'out': out}
+        types = {name: 'constexpr' if name in constants else given.get(name, '*fp32') for name in kernel.arg_names}
         source = ASTSource(fn=kernel, signature=types, constexprs=constants)
         return triton.compile(source, target=GPUTarget('cuda', 90, 32), options={'num_warps': _triton._WARPS}).asm['cubin']
 
