@@ -174,7 +174,9 @@ def test_tokens_of_a_product():
         (1025, 'cuda', True, 800),
         (1024, 'cuda', False, 800),
         (600, 'cuda', False, 600),
-        (600, 'cpu', True, 200),
+        (600, 'cpu', True, 600),
+        (1025, 'cpu', True, 200),
+        (600, 'cpu', False, 200),
     ):
         assert heads.tokens_per_product(tokens, 512, 200, device, replaces_sum) == expected
 
