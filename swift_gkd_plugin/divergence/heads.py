@@ -173,13 +173,15 @@ class HeadGradients:
         hidden, vocab = head.hidden, len(head.tensors[1])
         halves = hidden.dtype == head.weight.dtype and (hidden.dtype == torch.bfloat16 or hidden.is_cuda)
         products = self.want_hidden or self.want_weight
-        self.narrow = hidden.dtype if halves and products and not head.plain else None
+        # bf16 for fp16 inputs too: of a gradient over 150,000 columns most is below the smallest number of fp16.
+        self.narrow = torch.bfloat16 if halves and products and not head.plain else None
         # What is not a product with hidden or weight is made of the gradient in `head.dtype`, chunk by chunk.
         self.wide = self.narrow is None or self.want_bias or head.lora is not None
         self.kept, self.room = None, slice(0, 0)  # gradients of the slice's tokens, one after another
         self.hidden = self.weight = self.bias = self.a = self.b = None
         if self.want_hidden:
-            self.hidden = torch.empty(hidden.shape, dtype=head.dtype if reduce.group else hidden.dtype, device=hidden.device)
+            wide = reduce.group or hidden.dtype == torch.float16
+            self.hidden = torch.empty(hidden.shape, dtype=head.dtype if wide else hidden.dtype, device=hidden.device)
         if self.want_bias:
             self.bias = torch.zeros(vocab, dtype=head.dtype, device=hidden.device)
         if self.want_a:
@@ -234,6 +236,8 @@ class HeadGradients:
     def _add_hidden(self, rows: slice, gradient: Tensor) -> None:
         head, into = self.head, self.hidden[rows]
         weight = head.weight.detach()
+        if self.narrow is not None:
+            weight = weight.to(self.narrow)
         if gradient.dtype == weight.dtype == into.dtype:
             torch.mm(gradient, weight, out=into)
         elif gradient.dtype == weight.dtype and gradient.is_cuda:
@@ -249,14 +253,14 @@ class HeadGradients:
 
     def _add_weight(self, rows: slice, gradient: Tensor) -> None:
         head, add = self.head, rows.start > 0
-        x, like = head.hidden[rows].detach(), head.tensors[1]
+        x, like = head.hidden[rows].detach().to(gradient.dtype), head.tensors[1]
         if not add:
             whole = rows.stop == len(head.hidden) and like.dtype == self.narrow  # no sum that would need fp32
             self.weight = memory.empty(*like.shape, dtype=like.dtype if whole else head.dtype, device=like.device)
             self.weight[head.columns :].zero_()
         into = self.weight[: head.columns]
         if gradient.dtype == into.dtype:
-            torch.addmm(into, gradient.t(), x.to(into.dtype), beta=int(add), out=into)
+            torch.addmm(into, gradient.t(), x, beta=int(add), out=into)
         elif not gradient.is_cuda:
             _add_product_in_blocks(into, gradient, x, add)
         else:
@@ -274,7 +278,8 @@ class HeadGradients:
             self.a.addmm_((gradient @ b).t(), x, alpha=scaling)
 
     def finish(self) -> tuple[Tensor | None, ...]:
-        """(hidden, weight, bias, A, B) in the dtypes of their tensors; those not wanted are None."""
+        """(hidden, weight, bias, A, B) in the dtypes of their tensors, but of fp16 tensors in fp32: a loss scale comes
+        later. Those not wanted are None."""
         head, self.kept = self.head, None
         if self.want_weight and self.weight is None:  # there were no tokens
             self.weight = torch.zeros_like(head.tensors[1])
@@ -282,7 +287,7 @@ class HeadGradients:
             if shared is not None:
                 self.reduce.sum(shared)
         found = (self.hidden, self.weight, self.bias, self.a, self.b)
-        return tuple(None if g is None else _converted(g, like.dtype) for g, like in zip(found, head.tensors, strict=False))
+        return tuple(None if g is None else _converted(g, _before_scaling(like)) for g, like in zip(found, head.tensors, strict=False))
 
 
 def tokens_per_product(tokens: int, dim: int, chunk: int, device: str, replaces_sum: bool) -> int:
@@ -305,6 +310,11 @@ def _add_product_in_blocks(into: Tensor, gradient: Tensor, x: Tensor, add: bool)
         part = into[start : start + _BLOCK_ROWS]
         found = torch.mm(gradient[:, start : start + len(part)].t(), x, out=product[: len(part)])
         part.add_(found) if add else part.copy_(found)
+
+
+def _before_scaling(tensor: Tensor) -> torch.dtype:
+    """The dtype of a tensor's gradient until the backward pass has scaled it: fp16 has no room for it before."""
+    return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
 
 
 def _converted(gradient: Tensor, dtype: torch.dtype) -> Tensor:
@@ -331,11 +341,11 @@ class ReadyLogits:
 
 
 class ReadyGradients:
-    """The gradient of ReadyLogits, in the logits' dtype; zero beyond the common columns."""
+    """The gradient of ReadyLogits, in the logits' dtype, fp32 for fp16; zero beyond the common columns."""
 
     def __init__(self, head: ReadyLogits):
         self.head = head
-        self.gradient = torch.empty_like(head.hidden)
+        self.gradient = torch.empty_like(head.hidden, dtype=_before_scaling(head.hidden))
         self.gradient[:, head.columns :].zero_()
 
     def place(self, rows: slice, logits: Tensor) -> Tensor:

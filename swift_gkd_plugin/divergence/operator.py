@@ -29,6 +29,7 @@ class _Operator(torch.autograd.Function):
         ctx.call, ctx.reduction = call, reduction
         ctx.wanted = tuple(grad_enabled and t is not None and n for t, n in zip(tensors, ctx.needs_input_grad[3:], strict=False))
         ctx.second_pass = reduction == 'none' and any(ctx.wanted[1:])
+        ctx.dtypes = [None if t is None else t.dtype for t in tensors]
         with torch.autocast(tensors[0].device.type, enabled=False):
             gradients = _gradients(call, ctx.wanted) if any(ctx.wanted) and not ctx.second_pass else None
             loss = run(call, gradients)
@@ -43,7 +44,7 @@ class _Operator(torch.autograd.Function):
     def backward(ctx, upstream: Tensor):
         if not ctx.second_pass:
             scale = upstream if ctx.reduction == 'sum' else upstream[:, None]
-            found = [None if g is None else g.mul_(scale) for g in ctx.saved_tensors]
+            found = [None if g is None else g.mul_(scale).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=False)]
             return None, None, None, *found, *[None] * (len(ctx.wanted) - len(found))
         call = replace(
             ctx.call,
@@ -56,7 +57,8 @@ class _Operator(torch.autograd.Function):
         with torch.autocast(upstream.device.type, enabled=False):
             gradients = _gradients(call, ctx.wanted)
             run(call, gradients)
-            return None, None, None, *gradients.finish()
+            found = gradients.finish()
+            return None, None, None, *(None if g is None else g.to(dtype) for g, dtype in zip(found, ctx.dtypes, strict=True))
 
 
 def _gradients(call: Call, wanted: tuple[bool, ...]) -> HeadGradients | ReadyGradients:

@@ -150,6 +150,27 @@ def test_per_token_loss_is_differentiable_under_any_weighting(case):
         assert relative(x[name].grad, y[name].grad.double()) < 1e-6
 
 
+@pytest.mark.parametrize('reduction', ['sum', 'none'])
+@pytest.mark.parametrize('ready', [False, True])
+def test_a_loss_scale_saves_the_gradients_of_fp16(ready, reduction):
+    """Gradients that fp16 has no numbers for are finite and right once a loss scale, which comes last, has made them larger."""
+    torch.manual_seed(0)
+    hidden, weight, other = torch.randn(6, 16).half(), (torch.randn(4096, 16) / 4).half(), torch.randn(6, 16).half()
+    extra, found = {'token_weights': torch.full((6,), 5e-6), 'reduction': reduction}, []
+    for dtype in (torch.float16, torch.float32):
+        h, w, o = hidden.to(dtype), weight.to(dtype), other.to(dtype)
+        if ready:
+            x = [(hidden @ weight.t()).to(dtype).requires_grad_()]
+            loss = logits_divergence(*x, (other @ weight.t()).to(dtype), Divergence(), **extra)
+        else:
+            x = [h.requires_grad_(), w.requires_grad_()]
+            loss = linear_divergence(*x, o, w.detach().flip(0), Divergence(), **extra)
+        found.append(torch.autograd.grad(loss.sum() * 65536, x))
+    for one, right in zip(*found, strict=True):
+        assert one.dtype == torch.float16
+        assert relative(one, right.double()) < 1e-3
+
+
 @pytest.mark.parametrize('wanted', [NAMES[:1], NAMES[:2], NAMES])
 def test_gradients_kept_for_a_product_of_several_chunks(case, wanted, monkeypatch):
     """As on a GPU, here on a CPU: all of them, two chunks of them, one."""
