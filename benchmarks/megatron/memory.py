@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from swift_gkd_plugin.divergence.chunks import chunk_tokens
 from swift_gkd_plugin.divergence.heads import tokens_per_product
 
 HERE = Path(__file__).parent
 BF16, FP32 = 2, 4
-CHUNK = {'cpu': 320 << 20, 'cuda': 640 << 20}  # swift_gkd_plugin/divergence/chunks.py
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def operator_bytes(hidden: int, width: int, tokens: int, *, device: str = 'cuda'
         tokens: Of a micro-batch.
         sharded: Whether the vocabulary is.
     """
-    chunk = min(tokens, max(64, CHUNK[device] // (2 * FP32 * width) // 64 * 64))
+    chunk = min(tokens, chunk_tokens(width, FP32, device))
     kept = tokens_per_product(tokens, hidden, chunk, device, trained)
     states = (FP32 + BF16 if sharded else BF16) * tokens * hidden
     head = (BF16 if kept == tokens else FP32 + BF16) * width * hidden * trained

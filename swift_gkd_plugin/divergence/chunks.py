@@ -57,14 +57,11 @@ class Call:
         return bool(self.teacher) or self.topk is not None
 
 
-def chunk_tokens(call: Call) -> int:
-    """How many tokens' logits exist at a time, from the shape and the device: a multiple of 64, and at least 64."""
-    device = call.student.hidden.device.type
-    budget = _CHUNK_BYTES['cpu' if device == 'cpu' else 'cuda']
-    if call.reduce.group is not None and kernels_for(call) is None:
-        budget //= 4  # the elementwise buffers are as large as the chunk there
-    tokens = budget // (2 * call.student.dtype.itemsize * call.student.columns)
-    return max(64, tokens // 64 * 64)
+def chunk_tokens(columns: int, itemsize: int, device: str, buffers: bool = False) -> int:
+    """How many tokens' logits exist at a time, from the shape and the device: a multiple of 64, and at least 64. buffers:
+    whether elementwise buffers as large as the chunk come with them."""
+    budget = _CHUNK_BYTES['cpu' if device == 'cpu' else 'cuda'] // (4 if buffers else 1)
+    return max(64, budget // (2 * itemsize * columns) // 64 * 64)
 
 
 def run(call: Call, gradients: HeadGradients | ReadyGradients | None) -> Tensor:
@@ -73,8 +70,9 @@ def run(call: Call, gradients: HeadGradients | ReadyGradients | None) -> Tensor:
     device, dtype, width = student.hidden.device, student.dtype, student.columns
     kind = 'cpu' if device.type == 'cpu' else 'cuda'
     loss = torch.zeros(call.tokens, dtype=dtype, device=device)
-    chunk = min(call.chunk or chunk_tokens(call), max(call.tokens, 1))
     kernels = kernels_for(call)
+    buffers = call.reduce.group is not None and kernels is None
+    chunk = min(call.chunk or chunk_tokens(width, dtype.itemsize, device.type, buffers), max(call.tokens, 1))
     elementwise = _block if kernels is None else partial(_kernel_block, kernels)
     # The kernels need no buffers, and the reductions over a group are per chunk: in both cases a block is a whole
     # chunk.

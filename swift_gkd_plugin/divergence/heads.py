@@ -180,8 +180,8 @@ class HeadGradients:
         self.kept, self.room = None, slice(0, 0)  # gradients of the slice's tokens, one after another
         self.hidden = self.weight = self.bias = self.a = self.b = None
         if self.want_hidden:
-            wide = reduce.group or hidden.dtype == torch.float16
-            self.hidden = torch.empty(hidden.shape, dtype=head.dtype if wide else hidden.dtype, device=hidden.device)
+            dtype = head.dtype if reduce.group else _before_scaling(hidden)
+            self.hidden = torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
         if self.want_bias:
             self.bias = torch.zeros(vocab, dtype=head.dtype, device=hidden.device)
         if self.want_a:

@@ -3,6 +3,12 @@
 import torch
 
 
+def relative(found, expected):
+    """How far found is from expected, in float64, relative to its norm."""
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm())
+
+
 def logits(hidden, weight, bias=None, lora=None, transform=None):
     z = hidden @ weight.t()
     if lora is not None:

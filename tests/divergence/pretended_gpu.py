@@ -33,5 +33,5 @@ class PretendedGPU(TorchFunctionMode):
         assert out is None or out.dtype == dtype, (out.dtype, dtype)
         assert all(x.dtype == dtype or (out_dtype is not None and x.dtype == left.dtype) for x in added), dtype
         self.wide += out_dtype is not None
-        found = func(*(x.to(torch.float64 if dtype == torch.float64 else torch.float32) for x in tensors), **factors).to(dtype)
+        found = func(*(x.to(torch.promote_types(dtype, torch.float32)) for x in tensors), **factors).to(dtype)
         return found if out is None else out.copy_(found)

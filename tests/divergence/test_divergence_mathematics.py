@@ -5,6 +5,7 @@ import math
 import divergence_reference as reference
 import pytest
 import torch
+from divergence_reference import relative
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -25,10 +26,6 @@ DIVERGENCES = [
     Divergence('skew_reverse_kl', skew=0.0),
     Divergence('tvd', temperature=0.9),
 ]
-
-
-def relative(found, expected):
-    return float((found.detach().double() - expected.detach()).norm() / expected.detach().norm())
 
 
 def by_name(divergence):

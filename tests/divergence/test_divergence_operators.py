@@ -8,6 +8,7 @@ import math
 import divergence_reference as reference
 import pytest
 import torch
+from divergence_reference import relative
 
 from swift_gkd_plugin.divergence import (
     Divergence,
@@ -22,10 +23,6 @@ from swift_gkd_plugin.divergence import (
 
 TOKENS, DIM, VOCAB, RANK = 23, 16, 300, 4
 NAMES = ('hidden', 'weight', 'bias', 'a', 'b')
-
-
-def relative(found, expected):
-    return float((found.detach().double() - expected.detach()).norm() / expected.detach().norm().clamp_min(1e-30))
 
 
 @pytest.fixture

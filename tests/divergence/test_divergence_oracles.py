@@ -5,6 +5,7 @@ Each `stock` part records what ms-swift does with the same tensors; it fails if 
 
 import pytest
 import torch
+from divergence_reference import relative
 
 from swift_gkd_plugin.divergence import Divergence, linear_divergence, logits_divergence, topk_divergence
 
@@ -17,10 +18,6 @@ def models(tokens=40, dim=32, vocab=1500, spread=0.3):
         torch.randn(tokens, dim),
         torch.randn(vocab, dim) * spread,
     )
-
-
-def relative(found, expected):
-    return float((found.detach() - expected.detach()).double().norm() / expected.detach().double().norm())
 
 
 @pytest.mark.parametrize('beta', [0.0, 0.3, 0.5, 1.0])
