@@ -17,11 +17,11 @@ from swift.infer_engine import RequestConfig
 from swift.rl_core.data import GKDSample
 from swift.rlhf_trainers.rollout_mixin import RolloutTrainerMixin
 
-from .. import cycle as cycles
 from .. import sources
 from ..responses import Response
-from ..samples import Sample, check_one_each, sampled_ids
 from ..sources import STUDENT
+from ..step import cycle as cycles
+from ..step.samples import Sample, check_one_each, sampled_ids
 
 
 class EngineRollout(RolloutTrainerMixin):

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ..divergence import TokenStats, linear_divergence, logits_divergence, topk_divergence
-from ..objective import LossOptions
-from ..samples import MicroBatch
+from ..step.objective import LossOptions
+from ..step.samples import MicroBatch
 from ..teachers import HiddenStates, Logits, Signal, TopK
 from .head import HeadTensors, OutputHead
 

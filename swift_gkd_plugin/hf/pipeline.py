@@ -15,10 +15,10 @@ from transformers import AutoConfig
 
 from .. import checks
 from ..arguments import OPTION_NAMES, OptionError, engine_scores, teacher_offload
-from ..samples import with_used_columns
+from ..step.remote import check_servers
+from ..step.samples import with_used_columns
 from ..teachers.adapters import add_frozen_adapter
 from ..teachers.average import average_of
-from ..teachers.remote import check_servers
 from .loading import TeacherLoading
 from .teachers import TEACHER_ADAPTER
 from .zero3 import why_not_averaged

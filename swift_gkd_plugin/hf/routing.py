@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
 from ..arguments import OptionError
-from ..samples import MicroBatch
+from ..step.samples import MicroBatch
 from .head import unwrap_peft
 from .shared_work import forward_instead
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..samples import MicroBatch, Sample
+from ..step.samples import MicroBatch, Sample
 from .head import language_model, unwrap_peft
 
 AUDIO_INPUTS = ('input_features', 'feature_attention_mask')

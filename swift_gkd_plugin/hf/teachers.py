@@ -15,7 +15,7 @@ from torch import nn
 
 from ..arguments import OptionError
 from ..responses.local import evaluation_mode
-from ..samples import MicroBatch
+from ..step.samples import MicroBatch
 from ..teachers import HiddenStates, Logits, Signal, TopK, TopKOptions
 from ..teachers.adapters import adapter_on, adapters_off, trained_outside_adapters
 from ..teachers.average import MovingAverage

@@ -31,22 +31,22 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from .. import activation, checks, sources
-from .. import cycle as cycles
 from ..arguments import OptionError, teacher_offload
-from ..cycle import Cycle
-from ..data import Row, row_loader
 from ..divergence import Divergence, TokenStats
 from ..metrics import Metrics
-from ..objective import LossOptions
 from ..responses import SamplingOptions
 from ..responses.local import LocalGenerator, evaluation_mode
-from ..samples import MicroBatch, Sample, SampleEncoder, TeacherView
 from ..sources import DATASET, STUDENT, TEACHER, Source
+from ..step import cycle as cycles
+from ..step.cycle import Cycle
+from ..step.data import Row, row_loader
+from ..step.objective import LossOptions
+from ..step.remote import RemoteTeacher
+from ..step.samples import MicroBatch, Sample, SampleEncoder, TeacherView
 from ..teachers import Signal, TopKOptions
 from ..teachers.average import MovingAverage, ShardedParameters, WholeParameters
 from ..teachers.engine import TeacherEngine, name_of_device
 from ..teachers.offload import HostCopy, LayerStream
-from ..teachers.remote import RemoteTeacher
 from ..teachers.server import ServerOptions, TeacherServerError, TeacherServers
 from .engine import EngineRollout
 from .head import OutputHead, language_model

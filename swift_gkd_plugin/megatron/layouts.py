@@ -32,7 +32,7 @@ from swift.megatron.utils import get_padding_to
 from swift.utils import get_current_device, get_logger
 from torch import nn
 
-from ..samples import MicroBatch
+from ..step.samples import MicroBatch
 from ..teachers import HiddenStates, Signal, TopKOptions
 from .head import HeadTensors
 from .rota import Rota

@@ -9,8 +9,8 @@ import torch
 from megatron.core import mpu
 
 from ..divergence import TokenStats, linear_divergence, topk_divergence
-from ..objective import LossOptions
-from ..samples import MicroBatch
+from ..step.objective import LossOptions
+from ..step.samples import MicroBatch
 from ..teachers import Signal, TopK
 from .head import OutputHead
 from .views import LocalView

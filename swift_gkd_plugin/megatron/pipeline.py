@@ -13,8 +13,8 @@ from transformers import AutoConfig
 
 from .. import checks
 from ..arguments import OptionError
-from ..samples import with_used_columns
-from ..teachers.remote import check_servers
+from ..step.remote import check_servers
+from ..step.samples import with_used_columns
 from .options import SIZES, check_layout, check_model, check_teacher, loads_teacher, said_once
 from .trainer import GKDTrainer
 

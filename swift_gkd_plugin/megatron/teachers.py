@@ -18,7 +18,7 @@ from swift.utils import get_current_device
 from torch import nn
 
 from ..responses.local import evaluation_mode
-from ..samples import MicroBatch
+from ..step.samples import MicroBatch
 from ..teachers import HiddenStates, Signal, TopK, TopKOptions
 from ..teachers.adapters import adapters_off
 from ..teachers.offload import HostCopy

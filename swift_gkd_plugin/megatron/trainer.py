@@ -44,20 +44,20 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig
 
 from .. import activation, checks, sources
-from .. import cycle as cycles
 from ..arguments import OptionError, engine_scores, teacher_offload
-from ..cycle import Cycle
-from ..data import Row, row_loader
 from ..divergence import Divergence, TokenStats
 from ..metrics import Metrics
-from ..objective import LossOptions
 from ..responses import Response, SamplingOptions
 from ..responses.local import inference_template
-from ..samples import MicroBatch, Sample, SampleEncoder, TeacherView, check_one_each, sampled_ids
 from ..sources import DATASET, STUDENT, TEACHER, Source
+from ..step import cycle as cycles
+from ..step.cycle import Cycle
+from ..step.data import Row, row_loader
+from ..step.objective import LossOptions
+from ..step.remote import RemoteTeacher
+from ..step.samples import MicroBatch, Sample, SampleEncoder, TeacherView, check_one_each, sampled_ids
 from ..teachers import Signal, TopK, TopKOptions
 from ..teachers.engine import TeacherEngine, name_of_device
-from ..teachers.remote import RemoteTeacher
 from ..teachers.server import Scores, ServerOptions, TeacherServerError, TeacherServers
 from .generation import Generator, check_generates
 from .head import OutputHead, mark_shards

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import IterableDataset
 
-from swift_gkd_plugin.data import RowBatchSampler, StreamOfRows, row_loader, share_out
+from swift_gkd_plugin.step.data import RowBatchSampler, StreamOfRows, row_loader, share_out
 
 ROWS = [{'messages': [{'role': 'user', 'content': str(i)}]} for i in range(23)]
 

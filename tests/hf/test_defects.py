@@ -226,7 +226,7 @@ def _stock_loss(student, teacher, labels):
 
 def _our_loss(student, teacher, labels):
     from swift_gkd_plugin.divergence import Divergence, logits_divergence
-    from swift_gkd_plugin.samples import predicting_positions
+    from swift_gkd_plugin.step.samples import predicting_positions
 
     index = predicting_positions(labels)
     flat = [logits.reshape(-1, logits.shape[-1])[index] for logits in (student, teacher)]

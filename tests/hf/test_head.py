@@ -15,7 +15,7 @@ from swift_gkd_plugin.divergence import Divergence, LogitTransform, TokenStats
 from swift_gkd_plugin.hf.head import POST_PROCESSING, HeadTensors, OutputHead
 from swift_gkd_plugin.hf.loss import DistillationLoss, LossOptions
 from swift_gkd_plugin.hf.teachers import LocalTeacher, TopKOptions
-from swift_gkd_plugin.samples import MicroBatch
+from swift_gkd_plugin.step.samples import MicroBatch
 from swift_gkd_plugin.teachers import HiddenStates
 
 VOCABULARY = 96

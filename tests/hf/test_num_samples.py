@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from swift_gkd_plugin.data import RowBatchSampler
+from swift_gkd_plugin.step.data import RowBatchSampler
 
 STEP = {
     'tuner_type': 'full',

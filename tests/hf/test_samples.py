@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from swift_gkd_plugin.data import Row
 from swift_gkd_plugin.responses import Response
-from swift_gkd_plugin.samples import IGNORED, Sample, SampleEncoder, TeacherView, predicting_positions
+from swift_gkd_plugin.step.data import Row
+from swift_gkd_plugin.step.samples import IGNORED, Sample, SampleEncoder, TeacherView, predicting_positions
 
 QUESTION = {'role': 'user', 'content': 'what is 3 plus 4 ?'}
 ANSWER = {'role': 'assistant', 'content': '3 plus 4 is 7 .'}

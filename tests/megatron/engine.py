@@ -20,7 +20,7 @@ import vllm_on_cpu  # noqa: F401
 
 from swift_gkd_plugin.megatron.teachers import LiveStudent
 from swift_gkd_plugin.megatron.views import local_view
-from swift_gkd_plugin.samples import sampled_turns
+from swift_gkd_plugin.step.samples import sampled_turns
 from swift_gkd_plugin.teachers import TopKOptions
 
 

@@ -12,9 +12,9 @@ import torch
 from .. import checks
 from ..arguments import OptionError
 from ..responses import SamplingOptions
-from ..samples import MicroBatch, Sample
-from . import TopK
-from .server import Question, Scores, ServerOptions, TeacherServerError, TeacherServers
+from ..teachers import TopK
+from ..teachers.server import Question, Scores, ServerOptions, TeacherServerError, TeacherServers
+from .samples import MicroBatch, Sample
 
 
 def check_servers(args, tokenizer, datasets: Iterable[Iterable[dict[str, Any]] | None]) -> None:

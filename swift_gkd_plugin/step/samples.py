@@ -19,12 +19,12 @@ from swift.rl_core.data import GKDSample
 from swift.rlhf_trainers.utils import encode_sample, get_response_prefix_ids
 from swift.utils import get_logger, remove_response
 
-from .arguments import OptionError
+from ..arguments import OptionError
+from ..responses import Response
+from ..sources import DATASET, STUDENT, Source
+from ..teachers import Signal
+from ..teachers.server import MEDIA, Question, Scores, as_request
 from .data import Row
-from .responses import Response
-from .sources import DATASET, STUDENT, Source
-from .teachers import Signal
-from .teachers.server import MEDIA, Question, Scores, as_request
 
 logger = get_logger()
 

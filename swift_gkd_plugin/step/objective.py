@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .divergence import Divergence
+from ..divergence import Divergence
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from swift.utils import get_logger
 
-from . import sources
-from .arguments import OptionError
+from .. import sources
+from ..arguments import OptionError
+from ..responses import Response
+from ..sources import DATASET, STUDENT, TEACHER, Source
+from ..teachers.server import MEDIA, TeacherServerError
 from .data import Row
-from .responses import Response
 from .samples import Sample, SampleEncoder
-from .sources import DATASET, STUDENT, TEACHER, Source
-from .teachers.server import MEDIA, TeacherServerError
 
 logger = get_logger()
 

@@ -1,0 +1,1 @@
+"""One optimizer step without a back end: rows, sources, responses, encoding, teacher, counting, evaluation, checkpoints."""
