@@ -39,6 +39,10 @@ class Metrics:
         self.add(name, amount, 0)
         self._counts[name].fill_(1 / (dist.get_world_size() if dist.is_initialized() else 1))
 
+    def add_seconds(self, name: str, seconds: float) -> None:
+        """Add what was timed elsewhere."""
+        self._clocks[name] += seconds
+
     @contextmanager
     def seconds(self, name: str) -> Iterator[None]:
         """Time a block. On a GPU by events, so that no kernel has to be waited for."""

@@ -47,6 +47,18 @@ def sampling_seed(seed: int, epoch: int, row: int, source: Source, repeat: int =
     return _bits(f'sample {source}', seed, epoch, row, *([repeat] if repeat else []))
 
 
+def engine_seed(seed: int, cycle: tuple[int, int], turn: int, engine: int) -> int:
+    """Seed of the requests of one generation call, to which an engine adds the number of a request; in [0, 2^31).
+
+    Args:
+        cycle: (optimizer step, number of the generation cycle in it).
+        turn: Of a conversation with a multi-turn scheduler.
+        engine: Which of several engines is asked.
+    """
+    step, number = cycle
+    return sampling_seed(seed, step, 1000 * (1000 * turn + number) + engine, STUDENT) % 2**31
+
+
 def replacement_row(seed: int, epoch: int, row: int, attempt: int, num_rows: int) -> int:
     """Number of the row whose content stands in for one that can't be encoded: attempt 0, 1, … until one fits."""
     return _bits('replace', seed, epoch, row, attempt) % num_rows

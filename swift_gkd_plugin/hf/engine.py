@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 
@@ -17,45 +16,43 @@ from swift.infer_engine import RequestConfig
 from swift.rl_core.data import GKDSample
 from swift.rlhf_trainers.rollout_mixin import RolloutTrainerMixin
 
-from .. import sources
 from ..responses import Response
-from ..sources import STUDENT
-from ..step import cycle as cycles
+from ..sources import engine_seed
+from ..step.ahead import Ahead
 from ..step.samples import Sample, check_one_each, sampled_ids
 
 
 class EngineRollout(RolloutTrainerMixin):
-    """ms-swift's rollout for shares of any size. The trainer provides ``encoder``, ``metrics`` and ``_cycle_key``."""
+    """ms-swift's rollout for shares of any size. The trainer provides its ``conductor``."""
 
     # Of GRPO's trainer, but read for any server whose scheduler makes several samples of one (ms-swift 4.6.0, rollout_mixin.py:1309).
     dynamic_sample = False
 
     _turn = 0  # generation calls of this cycle so far; a multi-turn scheduler makes several
-    _ahead: Future | None = None  # of rank 0: what the server generates while a step trains
-    _requested: list[GKDSample] | None = None  # of every rank: its share of that
+    _requested: list[GKDSample] | None = None  # of every rank: its share of what was asked for ahead
 
-    def _engine_answers(self, samples: list[Sample]) -> None:
+    @cached_property
+    def _ahead(self) -> Ahead:
+        """Of rank 0: what the server generates while a step trains."""
+        return Ahead('rollout-ahead')
+
+    def roll_out(self, samples: list[Sample]) -> None:
         """Every rank calls it, with its own share, which may be empty. What was requested ahead is collected."""
-        if not cycles.total_over_ranks(len(samples), self.args.device):
-            return  # the engine sleeps on, with the weights that it has
         self._turn = 0
-        with self.metrics.seconds('seconds/generation'):
-            if self._requested is not None:
-                requested, self._requested = self._requested, None
-                generated = self._collected(requested)
-            else:
-                generated = self._fast_infer(self._requests(samples))
+        if self._requested is not None:
+            requested, self._requested = self._requested, None
+            generated = self._collected(requested)
+        else:
+            generated = self._fast_infer(self._requests(samples))
         check_one_each(len(generated), len(samples), self.args.multi_turn_scheduler)
         for sample, result in zip(samples, generated, strict=True):
             sample.generated, sample.response = result, Response(sampled_ids(result), result.finish_reason or 'stop')
 
     def _requests(self, samples: list[Sample]) -> list[GKDSample]:
-        return self._preprocess_inputs([self.encoder.inner(sample) for sample in samples])
+        return self._preprocess_inputs([self.conductor.encoder.inner(sample) for sample in samples])
 
-    def _request_ahead(self, samples: list[Sample]) -> None:
+    def roll_out_ahead(self, samples: list[Sample]) -> None:
         """Have the server generate, from the weights of now, while the trainer goes on. A collective call."""
-        if not cycles.total_over_ranks(len(samples), self.args.device):
-            return
         if self._last_loaded_step != self.state.global_step:
             self._move_model_to_vllm(skip_async_check=True)
             self._last_loaded_step = self.state.global_step
@@ -64,11 +61,7 @@ class EngineRollout(RolloutTrainerMixin):
         config = self._get_request_config()
         everyone = gather_object(self.samples2requests(self._requested))
         if self.accelerator.is_main_process:
-            self._ahead = self._one_ahead.submit(super()._engine_infer, everyone, config)
-
-    @cached_property
-    def _one_ahead(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(1, thread_name_prefix='rollout-ahead')
+            self._ahead.begin(super()._engine_infer, everyone, config)
 
     def _collected(self, requested: list[GKDSample]) -> list[GKDSample]:
         """What was requested ahead. ms-swift shares it out; it would also send the weights of now, from which nothing is sampled."""
@@ -79,13 +72,15 @@ class EngineRollout(RolloutTrainerMixin):
             self._last_loaded_step = loaded
 
     def _engine_infer(self, infer_requests, request_config=None, **kwargs):
-        if self._ahead is not None:
-            ahead, self._ahead = self._ahead, None
-            return ahead.result()
-        return super()._engine_infer(infer_requests, request_config, **kwargs)
+        if not self._ahead:
+            with self.conductor.metrics.seconds('seconds/sampling'):
+                return super()._engine_infer(infer_requests, request_config, **kwargs)
+        found, seconds = self._ahead.collected()
+        self.conductor.metrics.add_seconds('seconds/sampling', seconds)
+        return found
 
     def _move_model_to_vllm(self, *args, **kwargs) -> None:
-        with self.metrics.seconds('seconds/weight_sync'):
+        with self.conductor.metrics.seconds('seconds/weight_sync'):
             super()._move_model_to_vllm(*args, **kwargs)
 
     def _get_request_config(self) -> RequestConfig:
@@ -95,8 +90,7 @@ class EngineRollout(RolloutTrainerMixin):
         if self.vllm_mode == 'server' and self.vllm_use_async_engine:
             return config  # it would give every request the same seed, and equal prompts equal responses (vllm_engine.py:900)
         engine = 0 if self.vllm_mode == 'server' else self.accelerator.process_index // self.vllm_tensor_parallel_size
-        step, number = self._cycle_key
-        config.seed = sources.sampling_seed(self.args.seed, step, 1000 * (1000 * turn + number) + engine, STUDENT) % 2**31
+        config.seed = engine_seed(self.args.seed, self.conductor.cycle_key, turn, engine)
         return config
 
     def _add_prompt_id_to_inputs(self, samples: list[GKDSample]) -> list[GKDSample]:

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..arguments import OptionError
 from ..responses.local import evaluation_mode
 from ..step.samples import MicroBatch
 from ..teachers import HiddenStates, Logits, Signal, TopK, TopKOptions
-from ..teachers.adapters import adapter_on, adapters_off, trained_outside_adapters
+from ..teachers.adapters import adapter_on, adapters_off, check_frozen_base
 from ..teachers.average import MovingAverage
 from ..teachers.offload import HostCopy, LayerStream
 from .head import KeptHead, OutputHead
@@ -132,12 +131,7 @@ class SharedBase(LocalTeacher):
 
     def __init__(self, model: nn.Module, bare: nn.Module):
         super().__init__(model, bare)
-        moving = trained_outside_adapters(bare)
-        if moving:
-            raise OptionError(
-                f'The teacher is {self.description}, but {len(moving)} parameters outside the adapter are trained, {moving[0]} for one; '
-                'freeze them, or give --teacher_model another copy of the base.'
-            )
+        check_frozen_base([bare], self.description)
 
     @contextmanager
     def ready(self) -> Iterator[nn.Module]:

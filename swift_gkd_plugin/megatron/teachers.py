@@ -20,7 +20,7 @@ from torch import nn
 from ..responses.local import evaluation_mode
 from ..step.samples import MicroBatch
 from ..teachers import HiddenStates, Signal, TopK, TopKOptions
-from ..teachers.adapters import adapters_off
+from ..teachers.adapters import adapters_off, check_frozen_base
 from ..teachers.offload import HostCopy
 from .head import OutputHead
 from .views import LocalView, local_view
@@ -151,10 +151,18 @@ class LocalTeacher:
 
 
 class SharedBase(LocalTeacher):
-    """The student's own base: one copy of the weights, the adapter off while it teaches."""
+    """The student's own base: one copy of the weights, the adapter off while it teaches.
+
+    Raises:
+        OptionError: Something outside the adapter is trained, which would move the teacher.
+    """
 
     adapter = False
     description = "the student's base with its adapter off"
+
+    def __init__(self, args, chunks: list[nn.Module]):
+        super().__init__(args, chunks)
+        check_frozen_base(chunks, self.description)
 
     @contextmanager
     def ready(self) -> Iterator[None]:

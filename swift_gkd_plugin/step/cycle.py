@@ -1,26 +1,28 @@
 """A generation cycle: rows draw their sources and get their responses, and what of it a checkpoint has to keep.
 
-A cycle is ``steps_per_generation`` micro-batches. What is left of one when a checkpoint is written is stored in it as JSON, with the
-token ids of the responses, and is not generated again.
+What is left of a cycle when a checkpoint is written is stored in it as JSON, with the token ids of the responses and what a teacher's
+server said while it answered, and is neither generated nor asked for again.
 """
 
 from __future__ import annotations
 
+import base64
+import itertools
 import json
 import os
 from collections.abc import Callable
 from typing import Any
 
-import torch
-import torch.distributed as dist
+import numpy
 from swift.utils import get_logger
 
 from .. import sources
 from ..arguments import OptionError
 from ..responses import Response
 from ..sources import DATASET, STUDENT, TEACHER, Source
-from ..teachers.server import MEDIA, TeacherServerError
+from ..teachers.server import MEDIA, Scores, TeacherServerError
 from .data import Row
+from .ranks import Ranks, this_rank, world_size
 from .samples import Sample, SampleEncoder
 
 logger = get_logger()
@@ -51,35 +53,31 @@ class Cycle:
     """Turns the rows of a cycle into samples with responses.
 
     Args:
-        args: The trainer's arguments.
+        args: ms-swift's arguments.
         dataset: The loaded dataset, for rows that stand in for others.
         encoder: Tells whether a row fits.
         answers: Who answers, by source.
+        ranks: Those with the same rows have to agree on which of them can't be encoded.
     """
 
-    def __init__(self, args, dataset, encoder: SampleEncoder, answers: dict[Source, Answer]):
-        self.args, self.dataset, self.encoder, self.answers = args, dataset, encoder, answers
+    def __init__(self, args, dataset, encoder: SampleEncoder, answers: dict[Source, Answer], ranks: Ranks):
+        self.args, self.dataset, self.encoder, self.answers, self.ranks = args, dataset, encoder, answers, ranks
 
-    def samples(self, micro_batches: list[list[Row]], cycle_key: tuple[int, int]) -> list[list[Sample]]:
-        """Draw a source for each row, replace what can't be encoded, and generate.
+    def drawn(self, micro_batches: list[list[Row]], cycle_key: tuple[int, int]) -> list[list[Sample]]:
+        """Draw a source for each row and replace what can't be encoded; no responses yet. A collective call.
 
         Args:
             micro_batches: The rows of this rank.
             cycle_key: (optimizer step, number of the cycle in it), for ``--gkd_source_per batch``.
+        """
+        return self.checked([[Sample(row, row.content, source) for row, source in self._kept(rows, cycle_key)] for rows in micro_batches])
+
+    def answer(self, micro_batches: list[list[Sample]]) -> list[list[Sample]]:
+        """Responses for the samples that have none. Every rank calls it, for an answer may be a collective call.
 
         Raises:
             Unanswered: On every rank.
         """
-        result = self.drawn(micro_batches, cycle_key)
-        self.answer(result)
-        return result
-
-    def drawn(self, micro_batches: list[list[Row]], cycle_key: tuple[int, int]) -> list[list[Sample]]:
-        """The same without responses."""
-        return [self._drawn(rows, cycle_key) for rows in micro_batches]
-
-    def answer(self, micro_batches: list[list[Sample]]) -> None:
-        """Responses for the samples that have none. Every rank calls it, for an answer may be a collective call."""
         waiting = [s for samples in micro_batches for s in samples if s.row.counts and s.response is None]
         try:
             for source in (STUDENT, TEACHER):
@@ -87,13 +85,14 @@ class Cycle:
                     self.answers[source]([sample for sample in waiting if sample.source == source])
         except TeacherServerError as error:
             raise Unanswered(micro_batches) from error
+        return micro_batches
 
-    def _drawn(self, rows: list[Row], cycle_key: tuple[int, int]) -> list[Sample]:
+    def _kept(self, rows: list[Row], cycle_key: tuple[int, int]) -> list[tuple[Row, Source]]:
         """A micro-batch's rows with their sources. A response of the dataset is there once, however often its row comes
         (``--gkd_num_samples``); a micro-batch without any other row keeps one as a filler."""
         drawn = [(row, self._source(row, cycle_key)) for row in rows]
         kept = [(row, source) for row, source in drawn if source != DATASET or row.repeat == 0]
-        return [self.sample(row, source) for row, source in kept or [(rows[0].filler(), DATASET)]]
+        return kept or [(rows[0].filler(), DATASET)]
 
     def _source(self, row: Row, cycle_key: tuple[int, int]) -> Source:
         if not row.counts:
@@ -102,27 +101,55 @@ class Cycle:
         u = sources.uniform(seed, row.epoch, row.number) if per_sample else sources.uniform(seed, *cycle_key, purpose='cycle')
         return sources.draw_source(u, self.args.lmbda, self.args.seq_kd)
 
-    def sample(self, row: Row, source: Source) -> Sample:
-        """The row as a sample that can be encoded for its source: with its own content, or with another row's."""
-        sample = Sample(row, row.content, source)
-        if not row.counts:
-            return sample
-        for attempt in range(MAX_REPLACEMENTS):
+    def checked(self, micro_batches: list[list[Sample]]) -> list[list[Sample]]:
+        """The samples with content that can be encoded for their sources: their own, or another row's. A collective call.
+
+        What one of the ranks with the same rows can't encode (an image whose host does not answer it, say), none of them trains on.
+        """
+        attempts = [[self._attempts(sample) for sample in samples] for samples in micro_batches]
+        while (agreed := _like(attempts, self.ranks.largest(list(itertools.chain.from_iterable(attempts))))) != attempts:
+            attempts = [
+                [mine if mine == most else self._attempts(sample, most) for sample, mine, most in zip(*both, strict=True)]
+                for both in zip(micro_batches, attempts, agreed, strict=True)
+            ]
+        return micro_batches
+
+    def _attempts(self, sample: Sample, attempt: int = 0) -> int:
+        """Find content for the sample: its own (attempt 0) or another row's (1, 2, …), the first from this attempt on that fits.
+
+        Returns:
+            The attempt that it took.
+
+        Raises:
+            OptionError: None fits.
+        """
+        error: Exception | str = 'another rank cannot'
+        for number in range(attempt, MAX_REPLACEMENTS + 1):
+            if number and not hasattr(self.dataset, '__len__'):
+                logger.warning(f'{sample} is left out, it cannot be encoded: {error}')
+                sample.leave_out()
+            elif number:
+                row = sample.row
+                other = sources.replacement_row(self.args.seed, row.epoch, row.number, number - 1, len(self.dataset))
+                logger.info(f'{sample} cannot be encoded, row {other} stands in: {error}')
+                sample.content = self.dataset[other]
+            if not sample.row.counts:
+                return number
             try:
                 self.encoder.check(sample)
-            except Exception as error:  # as ms-swift's resampling: templates raise anything on a broken image or an over-long row
-                if not hasattr(self.dataset, '__len__'):
-                    logger.warning(f'{sample} is left out, it cannot be encoded: {error}')
-                    return Sample(row.filler(), row.content)
-                number = sources.replacement_row(self.args.seed, row.epoch, row.number, attempt, len(self.dataset))
-                logger.info(f'{sample} cannot be encoded, row {number} stands in: {error}')
-                sample = Sample(row, self.dataset[number], source)
-                last_error = error
+            except Exception as caught:  # as ms-swift's resampling: templates raise anything on a broken image or an over-long row
+                error = caught
             else:
-                return sample
+                return number
         raise OptionError(
-            f'{sample} and {MAX_REPLACEMENTS} other rows cannot be encoded (last: {last_error}); raise --max_length or look at the dataset.'
+            f'{sample} and {MAX_REPLACEMENTS} other rows cannot be encoded (last: {error}); raise --max_length or look at the dataset.'
         )
+
+
+def _like(nested: list[list[int]], flat: list[int]) -> list[list[int]]:
+    """The numbers of a flat list, in lists of the same lengths."""
+    numbers = iter(flat)
+    return [list(itertools.islice(numbers, len(part))) for part in nested]
 
 
 def dated(micro_batches: list[list[Sample]], step: int, student_at: int | None = None) -> list[Sample]:
@@ -147,12 +174,27 @@ def state_of(ready: list[list[Sample]]) -> dict[str, Any]:
         if sample.response is not None:
             state['token_ids'], state['finish_reason'] = sample.response.token_ids, sample.response.finish_reason
             state['generated_at'] = sample.generated_at
+        if sample.scores is not None:
+            state['scores'] = _packed(sample.scores)
         if sample.generated is not None:
             media = [name for name in MEDIA if name in sample.generated.rollout_infos]  # of a scheduler's own
             state['generated'] = {name: getattr(sample.generated, name) for name in (*FROM_ROLLOUT, *media)}
         return state
 
-    return {'version': STATE_VERSION, 'world_size': _world_size(), 'micro_batches': [list(map(one, samples)) for samples in ready]}
+    return {'version': STATE_VERSION, 'world_size': world_size(), 'micro_batches': [list(map(one, samples)) for samples in ready]}
+
+
+def _packed(scores: Scores) -> dict[str, Any]:
+    """As JSON that is a third larger than the numbers: 0.5 MB for 512 tokens with 64 log-probabilities each."""
+    parts = {'logprobs': scores.logprobs.astype('<f4'), 'ids': scores.ids.astype('<i4')}
+    return {'shape': scores.ids.shape, **{name: base64.b64encode(part.tobytes()).decode() for name, part in parts.items()}}
+
+
+def _unpacked(packed: dict[str, Any]) -> Scores:
+    def numbers(name: str, dtype: str) -> numpy.ndarray:
+        return numpy.frombuffer(base64.b64decode(packed[name]), dtype).reshape(packed['shape'])
+
+    return Scores(numbers('logprobs', '<f4').astype(numpy.float32), numbers('ids', '<i4').astype(numpy.int64))
 
 
 def restored(cycle: Cycle, state: dict[str, Any], micro_batches: list[list[Row]]) -> list[list[Sample]]:
@@ -162,7 +204,7 @@ def restored(cycle: Cycle, state: dict[str, Any], micro_batches: list[list[Row]]
         OptionError: The rows are others than those of the checkpoint: the dataset, its order or the batch size changed.
     """
     kept_rows = [[(one['row'], one['epoch'], one['repeat']) for one in kept] for kept in state['micro_batches']]
-    # Rows that were dropped, see Cycle._drawn, are dropped again.
+    # Rows that were dropped, see Cycle._kept, are dropped again.
     found_rows = [[row for row in rows if row.repeat == 0 or row.key in kept] for rows, kept in zip(micro_batches, kept_rows, strict=False)]
     if kept_rows != [[row.key for row in rows] for rows in found_rows]:
         raise OptionError(
@@ -170,34 +212,30 @@ def restored(cycle: Cycle, state: dict[str, Any], micro_batches: list[list[Row]]
             f'{[[row.key for row in rows] for rows in micro_batches]}; use the same dataset, seeds and batch sizes, or '
             '--ignore_data_skip true.'
         )
-    result = []
-    for rows, kept in zip(found_rows, state['micro_batches'], strict=True):
-        samples = []
-        for row, one in zip(rows, kept, strict=True):
-            sample = cycle.sample(row if one['counts'] else row.filler(), one['source'])
+    result = cycle.checked(
+        [
+            [Sample(row if one['counts'] else row.filler(), row.content, one['source']) for row, one in zip(rows, kept, strict=True)]
+            for rows, kept in zip(found_rows, state['micro_batches'], strict=True)
+        ]
+    )
+    for samples, kept in zip(result, state['micro_batches'], strict=True):
+        for sample, one in zip(samples, kept, strict=True):
             if 'token_ids' in one:
                 sample.response = Response(one['token_ids'], one['finish_reason'])
                 sample.generated_at = one['generated_at']
+            if 'scores' in one:
+                sample.scores = _unpacked(one['scores'])
             if 'generated' in one:
                 sample.generated = cycle.encoder.inner(sample)
                 for name, value in one['generated'].items():
                     setattr(sample.generated, name, value)
-            samples.append(sample)
-        result.append(samples)
     # A teacher server may have failed in the middle of the cycle.
     unanswered = any(s.row.counts and s.source != DATASET and s.response is None for samples in result for s in samples)
-    if total_over_ranks(int(unanswered), cycle.args.device):
-        cycle.answer(result)
-    return result
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return cycle.answer(result) if cycle.ranks.anywhere(int(unanswered)) else result
 
 
 def _path(checkpoint: str) -> str:
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    return os.path.join(checkpoint, f'gkd_cycle_rank{rank}.json')
+    return os.path.join(checkpoint, f'gkd_cycle_rank{this_rank()}.json')
 
 
 def save(checkpoint: str, ready: list[list[Sample]]) -> None:
@@ -222,7 +260,7 @@ def load(checkpoint: str) -> dict[str, Any] | None:
         return None
     with open(path, encoding='utf-8') as file:
         state = json.load(file)
-    for name, value in (('version', STATE_VERSION), ('world_size', _world_size())):
+    for name, value in (('version', STATE_VERSION), ('world_size', world_size())):
         if state[name] != value:
             raise OptionError(
                 f'--resume_from_checkpoint {checkpoint}: its responses in flight have {name} {state[name]}, this run has '
@@ -231,7 +269,7 @@ def load(checkpoint: str) -> dict[str, Any] | None:
     return state
 
 
-def stop_together(error: TeacherServerError | None, device: torch.device, step: int) -> None:
+def stop_together(error: TeacherServerError | None, ranks: Ranks, step: int) -> None:
     """Raise on every rank if a teacher server has given up on one. A collective call.
 
     Args:
@@ -240,15 +278,6 @@ def stop_together(error: TeacherServerError | None, device: torch.device, step: 
     Raises:
         TeacherServerError: With this rank's reason, or naming the number of other ranks that failed.
     """
-    failed = total_over_ranks(int(error is not None), device)
+    failed = ranks.anywhere(int(error is not None))
     if failed:
         raise error or TeacherServerError(f'The teacher server of {failed} other ranks gave up at step {step}.')
-
-
-def total_over_ranks(value: int, device: torch.device) -> int:
-    """The sum of a number over all ranks. A collective call."""
-    if _world_size() == 1:
-        return value
-    tensor = torch.tensor(value, dtype=torch.int64, device=device)
-    dist.all_reduce(tensor)
-    return int(tensor)

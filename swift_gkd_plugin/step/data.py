@@ -7,7 +7,7 @@ stream; both hand over bare rows. Here each row carries the number that :mod:`sw
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -189,6 +189,14 @@ class StreamOfRows(DataLoaderDispatcher):
             yield mine[0]
 
 
+def worker_options(args) -> dict[str, Any]:
+    """Options of a loader whose workers read the rows (``--dataloader_num_workers`` and what belongs to it)."""
+    options = {'num_workers': args.dataloader_num_workers}
+    if args.dataloader_num_workers > 0:
+        options |= {'persistent_workers': args.dataloader_persistent_workers, 'prefetch_factor': args.dataloader_prefetch_factor}
+    return options
+
+
 def row_loader(
     dataset,
     batch_size: int,
@@ -226,3 +234,13 @@ def row_loader(
     return StreamOfRows(
         dataset, batch_size, rank=rank, world_size=world_size, num_samples=num_samples, skip=skip, endless=endless, **loader_options
     )
+
+
+def filled_up(micro_batches: Iterable[list[Row]], multiple: int) -> Iterator[list[Row]]:
+    """Micro-batches, and after the last one as many fillers as it takes to a multiple."""
+    count = 0
+    for rows in micro_batches:
+        yield rows
+        count += 1
+    for _ in range(-count % multiple):
+        yield [rows[0].filler()]

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from swift.utils import get_logger
+
+from .. import checks
+from ..arguments import OptionError
 from ..divergence import Divergence
+
+logger = get_logger()
 
 
 @dataclass(frozen=True)
@@ -17,7 +23,7 @@ class LossOptions:
             at 0 there is no teacher.
         alpha: Of the cross-entropy, on tokens that the student did not generate (``--sft_alpha``).
         tail: How a top-k teacher's remaining mass is treated (``--gkd_tail``).
-        vocab_size: Number of token ids that both models have.
+        vocab_size: Number of token ids that both models have; None for all columns of a head.
     """
 
     divergence: Divergence
@@ -25,3 +31,25 @@ class LossOptions:
     alpha: float
     tail: str
     vocab_size: int | None
+
+    @classmethod
+    def of(cls, args, student: int | None, teacher: int | None = None, tokens: tuple[int, int] | None = None) -> LossOptions:
+        """
+        Args:
+            args: ms-swift's arguments.
+            student, teacher: Columns of the output heads; None for a teacher that is the student or elsewhere.
+            tokens: Lengths of the student's and the teacher's tokenizer; None if there is no other model.
+
+        Raises:
+            OptionError: More columns are asked for than the models have in common.
+        """
+        temperature = args.temperature if args.gkd_temperature is None else args.gkd_temperature
+        weight = args.gkd_loss_weight * (temperature**2 if args.gkd_temperature_squared else 1)
+        columns, topk = student, args.gkd_logits_topk
+        if teacher is not None and tokens is not None:
+            columns = checks.compared_columns(student, teacher, *tokens)
+            if columns < max(student, teacher):
+                logger.info(f'Output heads with {student} (student) and {teacher} (teacher) columns: the first {columns} are compared.')
+        if topk is not None and columns is not None and topk > columns:
+            raise OptionError(f'--gkd_logits_topk {topk}: the models have {columns} token ids in common; choose fewer.')
+        return cls(Divergence(args.gkd_divergence, args.beta, temperature, args.gkd_skew), weight, args.sft_alpha, args.gkd_tail, columns)

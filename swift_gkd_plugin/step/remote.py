@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
+import socket
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from swift.utils import get_logger
 
 from .. import checks
-from ..arguments import OptionError
+from ..arguments import OptionError, engine_scores
 from ..responses import SamplingOptions
+from ..sources import TEACHER
 from ..teachers import TopK
+from ..teachers.engine import TeacherEngine, name_of_device
 from ..teachers.server import Question, Scores, ServerOptions, TeacherServerError, TeacherServers
+from .cycle import stop_together
+from .ranks import Ranks, this_rank
 from .samples import MicroBatch, Sample
+
+logger = get_logger()
+T = TypeVar('T')
 
 
 def check_servers(args, tokenizer, datasets: Iterable[Iterable[dict[str, Any]] | None]) -> None:
@@ -40,6 +51,84 @@ def check_servers(args, tokenizer, datasets: Iterable[Iterable[dict[str, Any]] |
             server.check(tokenizer, checks.has_media(datasets))
     except TeacherServerError as error:
         raise OptionError(f'--teacher_model_server: {error}') from None
+
+
+def asked_once(ask: Callable[[], Any], told: Callable[[], T], take: Callable[[T], Any], ranks: Ranks, step: int) -> None:
+    """The first of the ranks with the same rows asks a server, and the others get what it was told, all of it or a part. A collective call.
+
+    Args:
+        ask: Asks; may raise a TeacherServerError.
+        told: What there is to tell after that, whether it raised or not.
+        take: Gets it, on every rank.
+        step: Number of the optimizer step, for the message.
+
+    Raises:
+        TeacherServerError: On every rank, if a server gave up.
+    """
+    error = None
+
+    def first() -> T:
+        nonlocal error
+        try:
+            ask()
+        except TeacherServerError as caught:
+            error = caught
+        return told()
+
+    take(ranks.shared(first))
+    stop_together(error, ranks, step)
+
+
+def teacher_that_answers(
+    args, ranks: Ranks, url: str | None, model: str | None, dtype: torch.dtype, step: Callable[[], int]
+) -> RemoteTeacher | None:
+    """The teacher's servers or its engine; None if a model of the training processes is all there is. A collective call.
+
+    Args:
+        args: ms-swift's arguments.
+        url: ``--teacher_model_server``.
+        model, dtype: Directory and dtype of the weights that an engine loads.
+        step: Optimizer steps that are done.
+
+    Raises:
+        TeacherServerError: A server or an engine can't be reached.
+    """
+    engine, topk, answers = None, args.gkd_logits_topk or 0, args.seq_kd or args.gkd_eval_source == TEACHER
+    if url is None:
+        scores = engine_scores(args) and args.gkd_loss_weight > 0
+        if args.gkd_teacher_engine != 'vllm' or not (scores or answers):
+            return None
+        engine, url = _engine(args, ranks, model, dtype)
+    options = ServerOptions(topk, args.gkd_server_timeout, args.gkd_server_retry_seconds, args.gkd_server_in_flight)
+    servers = TeacherServers(url, options, lambda: str(step() + 1))
+
+    def connect() -> None:
+        servers.connect(args.gkd_server_retry_seconds)
+        if engine is not None:
+            engine.sleep()
+
+    asked_once(connect, lambda: None, lambda _: None, ranks, step() + 1)
+    if engine is None and args.seq_kd and ranks.asks and not servers.sends_scores_with_answers:
+        logger.info('swift deploy sends no log-probabilities with its answers: each of them takes a second, scoring request.')
+    return RemoteTeacher(servers, topk, engine.awake if engine is not None else nullcontext)
+
+
+def _engine(args, ranks: Ranks, model: str, dtype: torch.dtype) -> tuple[TeacherEngine | None, str]:
+    """An engine for the ranks with the same rows, and its address. It belongs to the first of them, which asks for all, and may use the
+    devices of those that are on the same machine."""
+    here = host, _ = socket.gethostname(), name_of_device(ranks.device)
+    devices = list(itertools.chain.from_iterable(names for other, names in ranks.among_sharers(here) if other == host and names)) or None
+    started: list[TeacherEngine] = []
+    urls: list[str] = []
+
+    def start() -> None:
+        log = Path(args.output_dir) / f'teacher_engine_rank{this_rank()}.log'
+        name = str(dtype).removeprefix('torch.')
+        started.append(TeacherEngine(model, name, args.gkd_logits_topk or 0, args.gkd_teacher_engine_args, devices, log))
+        started[0].wait()
+
+    asked_once(start, lambda: started[0].url, urls.append, ranks, 0)
+    return started[0] if started else None, urls[0]
 
 
 class RemoteTeacher:

@@ -78,14 +78,14 @@ class Sample:
     """A row, the source that it drew, and the response once there is one.
 
     Attributes:
-        row: Number, epoch and whether it counts; never changes.
+        row: Number, epoch and whether it counts.
         content: The row's own content, or that of the row that stands in for it.
         source: Who answers.
         response: The generated response; None for the dataset's.
         generated: The sample as ms-swift's rollout returned it, for what only that knows (several turns, loss masks, media).
         encoded: The student's view of a dataset response, encoded when it was checked.
         generated_at: Number of optimizer steps that were done when the response was generated.
-        divergence: Mean over its trained tokens, once its loss was computed; a tensor.
+        divergence: [2], sum and number over its trained tokens on this rank, once their loss was computed.
         scores: What the teacher's server said about each token of the response while it answered.
     """
 
@@ -98,6 +98,10 @@ class Sample:
     generated_at: int | None = None
     divergence: torch.Tensor | None = field(default=None, repr=False)
     scores: Scores | None = field(default=None, repr=False)
+
+    def leave_out(self) -> None:
+        """Make it a filler, which keeps the ranks in step and weighs nothing."""
+        self.row, self.content, self.source, self.encoded = self.row.filler(), self.row.content, DATASET, None
 
     def __str__(self) -> str:
         return f'row {self.row.number} of epoch {self.row.epoch} ({self.source})'

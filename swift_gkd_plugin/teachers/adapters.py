@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+
+from ..arguments import OptionError
 
 
 @contextmanager
@@ -63,3 +65,26 @@ def trained_outside_adapters(model: nn.Module) -> list[str]:
         bases = [base for name in ('base_layer', 'original_module') if (base := layer._modules.get(name)) is not None]
         held |= {id(p) for p in layer.parameters()} - {id(p) for base in bases for p in base.parameters()}
     return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+
+
+def check_frozen_base(models: Iterable[nn.Module], description: str) -> None:
+    """
+    Args:
+        models: What this rank holds of a model whose base teaches while it is trained.
+        description: Of the teacher, for the message.
+
+    Raises:
+        OptionError: Something outside the adapter is trained, which would move the teacher.
+    """
+    moving = [name for model in models for name in trained_outside_adapters(model)]
+    if moving:
+        raise OptionError(
+            f'The teacher is {description}, but {len(moving)} parameters outside the adapter are trained, {moving[0]} for one; '
+            'freeze them, or give --teacher_model another copy of the base.'
+        )
+
+
+def adapter_has_effect(model: nn.Module) -> bool:
+    """Whether the adapter changes the model at the start. A fresh LoRA has B = 0; of other tuners that can't be told."""
+    b = [getattr(p, 'ds_tensor', p) for name, p in model.named_parameters() if 'lora_B' in name]
+    return not b or any(p.detach().any().item() for p in b)

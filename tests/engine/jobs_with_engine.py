@@ -34,7 +34,7 @@ def largest_difference(trainer, samples) -> float:
     model.eval()
     worst = 0.0
     for sample in samples:
-        encoded, _ = trainer.encoder.views(sample)
+        encoded, _ = trainer.conductor.encoder.views(sample)
         labels = torch.tensor(encoded['labels'])
         trained = (labels != -100).nonzero()[:, 0]
         turns = trained.tensor_split((trained.diff() > 1).nonzero()[:, 0] + 1)
@@ -53,7 +53,7 @@ def largest_difference(trainer, samples) -> float:
     return worst
 
 
-answer = EngineRollout._engine_answers
+answer = EngineRollout.roll_out
 
 
 def watched(self, samples) -> None:
@@ -70,7 +70,7 @@ def watched(self, samples) -> None:
         file.write(json.dumps(line) + '\n')
 
 
-EngineRollout._engine_answers = watched
+EngineRollout.roll_out = watched
 
 
 class WithoutSync(TrainerCallback):

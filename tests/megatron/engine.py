@@ -28,9 +28,9 @@ def largest_difference(trainer, samples) -> float:
     """max |vLLM's log-probability - the live student's| over the sampled tokens that this rank predicts; inf if one isn't trained."""
     if not samples:
         return 0.0
-    batch = trainer.encoder.micro_batch(samples)
+    batch = trainer.conductor.encoder.micro_batch(samples)
     columns = trainer.loss.options.vocab_size
-    with trainer._gathered_weights():
+    with trainer.gathered_weights():
         (signal,) = LiveStudent(trainer.args, trainer.unwrapped_models).signals([batch], TopKOptions(columns, 1.0, columns))
     if signal is None:  # before the last stage
         return 0.0
@@ -58,7 +58,7 @@ def _placed(labels: list[int], sample) -> torch.Tensor:
 
 
 def install(trainer: type) -> None:
-    answer, sync, start = trainer._engine_answers, trainer._move_model_to_vllm, trainer._init_rollout_engine
+    answer, sync, start = trainer.roll_out, trainer._move_model_to_vllm, trainer._init_rollout_engine
 
     def watched(self, samples) -> None:
         answer(self, samples)
@@ -81,4 +81,4 @@ def install(trainer: type) -> None:
         PartialState(cpu=True)
         start(self)
 
-    trainer._engine_answers, trainer._move_model_to_vllm, trainer._init_rollout_engine = watched, synced, started
+    trainer.roll_out, trainer._move_model_to_vllm, trainer._init_rollout_engine = watched, synced, started

@@ -55,7 +55,7 @@ def make_recorder():
             self.batches: list[dict[str, Any]] = []
             self.answers: list[dict[str, Any]] = []
             self.seen = {'payload': 0, 'payload_dtype': None}
-            encode = trainer.encoder.micro_batch
+            encode = trainer.conductor.encoder.micro_batch
 
             def remembered(samples):
                 batch = encode(samples)
@@ -64,7 +64,7 @@ def make_recorder():
                     self.batches.append({k: v for k, v in vars(batch).items() if k != 'samples'})
                 return batch
 
-            trainer.encoder.micro_batch = remembered
+            trainer.conductor.encoder.micro_batch = remembered
             if isinstance(trainer.teacher, LocalTeacher):
                 signals = trainer.teacher.signals
 
@@ -89,7 +89,7 @@ def make_recorder():
             trainer.optimizer.step = recorded
 
         def answer(self, sample) -> dict[str, Any]:
-            encoder, state = self.trainer.encoder, self.trainer.state
+            encoder, state = self.trainer.conductor.encoder, self.trainer.state
             view = encoder.student_prompt if sample.source == 'student' else encoder.teacher_prompt
             with inference_template(encoder.template) as template:
                 prompt = template.encode(view(sample))['input_ids']
@@ -108,7 +108,7 @@ def make_recorder():
                 Path(self.args.output_dir, 'seen.json').write_text(json.dumps(self.seen))
             Path(self.args.output_dir, f'answers_rank{dist.get_rank()}.json').write_text(json.dumps(self.answers))
             if os.environ['EXPORT'] == '1':
-                with self.trainer._gathered_weights():
+                with self.trainer.gathered_weights():
                     weights = {k: v.clone() for k, v in self.trainer.bridge.export_weights(self.trainer.unwrapped_models)}
                 if dist.get_rank() == 0:
                     torch.save(weights, Path(self.args.output_dir) / 'weights.pt')

@@ -14,22 +14,23 @@ class Visitor(MegatronCallback):
 
     def on_train_begin(self) -> None:
         from swift_gkd_plugin.megatron.layouts import RelocatedTeacher
+        from swift_gkd_plugin.megatron.placement import build_teacher, load_teacher
 
-        trainer, asked = self.trainer, self.trainer._asked
-        chunks = trainer._build_teacher()
-        trainer._load_teacher(chunks)
-        teacher = RelocatedTeacher(trainer.args, trainer.teacher_layout, chunks)
+        trainer, count = self.trainer, self.trainer.conductor._count
+        chunks, layout = build_teacher(trainer.args)
+        load_teacher(trainer.args, chunks, layout)
+        teacher = RelocatedTeacher(trainer.args, layout, chunks)
 
         def visited(batches):
             signals = teacher.signals(batches)
             assert len(signals) == len(batches)
-            with trainer.teacher_layout.entered():
+            with layout.entered():
                 random.random(), numpy.random.rand(), torch.rand(3)
                 with get_cuda_rng_tracker().fork():
                     torch.rand(3)
-            return asked(batches)
+            return count(batches)
 
-        trainer._asked = visited
+        trainer.conductor._count = visited
 
 
 megatron_callbacks_map['visitor'] = Visitor

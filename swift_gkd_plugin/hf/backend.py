@@ -1,0 +1,119 @@
+"""The transformers, accelerate, DeepSpeed and FSDP back end, as the step needs it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from swift.utils import unwrap_model_for_generation
+from torch import nn
+
+from ..responses import Response, SamplingOptions
+from ..responses.local import LocalGenerator
+from ..sources import STUDENT, Source
+from ..step.backend import Backend
+from ..step.ranks import Ranks
+from ..step.samples import MicroBatch, Sample
+from ..teachers import Signal
+
+if TYPE_CHECKING:
+    from .trainer import GKDTrainer
+
+
+class TransformersBackend(Backend):
+    """
+    Args:
+        trainer: Whose loop it is. Every rank has rows of its own.
+    """
+
+    def __init__(self, trainer: GKDTrainer):
+        self.trainer, self.args = trainer, trainer.args
+        self.ranks = Ranks(self.args.device)
+        self.saves_only_weights = self.args.save_only_model
+
+    @property
+    def step(self) -> int:
+        return self.trainer.state.global_step
+
+    @property
+    def is_last_step(self) -> bool:
+        return self.step + 1 >= self.trainer.state.max_steps
+
+    def ending_ids(self) -> list[int]:
+        eos = self.trainer.bare.generation_config.eos_token_id
+        return sorted(set(eos if isinstance(eos, list) else [eos]) - {None})
+
+    def generate(self, source: Source, prompts: list[dict[str, Any]], seeds: list[int], options: SamplingOptions) -> list[Response]:
+        """Where ranks share the weights, all of them take part if one has a prompt."""
+        trainer, asked = self.trainer, len(prompts)
+        lockstep = trainer.accelerator.num_processes > 1 and (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
+        if lockstep and not self.ranks.anywhere(asked):
+            return []
+        if lockstep and not asked:
+            prompts, seeds = [{'messages': [{'role': 'user', 'content': 'a'}]}], [0]
+        generator = LocalGenerator(trainer.template, self._lender(source), self.args.device, lockstep)
+        return generator(prompts, seeds, options)[:asked]
+
+    def _lender(self, source: Source) -> Callable[[], AbstractContextManager[nn.Module]]:
+        trainer = self.trainer
+
+        @contextmanager
+        def lend() -> Iterator[nn.Module]:
+            gathers = self.args.ds3_gather_for_generation
+            with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator, gather_deepspeed3_params=gathers) as bare:
+                yield bare
+
+        @contextmanager
+        def lend_teacher() -> Iterator[nn.Module]:
+            gathers = trainer.teacher_ds3_gather_for_generation
+            with (
+                trainer.teacher.ready() as model,
+                unwrap_model_for_generation(model, trainer.accelerator, gather_deepspeed3_params=gathers) as bare,
+            ):
+                yield bare
+
+        return lend if source == STUDENT else lend_teacher
+
+    def roll_out(self, samples: list[Sample]) -> None:
+        self.trainer.roll_out(samples)
+
+    def roll_out_ahead(self, samples: list[Sample]) -> None:
+        if self.ranks.anywhere(len(samples)):
+            self.trainer.roll_out_ahead(samples)
+
+    def signals(self, batches: list[MicroBatch]) -> list[Signal | None]:
+        trainer = self.trainer
+        if not (trainer.teacher.comes_once and batches):
+            return [None] * len(batches)
+        trainer.verify_heads(trainer.model_wrapped, batches[0].to(self.args.device))
+        return trainer.signals(batches)
+
+    def run(self, batches: list[MicroBatch]) -> None:
+        trainer = self.trainer
+        for batch in batches:
+            batch = batch.to(self.args.device)
+            with trainer.template.forward_context(trainer.model, batch.student_inputs):
+                trainer.sum_over_tokens(trainer.model_wrapped, batch)
+
+    def whole(self, parts: torch.Tensor) -> torch.Tensor:
+        return parts
+
+    @property
+    def last_checkpoint(self) -> str | None:
+        return getattr(self.trainer.state, 'last_model_checkpoint', None)  # ms-swift sets it with the first one
+
+    @property
+    def checkpoint(self) -> str:
+        return os.path.join(self.args.output_dir, f'checkpoint-{self.step}')
+
+    def is_complete(self, checkpoint: str) -> bool:
+        return os.path.isfile(os.path.join(checkpoint, 'trainer_state.json'))
+
+    def save(self) -> None:
+        self.trainer._save_checkpoint(self.trainer.model_wrapped, None)
+
+    def how_to_resume(self, checkpoint: str) -> str:
+        return f'--resume_from_checkpoint {checkpoint}'

@@ -1,0 +1,139 @@
+"""The megatron-core back end, as the step needs it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import mpu
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from swift.megatron.utils import maybe_finalize_async_save
+from swift.template import update_generation_config_eos_token
+from torch import nn
+from transformers import AutoConfig, GenerationConfig
+
+from ..responses import Response, SamplingOptions
+from ..sources import STUDENT, Source
+from ..step.backend import Backend
+from ..step.ranks import Ranks
+from ..step.samples import MicroBatch, Sample
+from ..teachers import Signal, TopKOptions
+from .generation import Generator
+
+if TYPE_CHECKING:
+    from .trainer import GKDTrainer
+
+
+class MegatronBackend(Backend):
+    """
+    Args:
+        trainer: Whose loop it is. Ranks that differ in tensor, context or pipeline parallelism alone work on the same rows. Each of them
+            draws, encodes and numbers the rows itself, which is cheaper than sending them around.
+    """
+
+    learning_rate = '--lr'
+
+    def __init__(self, trainer: GKDTrainer):
+        self.trainer, self.args = trainer, trainer.args
+        self.ranks = Ranks(torch.device(self.args.device), mpu.get_data_parallel_group(), trainer._get_rollout_group())
+
+    @property
+    def step(self) -> int:
+        return self.trainer.state.iteration
+
+    @property
+    def is_last_step(self) -> bool:
+        return self.step + 1 >= self.args.train_iters
+
+    def ending_ids(self) -> list[int]:
+        return self._ending_ids(self.args.model_dir)
+
+    def _ending_ids(self, model_dir: str) -> list[int]:
+        try:
+            config = GenerationConfig.from_pretrained(model_dir)
+        except OSError:
+            config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(model_dir, trust_remote_code=True))
+        template = self.trainer.template
+        update_generation_config_eos_token(config, template)
+        eos = template.tokenizer.eos_token_id if config.eos_token_id is None else config.eos_token_id
+        return eos if isinstance(eos, list) else [eos]
+
+    def generate(self, source: Source, prompts: list[dict[str, Any]], seeds: list[int], options: SamplingOptions) -> list[Response]:
+        separate = source != STUDENT and self.trainer.teacher_models is not None
+        eos = self._ending_ids(self.args.teacher_model_dir if separate else self.args.model_dir)
+        return Generator(self.trainer.template, self._lender(source), eos)(prompts, seeds, options)
+
+    def _lender(self, source: Source) -> Callable[[], AbstractContextManager[list[nn.Module]]]:
+        trainer = self.trainer
+
+        @contextmanager
+        def lend() -> Iterator[list[nn.Module]]:
+            with trainer.gathered_weights():
+                yield trainer.unwrapped_models
+
+        @contextmanager
+        def lend_teacher() -> Iterator[list[nn.Module]]:
+            with trainer.teacher.ready():
+                yield trainer.teacher.chunks
+
+        return lend if source == STUDENT else lend_teacher
+
+    def roll_out(self, samples: list[Sample]) -> None:
+        self.trainer.roll_out(samples)
+
+    def roll_out_ahead(self, samples: list[Sample]) -> None:
+        if self.ranks.anywhere(len(samples)):
+            self.trainer.roll_out_ahead(samples)
+
+    def signals(self, batches: list[MicroBatch]) -> list[Signal | None]:
+        teacher, metrics = self.trainer.teacher, self.trainer.conductor.metrics
+        options, k = self.trainer.loss.options, self.args.gkd_logits_topk
+        topk = None if k is None else TopKOptions(k, options.divergence.temperature, options.vocab_size)
+        with metrics.seconds('seconds/teacher'):
+            found = teacher.signals(batches, topk)
+        if teacher.host_copy is not None:
+            metrics.add('teacher/moved_gib', teacher.host_copy.bytes / 2**30)
+        return found
+
+    def run(self, batches: list[MicroBatch]) -> None:
+        trainer = self.trainer
+        get_forward_backward_func()(
+            forward_step_func=trainer.forward_step,
+            data_iterator=trainer.for_each_chunk(batches),
+            model=trainer.wrapped_models,
+            num_microbatches=len(batches),
+            seq_length=self.args.seq_length,
+            micro_batch_size=self.args.micro_batch_size,
+            forward_only=True,
+        )
+        trainer.call_event('on_eval_step')
+
+    def whole(self, parts: torch.Tensor) -> torch.Tensor:
+        if mpu.get_context_parallel_world_size() > 1:
+            dist.all_reduce(parts, group=mpu.get_context_parallel_group())
+        return parts
+
+    @property
+    def last_checkpoint(self) -> str | None:
+        return self.trainer.state.last_model_checkpoint
+
+    @property
+    def checkpoint(self) -> str:
+        return os.path.join(self.args.output_dir, f'checkpoint-{self.step}')
+
+    def is_complete(self, checkpoint: str) -> bool:
+        # The last file of a checkpoint.
+        return os.path.isfile(os.path.join(checkpoint, 'latest_checkpointed_iteration.txt'))
+
+    def save(self) -> None:
+        with self.trainer.gathered_weights():
+            self.trainer.save_checkpoint()
+        maybe_finalize_async_save(self.args, blocking=True, terminate=True)
+
+    def how_to_resume(self, checkpoint: str) -> str:
+        name = 'mcore_adapter' if self.args.tuner_type == 'lora' else 'mcore_model'
+        return f'--{name} {checkpoint} --finetune false'

@@ -1,0 +1,102 @@
+"""What a back end is to the step: what only it can do. Who reads this file can write another one.
+
+The :class:`~swift_gkd_plugin.step.conductor.Conductor` brings the rows of an optimizer step to micro-batches with responses, counts and the
+teacher's signals. The back end then runs them through its own loop, accelerate's or megatron-core's, and books each with
+:meth:`Conductor.add_loss`. Building models, wrapping them, laying them out over ranks and stopping at the output head are no business of
+the step.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+
+from ..responses import Response, SamplingOptions
+from ..sources import Source
+from ..teachers import Signal
+from .ranks import Ranks
+from .samples import MicroBatch, Sample
+
+
+class Backend(ABC):
+    """Every method that is not a property is a collective call: all ranks make it, in the same order, some of them with nothing.
+
+    Attributes:
+        args: ms-swift's arguments with the fields of :class:`~swift_gkd_plugin.arguments.GKDOptions`.
+        ranks: Who works on which rows.
+        learning_rate: The option to lower when a loss is not finite.
+        saves_only_weights: A checkpoint keeps nothing that a resumed run needs.
+    """
+
+    args: Any
+    ranks: Ranks
+    learning_rate = '--learning_rate'
+    saves_only_weights = False
+
+    @property
+    @abstractmethod
+    def step(self) -> int:
+        """Optimizer steps that are done."""
+
+    @property
+    @abstractmethod
+    def is_last_step(self) -> bool:
+        """Whether the run ends with the step that is under way."""
+
+    @abstractmethod
+    def ending_ids(self) -> list[int]:
+        """The ids that end an answer: those of the student's generation config, brought in line with the template."""
+
+    @abstractmethod
+    def generate(self, source: Source, prompts: list[dict[str, Any]], seeds: list[int], options: SamplingOptions) -> list[Response]:
+        """Answer prompts in the training processes, with the student or a local teacher.
+
+        Args:
+            prompts: Inputs of ``template.encode`` without a response. Ranks with the same rows give the same ones.
+            seeds: One per prompt; a response depends on no other prompt.
+        """
+
+    @abstractmethod
+    def roll_out(self, samples: list[Sample]) -> None:
+        """The student answers by its engine; what was asked for ahead is collected. Sets ``generated`` and ``response`` of each sample."""
+
+    @abstractmethod
+    def roll_out_ahead(self, samples: list[Sample]) -> None:
+        """Have the engine's server begin with these, from the weights of now."""
+
+    @abstractmethod
+    def signals(self, batches: list[MicroBatch]) -> list[Signal | None]:
+        """What a local teacher says about the micro-batches of a step, before the student's first forward; None for one that it looks at
+        during the student's turn, or of which nothing is on this rank."""
+
+    @abstractmethod
+    def run(self, batches: list[MicroBatch]) -> None:
+        """Forwards without gradient, for an evaluation; each is booked with ``add_loss``."""
+
+    @abstractmethod
+    def whole(self, parts: torch.Tensor) -> torch.Tensor:
+        """Sums over the ranks that each hold a part of a sample's tokens (context parallelism)."""
+
+    @property
+    @abstractmethod
+    def last_checkpoint(self) -> str | None:
+        """The last one that was written; None before the first."""
+
+    @property
+    @abstractmethod
+    def checkpoint(self) -> str:
+        """Where the checkpoint of the last finished step is, or would be."""
+
+    @abstractmethod
+    def is_complete(self, checkpoint: str) -> bool:
+        """Whether it is there, as this rank sees it."""
+
+    @abstractmethod
+    def save(self) -> None:
+        """Write it, with what :meth:`Conductor.save` keeps."""
+
+    @abstractmethod
+    def how_to_resume(self, checkpoint: str) -> str:
+        """The options with which the run goes on from there."""

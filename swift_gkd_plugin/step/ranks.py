@@ -1,0 +1,107 @@
+"""What the ranks of a run have to say to each other about rows: few, small collective calls, the same on both back ends."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar('T')
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def this_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def total_over_ranks(value: int, device: torch.device) -> int:
+    """The sum of a number over all ranks of the run. A collective call."""
+    if world_size() == 1:
+        return value
+    tensor = torch.tensor(value, dtype=torch.int64, device=device)
+    dist.all_reduce(tensor)
+    return int(tensor)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which ranks have rows of their own, and which work on the same ones. Every method is a collective call of all ranks.
+
+    Attributes:
+        device: Where the tensors of a collective call have to be.
+        owners: The group of ranks that hold each row once (data parallelism); None for all ranks of the run.
+        sharing: The group of ranks with the same rows as this one (tensor, context and pipeline parallelism); None for this rank alone.
+    """
+
+    device: torch.device
+    owners: Any = None
+    sharing: Any = None
+
+    @property
+    def sharers(self) -> int:
+        """How many ranks work on the rows of this one."""
+        return dist.get_world_size(self.sharing) if self.sharing is not None else 1
+
+    @property
+    def asks(self) -> bool:
+        """Whether it is this rank that asks for all with the same rows."""
+        return self.sharing is None or dist.get_rank(self.sharing) == 0
+
+    def totals(self, values: list[int]) -> list[int]:
+        """Sums over the rows of all owners."""
+        if world_size() == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.int64, device=self.device)
+        dist.all_reduce(tensor, group=self.owners)
+        return tensor.tolist()
+
+    def anywhere(self, value: int) -> int:
+        """The sum over all ranks of the run."""
+        return total_over_ranks(value, self.device)
+
+    def gathered(self, lines: list[T]) -> list[T]:
+        """The lines of all owners, in the order of their ranks."""
+        if world_size() == 1:
+            return lines
+        everyone: list[Any] = [None] * dist.get_world_size(self.owners)
+        dist.all_gather_object(everyone, lines, group=self.owners)
+        return list(itertools.chain.from_iterable(everyone))
+
+    def shared(self, make: Callable[[], T]) -> T:
+        """What the first of the ranks with the same rows makes, on all of them."""
+        if self.sharers == 1:
+            return make()
+        found = [make() if self.asks else None]
+        dist.broadcast_object_list(found, dist.get_global_rank(self.sharing, 0), group=self.sharing)
+        return found[0]
+
+    def largest(self, values: list[int]) -> list[int]:
+        """The largest of each number over the ranks with the same rows."""
+        if self.sharers == 1 or not values:
+            return values
+        tensor = torch.tensor(values, dtype=torch.int64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.sharing)
+        return tensor.tolist()
+
+    def among_sharers(self, thing: T) -> list[T]:
+        """What each of the ranks with the same rows has, in the order of their ranks."""
+        if self.sharers == 1:
+            return [thing]
+        everyone: list[Any] = [None] * self.sharers
+        dist.all_gather_object(everyone, thing, group=self.sharing)
+        return everyone
+
+    def at_most(self, value: int) -> int:
+        """The largest of a number over all ranks of the run."""
+        if world_size() == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.int64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return int(tensor)
