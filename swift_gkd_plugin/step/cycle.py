@@ -107,12 +107,19 @@ class Cycle:
         What one of the ranks with the same rows can't encode (an image whose host does not answer it, say), none of them trains on.
         """
         attempts = [[self._attempts(sample) for sample in samples] for samples in micro_batches]
-        while (agreed := _like(attempts, self.ranks.largest(list(itertools.chain.from_iterable(attempts))))) != attempts:
+        while (agreed := self._most_attempts(attempts)) is not None:
             attempts = [
                 [mine if mine == most else self._attempts(sample, most) for sample, mine, most in zip(*both, strict=True)]
                 for both in zip(micro_batches, attempts, agreed, strict=True)
             ]
         return micro_batches
+
+    def _most_attempts(self, attempts: list[list[int]]) -> list[list[int]] | None:
+        """The largest of each number over the ranks with the same rows; None, on each of them, if they have the same numbers."""
+        flat = list(itertools.chain.from_iterable(attempts))
+        found = self.ranks.largest([*flat, *(-number for number in flat)])
+        most, least = found[: len(flat)], [-number for number in found[len(flat) :]]
+        return None if most == least else _like(attempts, most)
 
     def _attempts(self, sample: Sample, attempt: int = 0) -> int:
         """Find content for the sample: its own (attempt 0) or another row's (1, 2, …), the first from this attempt on that fits.
