@@ -154,6 +154,7 @@ class Conductor:
         self._cycles = 0
         if self._resumed is not None:
             state, self._resumed = self._resumed, None
+            self._cycles = state['cycles']
             kept = list(itertools.islice(rows, len(state['micro_batches'])))
             self._ready.extend(self._with_responses(lambda: cycles.restored(self.cycle, state, kept)))
         while len(self._ready) < num_batches:
@@ -393,6 +394,7 @@ class Conductor:
         Raises:
             FloatingPointError: On every rank, if the loss is not finite on one: no weight and no checkpoint takes part in it.
         """
+        self._cycles = 0
         if self.args.log_completions:
             self._write_completions()
         self.stop_on_nan()
@@ -535,11 +537,12 @@ class Conductor:
 
     def save(self, checkpoint: str) -> None:
         """Write this rank's responses in flight. Before the rest: a checkpoint that looks complete has to be."""
-        cycles.save(checkpoint, list(self._ready))
+        cycles.save(checkpoint, list(self._ready), self._cycles)
 
     def _leave(self) -> None:
         """A checkpoint of the last finished step, with the responses that exist. A collective call."""
-        self._begun = []  # the run that goes on begins it again, from the same weights
+        if self._begun:  # the run that goes on begins it again, from the same weights and under the same key
+            self._begun, self._cycles = [], self._cycles - 1
         checkpoint = self.backend.checkpoint
         if not self.ranks.anywhere(int(self.backend.is_complete(checkpoint))):
             self.backend.save()

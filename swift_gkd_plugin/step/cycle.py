@@ -28,7 +28,7 @@ from .samples import Sample, SampleEncoder
 logger = get_logger()
 
 MAX_REPLACEMENTS = 50
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 # What ms-swift's rollout sets in its samples.
 FROM_ROLLOUT = ('messages', 'response_token_ids', 'response_loss_mask', 'finish_reason', 'add_eos')
@@ -106,7 +106,7 @@ class Cycle:
 
         What one of the ranks with the same rows can't encode (an image whose host does not answer it, say), none of them trains on.
         """
-        attempts = [[self._attempts(sample) for sample in samples] for samples in micro_batches]
+        attempts = [[self._attempts(sample, sample.attempt) for sample in samples] for samples in micro_batches]
         while (agreed := self._most_attempts(attempts)) is not None:
             attempts = [
                 [mine if mine == most else self._attempts(sample, most) for sample, mine, most in zip(*both, strict=True)]
@@ -121,7 +121,7 @@ class Cycle:
         most, least = found[: len(flat)], [-number for number in found[len(flat) :]]
         return None if most == least else _like(attempts, most)
 
-    def _attempts(self, sample: Sample, attempt: int = 0) -> int:
+    def _attempts(self, sample: Sample, attempt: int) -> int:
         """Find content for the sample: its own (attempt 0) or another row's (1, 2, …), the first from this attempt on that fits.
 
         Returns:
@@ -130,7 +130,7 @@ class Cycle:
         Raises:
             OptionError: None fits.
         """
-        error: Exception | str = 'another rank cannot'
+        error: Exception | str = 'on another rank, or when it was drawn'
         for number in range(attempt, MAX_REPLACEMENTS + 1):
             if number and not hasattr(self.dataset, '__len__'):
                 logger.warning(f'{sample} is left out, it cannot be encoded: {error}')
@@ -139,7 +139,7 @@ class Cycle:
                 row = sample.row
                 other = sources.replacement_row(self.args.seed, row.epoch, row.number, number - 1, len(self.dataset))
                 logger.info(f'{sample} cannot be encoded, row {other} stands in: {error}')
-                sample.content = self.dataset[other]
+                sample.content, sample.attempt = self.dataset[other], number
             if not sample.row.counts:
                 return number
             try:
@@ -172,12 +172,18 @@ def dated(micro_batches: list[list[Sample]], step: int, student_at: int | None =
     return new
 
 
-def state_of(ready: list[list[Sample]]) -> dict[str, Any]:
-    """What a checkpoint keeps of the micro-batches that wait for their optimizer step."""
+def state_of(ready: list[list[Sample]], drawn: int) -> dict[str, Any]:
+    """What a checkpoint keeps of the micro-batches that wait for their optimizer step.
+
+    Args:
+        drawn: Cycles that this step has drawn already, for the numbers of the next ones.
+    """
 
     def one(sample: Sample) -> dict[str, Any]:
         number, epoch, repeat = sample.row.key
         state = {'row': number, 'epoch': epoch, 'repeat': repeat, 'counts': sample.row.counts, 'source': sample.source}
+        if sample.attempt:
+            state['attempt'] = sample.attempt
         if sample.response is not None:
             state['token_ids'], state['finish_reason'] = sample.response.token_ids, sample.response.finish_reason
             state['generated_at'] = sample.generated_at
@@ -188,7 +194,8 @@ def state_of(ready: list[list[Sample]]) -> dict[str, Any]:
             state['generated'] = {name: getattr(sample.generated, name) for name in (*FROM_ROLLOUT, *media)}
         return state
 
-    return {'version': STATE_VERSION, 'world_size': world_size(), 'micro_batches': [list(map(one, samples)) for samples in ready]}
+    micro_batches = [list(map(one, samples)) for samples in ready]
+    return {'version': STATE_VERSION, 'world_size': world_size(), 'cycles': drawn, 'micro_batches': micro_batches}
 
 
 def _packed(scores: Scores) -> dict[str, Any]:
@@ -221,7 +228,11 @@ def restored(cycle: Cycle, state: dict[str, Any], micro_batches: list[list[Row]]
         )
     result = cycle.checked(
         [
-            [Sample(row if one['counts'] else row.filler(), row.content, one['source']) for row, one in zip(rows, kept, strict=True)]
+            [
+                # What stood in for a row still does, even if the row could be encoded now: the response belongs to it.
+                Sample(row if one['counts'] else row.filler(), row.content, one['source'], attempt=one.get('attempt', 0))
+                for row, one in zip(rows, kept, strict=True)
+            ]
             for rows, kept in zip(found_rows, state['micro_batches'], strict=True)
         ]
     )
@@ -245,14 +256,14 @@ def _path(checkpoint: str) -> str:
     return os.path.join(checkpoint, f'gkd_cycle_rank{this_rank()}.json')
 
 
-def save(checkpoint: str, ready: list[list[Sample]]) -> None:
+def save(checkpoint: str, ready: list[list[Sample]], drawn: int) -> None:
     """Write this rank's part of the cycle in flight, if there is one."""
     if not ready:
         return
     os.makedirs(checkpoint, exist_ok=True)
     path = _path(checkpoint)
     with open(f'{path}.part', 'w', encoding='utf-8') as file:
-        json.dump(state_of(ready), file)
+        json.dump(state_of(ready, drawn), file)
     os.replace(f'{path}.part', path)
 
 

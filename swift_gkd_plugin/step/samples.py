@@ -87,6 +87,7 @@ class Sample:
         generated_at: Number of optimizer steps that were done when the response was generated.
         divergence: [2], sum and number over its trained tokens on this rank, once their loss was computed.
         scores: What the teacher's server said about each token of the response while it answered.
+        attempt: 0 for the row's own content, n for that of the n-th row that was drawn in its place.
     """
 
     row: Row
@@ -98,6 +99,7 @@ class Sample:
     generated_at: int | None = None
     divergence: torch.Tensor | None = field(default=None, repr=False)
     scores: Scores | None = field(default=None, repr=False)
+    attempt: int = 0
 
     def leave_out(self) -> None:
         """Make it a filler, which keeps the ranks in step and weighs nothing."""
