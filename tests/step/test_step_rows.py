@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 
 import pytest
+from datasets import Dataset
 from fake_backend import FakeServer, flat
 from rank_cases import Stream
 
 from swift_gkd_plugin import sources
 from swift_gkd_plugin.arguments import OptionError
-
 
 # -- sources -------------------------------------------------------------------------------------------------------------------------------
 
@@ -132,6 +132,10 @@ def test_a_step_does_not_wait_for_the_cycle_that_it_has_begun(make):
     assert [one['generated_at'] for one in flat(run)] == [0] * 8
 
 
+def too_long(row: dict) -> dict:
+    return {'messages': [row['messages'][0], {'role': 'assistant', 'content': 'very ' * 200}]}
+
+
 def test_a_stream_goes_round_and_leaves_out_what_does_not_fit(make, rows, said):
     rows = [
         {'messages': [rows[i]['messages'][0], {'role': 'assistant', 'content': 'very ' * 200}]} if i == 2 else rows[i] for i in range(7)
@@ -142,8 +146,6 @@ def test_a_stream_goes_round_and_leaves_out_what_does_not_fit(make, rows, said):
 
 
 def test_another_row_stands_in_for_one_that_does_not_fit(make, rows, said):
-    from datasets import Dataset
-
     rows = [
         {'messages': [rows[i]['messages'][0], {'role': 'assistant', 'content': 'very ' * 200}]} if i == 2 else rows[i] for i in range(10)
     ]
@@ -154,10 +156,8 @@ def test_another_row_stands_in_for_one_that_does_not_fit(make, rows, said):
 
 
 def test_a_dataset_of_which_nothing_fits_is_said(make, rows):
-    from datasets import Dataset
-
-    rows = [{'messages': [row['messages'][0], {'role': 'assistant', 'content': 'very ' * 200}]} for row in rows[:10]]
-    with pytest.raises(OptionError, match='50 other rows cannot be encoded .*raise --max_length'):
+    rows = [too_long(row) for row in rows[:10]]
+    with pytest.raises(OptionError, match=r'50 other rows cannot be encoded .*raise --max_length'):
         make(dataset=Dataset.from_list(rows), lmbda=0).train()
 
 
