@@ -136,6 +136,12 @@ class GKDOptions:
     teacher_max_memory: Optional[str] = option(
         None, 'With --teacher_device_map auto: what the teacher may take of each device, \'{0: "20GB", "cpu": "100GB"}\'.'
     )
+    gkd_teacher_batch_size: Optional[int] = option(
+        None,
+        'Rows that a separate --teacher_model looks at together, > 0. They are taken from all micro-batches of the step, sorted by length. '
+        'Default: as many as have 4096 tokens together (16384 if its weights are gathered or brought to the device for it), or twice as '
+        "many as the student's largest micro-batch.",
+    )
     gkd_save_teacher_responses: Optional[str] = option(
         None,
         'With --seq_kd: append what the teacher answers to this JSONL file, a dataset for later runs '
@@ -207,6 +213,8 @@ def check_values(args: Any) -> None:
         _require(args.gkd_temperature > 0, f'--gkd_temperature {args.gkd_temperature}: must be > 0; 1 compares the plain distributions.')
     if args.gkd_teacher_temperature is not None:
         _require(args.gkd_teacher_temperature >= 0, f'--gkd_teacher_temperature {args.gkd_teacher_temperature}: must be >= 0 (0: greedy).')
+    size = args.gkd_teacher_batch_size
+    _require(size is None or size > 0, f'--gkd_teacher_batch_size {size}: must be > 0.')
     if args.gkd_teacher_max_completion_length is not None:
         _require(
             args.gkd_teacher_max_completion_length > 0,

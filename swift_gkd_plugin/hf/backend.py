@@ -17,10 +17,15 @@ from ..sources import STUDENT, Source
 from ..step.backend import Backend
 from ..step.ranks import Ranks
 from ..step.samples import MicroBatch, Sample
+from ..step.teaching import TeacherBatches
 from ..teachers import Signal
 
 if TYPE_CHECKING:
     from .trainer import GKDTrainer
+
+# Tokens in a batch of the teacher's, if the student's are not half as large already: of one whose weights are brought together for each
+# batch, and of one that is there anyway. A forward without a backward pass takes 0.2 to 0.3 MB per token of a 32B model.
+MANY_TOKENS, FEW_TOKENS = 16384, 4096
 
 
 class TransformersBackend(Backend):
@@ -84,17 +89,32 @@ class TransformersBackend(Backend):
         if self.ranks.anywhere(len(samples)):
             self.trainer.roll_out_ahead(samples)
 
+    def teacher_batches(self, batches: list[MicroBatch]) -> TeacherBatches | None:
+        """Of a separate model. One that lives in the student's looks at a micro-batch right before the student does."""
+        teacher, args = self.trainer.teacher, self.args
+        if self._lives_in_student or teacher.routing is not None:
+            return None
+        # Now: whether a head is dense decides what is kept.
+        self.trainer.verify_heads(self.trainer.model_wrapped, batches[0].to(args.device))
+        largest = max(batch.student_inputs['input_ids'].numel() for batch in batches)
+        tokens = max(2 * largest, MANY_TOKENS if teacher.is_sharded or teacher.host_copy else FEW_TOKENS)
+        kept = None if teacher.comes_once else 12 * args.gkd_logits_topk if args.gkd_logits_topk else 4 * teacher.head.width
+        return TeacherBatches(args.gkd_teacher_batch_size, tokens, teacher.is_sharded, bytes_per_token=kept)
+
+    @property
+    def _lives_in_student(self) -> bool:
+        return self.trainer.teacher.model is self.trainer.model
+
     def signals(self, batches: list[MicroBatch]) -> list[Signal | None]:
         trainer = self.trainer
-        if not (trainer.teacher.comes_once and batches):
+        if self._lives_in_student or trainer.teacher.routing is not None:
             return [None] * len(batches)
-        trainer.verify_heads(trainer.model_wrapped, batches[0].to(self.args.device))
         return trainer.signals(batches)
 
     def run(self, batches: list[MicroBatch]) -> None:
         trainer = self.trainer
         for batch in batches:
-            batch = batch.to(self.args.device)
+            batch = trainer.conductor.before_forward(batch).to(self.args.device)
             with trainer.template.forward_context(trainer.model, batch.student_inputs):
                 trainer.sum_over_tokens(trainer.model_wrapped, batch)
 

@@ -94,7 +94,6 @@ class DistillationLoss:
             return logits_divergence(logits, self._teacher_logits(signal, device), options.divergence, **common)
         with self._whole(signal.head):
             teacher = signal.head.tensors(self.teacher_adapter)
-            # Its hidden states were upcast on the way out of a forward in mixed precision; its weights were not.
             hidden = signal.hidden.to(device, teacher.weight.dtype)
             return linear_divergence(
                 chosen,

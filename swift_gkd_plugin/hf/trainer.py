@@ -198,7 +198,7 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         return self.conductor.next_step(epoch_iterator, num_batches, self.args.steps_per_generation), None
 
     def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
-        return inputs.to(self.args.device)
+        return self.conductor.before_forward(inputs).to(self.args.device)
 
     # -- the loss --------------------------------------------------------------------------------------------------------------------
 
@@ -211,7 +211,7 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         if aux is not None and self.aux_loss_enabled:
             loss = loss + self.aux_loss_coef * aux.to(loss.device) * (inputs.num_tokens / tokens)
         if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
-            self.conductor.stop_on_nan()  # its backward pass takes the optimizer step too
+            self.conductor.stop_together()  # its backward pass takes the optimizer step too
         loss = loss.to(self.args.device) * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
@@ -234,13 +234,8 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
 
     def signals(self, batches: list[MicroBatch]) -> list[Signal]:
         """What a local teacher says, in one visit if it lives on the host."""
-        metrics, host_copy = self.conductor.metrics, self.teacher.host_copy
-        moved = host_copy.moved if host_copy else 0
-        with metrics.seconds('seconds/teacher'):
-            found = self.teacher.signals((batch.to(self.args.device) for batch in batches), self._call, self._topk_options())
-        if host_copy:
-            metrics.add('teacher/moved_gib', (host_copy.moved - moved) / 2**30, len(batches) / self.conductor.num_batches)
-        return found
+        with self.conductor.metrics.seconds('seconds/teacher'):
+            return self.teacher.signals((batch.to(self.args.device) for batch in batches), self._call, self._topk_options())
 
     def _topk_options(self) -> TopKOptions | None:
         options, k = self.loss.options, self.args.gkd_logits_topk

@@ -21,11 +21,16 @@ from ..sources import STUDENT, Source
 from ..step.backend import Backend
 from ..step.ranks import Ranks
 from ..step.samples import MicroBatch, Sample
+from ..step.teaching import TeacherBatches
 from ..teachers import Signal, TopKOptions
 from .generation import Generator
+from .layouts import RelocatedTeacher
 
 if TYPE_CHECKING:
     from .trainer import GKDTrainer
+
+# Tokens in a batch of the teacher's, if the student's are not half as large already.
+TOKENS = 4096
 
 
 class MegatronBackend(Backend):
@@ -89,15 +94,30 @@ class MegatronBackend(Backend):
         if self.ranks.anywhere(len(samples)):
             self.trainer.roll_out_ahead(samples)
 
+    def teacher_batches(self, batches: list[MicroBatch]) -> TeacherBatches | None:
+        """Of a separate model. Under context parallelism, which is for long rows, it takes the student's micro-batches."""
+        trainer, args = self.trainer, self.args
+        if trainer.teacher_models is None or args.context_parallel_size > 1:
+            return None
+        teacher, relocated = trainer.teacher, isinstance(trainer.teacher, RelocatedTeacher)
+        stages = teacher.args.pipeline_model_parallel_size
+        interleaved = (teacher.args.virtual_pipeline_model_parallel_size or 1) > 1
+        largest = max(batch.student_inputs['input_ids'].numel() for batch in batches)
+        busy = 2 * stages if stages > 1 else 1  # batches that keep all stages of a replica busy for most of the time
+        return TeacherBatches(
+            args.gkd_teacher_batch_size,
+            max(2 * largest, TOKENS),
+            # The replicas of a relocated teacher share out the batches of all ranks, and run each other's number of rounds.
+            lockstep=not relocated and teacher.args.expert_model_parallel_size > 1,
+            at_least=-(-busy * teacher.replicas // mpu.get_data_parallel_world_size()) if relocated else busy,
+            multiple=stages if interleaved and not relocated else 1,
+        )
+
     def signals(self, batches: list[MicroBatch]) -> list[Signal | None]:
-        teacher, metrics = self.trainer.teacher, self.trainer.conductor.metrics
         options, k = self.trainer.loss.options, self.args.gkd_logits_topk
         topk = None if k is None else TopKOptions(k, options.divergence.temperature, options.vocab_size)
-        with metrics.seconds('seconds/teacher'):
-            found = teacher.signals(batches, topk)
-        if teacher.host_copy is not None:
-            metrics.add('teacher/moved_gib', teacher.host_copy.bytes / 2**30)
-        return found
+        with self.trainer.conductor.metrics.seconds('seconds/teacher'):
+            return self.trainer.teacher.signals(batches, topk)
 
     def run(self, batches: list[MicroBatch]) -> None:
         trainer = self.trainer

@@ -18,6 +18,7 @@ from ..sources import Source
 from ..teachers import Signal
 from .ranks import Ranks
 from .samples import MicroBatch, Sample
+from .teaching import TeacherBatches
 
 
 class Backend(ABC):
@@ -67,9 +68,13 @@ class Backend(ABC):
         """Have the engine's server begin with these, from the weights of now."""
 
     @abstractmethod
+    def teacher_batches(self, batches: list[MicroBatch]) -> TeacherBatches | None:
+        """How a local teacher looks at these micro-batches of a step; None if it takes them as they are."""
+
+    @abstractmethod
     def signals(self, batches: list[MicroBatch]) -> list[Signal | None]:
-        """What a local teacher says about the micro-batches of a step, before the student's first forward; None for one that it looks at
-        during the student's turn, or of which nothing is on this rank."""
+        """What a local teacher says about the trained tokens of each batch, before the student's first forward; None for one that it looks
+        at during the student's turn, or of which nothing is on this rank."""
 
     @abstractmethod
     def run(self, batches: list[MicroBatch]) -> None:
