@@ -39,6 +39,34 @@ def common_vocabulary(student, teacher, student_name: str, teacher_name: str) ->
     return common
 
 
+def tokenizer_lengths(args: Any, student: Any) -> tuple[int, int] | None:
+    """Compare the student's tokenizer with that of a teacher that is another model.
+
+    Args:
+        student: The student's tokenizer, or the processor that has it.
+
+    Returns:
+        The lengths of the student's and of the teacher's; None if there is no other model.
+
+    Raises:
+        OptionError: See :func:`common_vocabulary`.
+    """
+    if args.teacher_model is None:
+        return None
+    from swift.utils import get_logger
+
+    _, teacher = args.get_model_processor(
+        model=args.teacher_model, model_type=args.teacher_model_type, revision=args.teacher_model_revision, load_model=False
+    )
+    student, teacher = (getattr(processor, 'tokenizer', processor) for processor in (student, teacher))
+    common = common_vocabulary(student, teacher, args.model, args.teacher_model)
+    if len(student) != len(teacher):
+        get_logger().info(
+            f'The tokenizers share their first {common} ids (student {len(student)}, teacher {len(teacher)}); only those are compared.'
+        )
+    return len(student), len(teacher)
+
+
 def compared_columns(student_vocab: int, teacher_vocab: int, student_tokens: int, teacher_tokens: int) -> int:
     """The number of leading columns over which both distributions are normalised.
 
@@ -57,6 +85,19 @@ def compared_columns(student_vocab: int, teacher_vocab: int, student_tokens: int
 def has_response(row: dict[str, Any]) -> bool:
     messages = row.get('messages') or []
     return bool(messages) and messages[-1]['role'] == 'assistant' and messages[-1].get('content') not in (None, '')
+
+
+def check_datasets(args: Any, train_dataset: Iterable[dict[str, Any]] | None, val_dataset: Iterable[dict[str, Any]] | None) -> None:
+    """Raises:
+    OptionError: A dataset that is given has no row, or lacks the responses that are learnt from or scored.
+    """
+    if args.dataset:
+        needed = None if args.lmbda == 1 or args.seq_kd else f'--lmbda {args.lmbda} without --seq_kd trains on responses of the dataset'
+        rows = train_dataset if train_dataset is not None else []
+        check_rows(rows, '--dataset', needed, 'let the models answer: --lmbda 1, or --seq_kd true')
+    if val_dataset is not None:
+        needed = '--gkd_eval_source dataset scores responses of the dataset' if args.gkd_eval_source == 'dataset' else None
+        check_rows(val_dataset, '--val_dataset', needed, 'score generated ones: --gkd_eval_source student')
 
 
 def check_rows(rows: Iterable[dict[str, Any]], option: str, needs_response: str | None, instead: str) -> None:
@@ -97,6 +138,19 @@ def has_media(datasets: Iterable[Iterable[dict[str, Any]] | None]) -> bool:
     """Whether one of the first rows has images, videos or audio."""
     columns = ('images', 'videos', 'audios', 'teacher_images')
     return any(row.get(column) for rows in datasets for row in itertools.islice(rows or (), SAMPLED_ROWS) for column in columns)
+
+
+def check_topk(args: Any) -> None:
+    """Raises:
+    OptionError: ``--gkd_logits_topk`` asks for more token ids than the student has.
+    """
+    if args.gkd_logits_topk is None:
+        return
+    from transformers import AutoConfig
+
+    vocab = AutoConfig.from_pretrained(args.model_dir, trust_remote_code=True).get_text_config().vocab_size
+    if args.gkd_logits_topk > vocab:
+        raise OptionError(f'--gkd_logits_topk {args.gkd_logits_topk}: the student has {vocab} token ids; choose fewer.')
 
 
 def check_teacher_engine(args: Any) -> None:

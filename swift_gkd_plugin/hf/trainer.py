@@ -30,7 +30,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from .. import activation, checks, sources
+from .. import checks, sources, versions
 from ..arguments import OptionError, teacher_offload
 from ..divergence import Divergence, TokenStats
 from ..metrics import Metrics
@@ -109,7 +109,7 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         self._server_urls, self.teacher_model_server = self.teacher_model_server, None
         super().__init__(model, None, *_args, **kwargs)
         args = self.args
-        logger.info(activation.banner(type(self)))
+        logger.info(versions.banner(type(self)))
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole step
         args.logging_nan_inf_filter = False  # it would hide what BeforeUpdate is there to find
         self.add_callback(BeforeUpdate(self))

@@ -43,7 +43,7 @@ from swift.utils import JsonlWriter, get_current_device, get_logger
 from torch import nn
 from transformers import AutoConfig, GenerationConfig
 
-from .. import activation, checks, sources
+from .. import checks, sources, versions
 from ..arguments import OptionError, engine_scores, teacher_offload
 from ..divergence import Divergence, TokenStats
 from ..metrics import Metrics
@@ -95,7 +95,7 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
         self._setup_teacher()
         args.teacher_model_server = server_urls
         super().__init__(args, template, **kwargs)
-        logger.info(activation.banner(type(self)))
+        logger.info(versions.banner(type(self)))
         self.device = args.device = get_current_device()  # transformers' arguments have it, and Cycle asks for it
         self.metrics = Metrics(torch.device(self.device))
         self.completions = JsonlWriter(os.path.join(args.output_dir, 'completions.jsonl'), write_on_rank='last')

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from ..divergence import Divergence
+import torch
+
+from ..divergence import Divergence, TokenStats, topk_divergence
+from ..teachers import TopK
 
 
 @dataclass(frozen=True)
@@ -25,3 +29,39 @@ class LossOptions:
     alpha: float
     tail: str
     vocab_size: int | None
+
+
+class LossInForward:
+    """The loss of a micro-batch, computed inside the student's wrapped forward. The back ends know how that is reached.
+
+    Args:
+        options: What is minimised.
+        head: The student's output head.
+        teacher_adapter: Whether the teacher's head is read with its adapter on.
+    """
+
+    def __init__(self, options: LossOptions, head: Any, teacher_adapter: bool = True):
+        self.options, self.head, self.teacher_adapter = options, head, teacher_adapter
+
+    def _of_tokens(self, labels: torch.Tensor, weights: torch.Tensor, imitated: torch.Tensor, stats: TokenStats) -> dict[str, Any]:
+        """Arguments of every divergence: what is known of the tokens themselves, each [n], and where their values go."""
+        return dict(
+            token_weights=weights * self.options.weight,
+            labels=labels,
+            label_weights=weights * imitated * self.options.alpha,
+            reduction='sum',
+            stats=stats,
+        )
+
+    def _from_topk(self, chosen: torch.Tensor, weight: torch.Tensor | None, signal: TopK, **common: Any) -> torch.Tensor:
+        """Against a teacher of which k log-probabilities are known; ``chosen`` are logits if ``weight`` is None."""
+        return topk_divergence(
+            chosen,
+            weight,
+            signal.logprobs.to(chosen.device),
+            signal.ids.to(chosen.device),
+            self.options.divergence,
+            tail=self.options.tail,
+            topk_temperature=signal.temperature,
+            **common,
+        )
