@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from .arguments import OptionError
@@ -121,17 +121,40 @@ def check_rows(rows: Iterable[dict[str, Any]], option: str, needs_response: str 
         )
 
 
-def check_tags(datasets: Iterable[Iterable[dict[str, Any]] | None], column: str, tags: set[str]) -> None:
-    """Raises:
-    OptionError: A row has a tag that no teacher server has, or none.
+def check_tags(datasets: Iterable[Any], column: str, servers: list[set[str]]) -> None:
+    """Look at the tag of every row; of a stream, at those of the first rows.
+
+    Args:
+        datasets: Of ms-swift, or None.
+        column: Where the tags are. ms-swift fills ``dataset`` itself, with the name of the dataset that a row comes from.
+        servers: The tags of each of several teacher servers.
+
+    Raises:
+        OptionError: A row has a tag that no server has, or none; or no row has one of a server's.
     """
-    for rows in datasets:
-        for number, row in enumerate(itertools.islice(rows or (), SAMPLED_ROWS)):
-            if str(row.get(column)) not in tags:
+    known, found, streamed = set().union(*servers), set(), False
+    for rows in filter(None, datasets):
+        streamed |= not hasattr(rows, '__len__')
+        for number, tag in enumerate(_tags(rows, column)):
+            if tag is None or str(tag) not in known:
                 raise OptionError(
-                    f'--teacher_tag_key {column}: row {number} has the tag {row.get(column)!r}, and the servers of '
-                    f'--teacher_model_server have {", ".join(sorted(tags))}.'
+                    f'--teacher_tag_key {column}: row {number} has the tag {tag!r}, and the servers of --teacher_model_server have '
+                    f'{", ".join(sorted(known))}.'
                 )
+            found.add(str(tag))
+    idle = [tags for tags in servers if not tags & found]
+    if idle and not streamed:
+        raise OptionError(
+            f'--teacher_tag_key {column}: no row is for the server of {", ".join(sorted(idle[0]))}, the rows have '
+            f'{", ".join(sorted(found))}; correct the tags, or leave the server out.'
+        )
+
+
+def _tags(rows: Any, column: str) -> Iterator[Any]:
+    if hasattr(rows, '__len__') and column in rows.column_names:
+        batches = rows.select_columns(column).iter(SAMPLED_ROWS)  # without the rest of a row, a second for half a million rows
+        return itertools.chain.from_iterable(batch[column] for batch in batches)
+    return (row.get(column) for row in itertools.islice(rows, SAMPLED_ROWS))
 
 
 def has_media(datasets: Iterable[Iterable[dict[str, Any]] | None]) -> bool:

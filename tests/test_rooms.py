@@ -33,7 +33,7 @@ STOREYS = (
 STOREY = {room: number for number, storey in enumerate(STOREYS) for room in storey}
 
 # Loaded before torch and ms-swift. Inside a function they may ask ms-swift, which is there by the time of the call.
-STANDARD_LIBRARY_ONLY = ('', 'activation', 'arguments', 'external', 'hf.host', 'megatron.host', 'seams', 'sources', 'versions')
+STANDARD_LIBRARY_ONLY = ('', 'activation', 'arguments', 'external', 'hf.host', 'megatron.host', 'seams', 'sources', 'unused', 'versions')
 
 # What a step must not know; the trainers do.
 BACK_ENDS = (
@@ -132,7 +132,7 @@ def test_what_starts_first_needs_the_standard_library_only(module):
         if name in loaded:
             continue
         loaded.add(name)
-        waiting += filter(None, [name.rpartition('.')[0]])  # Python loads a package before what is in it
+        waiting.append(name.rpartition('.')[0])  # Python loads a package before what is in it
         for found in imports(name):
             if found.ours and found.at_start:
                 waiting.append(found.name)
