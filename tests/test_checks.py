@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from datasets import Dataset, IterableDataset, concatenate_datasets
 
 from swift_gkd_plugin.arguments import OptionError
 from swift_gkd_plugin.checks import SAMPLED_ROWS, check_tags
+from swift_gkd_plugin.step.remote import check_servers
 
 SERVERS = [{'math', 'algebra'}, {'code'}]
 
@@ -54,3 +57,17 @@ def test_a_stream_is_not_read_to_its_end():
     check_tags([IterableDataset.from_generator(endless)], 'kind', SERVERS)
     assert SAMPLED_ROWS <= len(read) <= SAMPLED_ROWS + 1
     assert "row 0 has the tag 'maths'" in refusal([IterableDataset.from_generator(lambda: iter([{'kind': 'maths'}]))])
+
+
+def test_tags_are_compared_before_a_server_is_asked():
+    args = SimpleNamespace(
+        teacher_model_server='[{"url": "http://127.0.0.1:9", "tags": ["math"]}, {"url": "http://127.0.0.1:10", "tags": ["code"]}]',
+        teacher_tag_key='kind',
+        gkd_loss_weight=1,
+        seq_kd=False,
+        gkd_logits_topk=4,
+        gkd_server_timeout=1,
+    )
+    for tags, words in (('math', 'maths'), "'maths'"), (('math', 'math'), 'no row is for the server of code'):
+        with pytest.raises(OptionError, match=words):
+            check_servers(args, None, (rows(*tags), None))
