@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from .. import activation, checks
+from .. import checks, versions
 from ..arguments import teacher_offload
 from ..divergence import TokenStats
 from ..responses.local import evaluation_mode
@@ -93,7 +93,7 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         super().__init__(model, None, *_args, **kwargs)
         args = self.args
         args.gkd_logits_topk = topk  # ms-swift's arguments have it, its trainer's do not
-        logger.info(activation.banner(type(self)))
+        logger.info(versions.banner(type(self)))
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole step
         args.logging_nan_inf_filter = False  # it would hide what BeforeUpdate is there to find
         self.add_callback(BeforeUpdate(self))

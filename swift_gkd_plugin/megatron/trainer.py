@@ -22,7 +22,7 @@ from swift.megatron.trainers.rlhf_mixin import MegatronRLHFTrainer
 from swift.utils import get_current_device, get_logger
 from torch import nn
 
-from .. import activation, checks
+from .. import checks, versions
 from ..divergence import TokenStats
 from ..sources import TEACHER
 from ..step.conductor import Conductor
@@ -68,7 +68,7 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
         self._setup_teacher()
         args.teacher_model_server = server_urls
         super().__init__(args, template, **kwargs)
-        logger.info(activation.banner(type(self)))
+        logger.info(versions.banner(type(self)))
         args.device = get_current_device()  # what transformers' arguments have and Megatron-SWIFT's have not
         args.min_p = 0.0
         # Sequence and context parallelism cut sequences into equal parts.

@@ -46,7 +46,7 @@ def check_servers(args, tokenizer, datasets: Iterable[Iterable[dict[str, Any]] |
     try:
         servers = TeacherServers(args.teacher_model_server, options).servers
         if len(servers) > 1:
-            checks.check_tags(datasets, args.teacher_tag_key, {tag for server in servers for tag in server.tags})
+            checks.check_tags(datasets, args.teacher_tag_key, [set(server.tags) for server in servers])
         for server in servers:
             server.connect()
             server.check(tokenizer, checks.has_media(datasets))
