@@ -497,7 +497,7 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
         """Micro-batches without end. The schedule wants the same number in every step, so the last step of an epoch gets fillers."""
         args, per_step = self.args, self.args.num_microbatches
         seed = args.data_seed if args.train_dataloader_shuffle else None
-        loader = self._row_loader(dataset, seed=seed, num_samples=args.gkd_num_samples)
+        loader = self._row_loader(dataset, seed=seed, draw=self.cycle.draw, epochs=args.num_train_epochs or 1)
         steps = -(-len(loader) // per_step)
         first, skipped = divmod(self.state.iteration, steps)
         loader.batch_sampler.skip = skipped * per_step
