@@ -55,6 +55,9 @@ class Cycle:
         dataset: The loaded dataset, for rows that stand in for others.
         encoder: Tells whether a row fits.
         answers: Who answers, by source.
+
+    Attributes:
+        draw: The draws of the run; the order of the rows is made with the same.
     """
 
     def __init__(self, args, dataset, encoder: SampleEncoder, answers: dict[Source, Answer]):
