@@ -70,7 +70,8 @@ class GKDOptions:
     gkd_num_samples: int = option(
         1,
         'Responses per prompt that the student or the teacher answers, each with a seed of its own, > 0. Every response takes the place of '
-        'a row in the batch; a response of the dataset is there once.',
+        'a row in the batch; a response of the dataset is there once. With --gkd_source_per batch its repeats are dropped after the rows '
+        'have been shared out and leave micro-batches that count nothing.',
     )
     gkd_on_missing_engine: Literal['generate', 'dataset'] = option(
         'generate',

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from swift.utils import unwrap_model_for_generation
@@ -20,9 +21,6 @@ from ..step.samples import MicroBatch, Sample
 from ..step.teaching import TeacherBatches
 from ..teachers import Signal
 
-if TYPE_CHECKING:
-    from .trainer import GKDTrainer
-
 # Tokens in a batch of the teacher's, if the student's are not half as large already: of one whose weights are brought together for each
 # batch, and of one that is there anyway. A forward without a backward pass takes 0.2 to 0.3 MB per token of a 32B model.
 MANY_TOKENS, FEW_TOKENS = 16384, 4096
@@ -31,10 +29,10 @@ MANY_TOKENS, FEW_TOKENS = 16384, 4096
 class TransformersBackend(Backend):
     """
     Args:
-        trainer: Whose loop it is. Every rank has rows of its own.
+        trainer: The :class:`~.trainer.GKDTrainer` whose loop it is. Every rank has rows of its own.
     """
 
-    def __init__(self, trainer: GKDTrainer):
+    def __init__(self, trainer):
         self.trainer, self.args = trainer, trainer.args
         self.ranks = Ranks(self.args.device)
         self.saves_only_weights = self.args.save_only_model
@@ -59,35 +57,24 @@ class TransformersBackend(Backend):
             return []
         if lockstep and not asked:
             prompts, seeds = [{'messages': [{'role': 'user', 'content': 'a'}]}], [0]
-        generator = LocalGenerator(trainer.template, self._lender(source), self.args.device, lockstep)
+        generator = LocalGenerator(trainer.template, partial(self._lent, source), self.args.device, lockstep)
         return generator(prompts, seeds, options)[:asked]
 
-    def _lender(self, source: Source) -> Callable[[], AbstractContextManager[nn.Module]]:
-        trainer = self.trainer
-
-        @contextmanager
-        def lend() -> Iterator[nn.Module]:
-            gathers = self.args.ds3_gather_for_generation
-            with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator, gather_deepspeed3_params=gathers) as bare:
-                yield bare
-
-        @contextmanager
-        def lend_teacher() -> Iterator[nn.Module]:
-            gathers = trainer.teacher_ds3_gather_for_generation
-            with (
-                trainer.teacher.ready() as model,
-                unwrap_model_for_generation(model, trainer.accelerator, gather_deepspeed3_params=gathers) as bare,
-            ):
-                yield bare
-
-        return lend if source == STUDENT else lend_teacher
+    @contextmanager
+    def _lent(self, source: Source) -> Iterator[nn.Module]:
+        trainer, student = self.trainer, source == STUDENT
+        gathers = self.args.ds3_gather_for_generation if student else trainer.teacher_ds3_gather_for_generation
+        with (
+            nullcontext(trainer.model_wrapped) if student else trainer.teacher.ready() as model,
+            unwrap_model_for_generation(model, trainer.accelerator, gather_deepspeed3_params=gathers) as bare,
+        ):
+            yield bare
 
     def roll_out(self, samples: list[Sample]) -> None:
         self.trainer.roll_out(samples)
 
     def roll_out_ahead(self, samples: list[Sample]) -> None:
-        if self.ranks.anywhere(len(samples)):
-            self.trainer.roll_out_ahead(samples)
+        self.trainer.roll_out_ahead(samples)
 
     def teacher_batches(self, batches: list[MicroBatch]) -> TeacherBatches | None:
         """Of a separate model. One that lives in the student's looks at a micro-batch right before the student does."""
@@ -124,10 +111,6 @@ class TransformersBackend(Backend):
     @property
     def last_checkpoint(self) -> str | None:
         return getattr(self.trainer.state, 'last_model_checkpoint', None)  # ms-swift sets it with the first one
-
-    @property
-    def checkpoint(self) -> str:
-        return os.path.join(self.args.output_dir, f'checkpoint-{self.step}')
 
     def is_complete(self, checkpoint: str) -> bool:
         return os.path.isfile(os.path.join(checkpoint, 'trainer_state.json'))

@@ -26,7 +26,7 @@ from .. import checks, versions
 from ..arguments import teacher_offload
 from ..divergence import TokenStats
 from ..responses.local import evaluation_mode
-from ..sources import TEACHER
+from ..sources import TEACHER, Draw
 from ..step.conductor import Conductor
 from ..step.data import Row, row_loader, worker_options
 from ..step.objective import LossOptions
@@ -182,7 +182,8 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
             self.train_dataset,
             self._train_batch_size,
             seed=seed if args.train_dataloader_shuffle else None,
-            num_samples=args.gkd_num_samples,
+            draw=Draw.of(args),
+            epochs=1 if args.max_steps > 0 else args.num_train_epochs,
             drop_last=args.dataloader_drop_last,
             skip=skip_batches,
             endless=True,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,9 +27,6 @@ from ..teachers import Signal, TopKOptions
 from .generation import Generator
 from .layouts import RelocatedTeacher
 
-if TYPE_CHECKING:
-    from .trainer import GKDTrainer
-
 # Tokens in a batch of the teacher's, if the student's are not half as large already.
 TOKENS = 4096
 
@@ -36,13 +34,13 @@ TOKENS = 4096
 class MegatronBackend(Backend):
     """
     Args:
-        trainer: Whose loop it is. Ranks that differ in tensor, context or pipeline parallelism alone work on the same rows. Each of them
-            draws, encodes and numbers the rows itself, which is cheaper than sending them around.
+        trainer: The :class:`~.trainer.GKDTrainer` whose loop it is. Ranks that differ in tensor, context or pipeline parallelism alone work
+            on the same rows. Each of them draws, encodes and numbers the rows itself, which is cheaper than sending them around.
     """
 
     learning_rate = '--lr'
 
-    def __init__(self, trainer: GKDTrainer):
+    def __init__(self, trainer):
         self.trainer, self.args = trainer, trainer.args
         self.ranks = Ranks(torch.device(self.args.device), mpu.get_data_parallel_group(), trainer._get_rollout_group())
 
@@ -70,29 +68,19 @@ class MegatronBackend(Backend):
     def generate(self, source: Source, prompts: list[dict[str, Any]], seeds: list[int], options: SamplingOptions) -> list[Response]:
         separate = source != STUDENT and self.trainer.teacher_models is not None
         eos = self._ending_ids(self.args.teacher_model_dir if separate else self.args.model_dir)
-        return Generator(self.trainer.template, self._lender(source), eos)(prompts, seeds, options)
+        return Generator(self.trainer.template, partial(self._lent, source), eos)(prompts, seeds, options)
 
-    def _lender(self, source: Source) -> Callable[[], AbstractContextManager[list[nn.Module]]]:
-        trainer = self.trainer
-
-        @contextmanager
-        def lend() -> Iterator[list[nn.Module]]:
-            with trainer.gathered_weights():
-                yield trainer.unwrapped_models
-
-        @contextmanager
-        def lend_teacher() -> Iterator[list[nn.Module]]:
-            with trainer.teacher.ready():
-                yield trainer.teacher.chunks
-
-        return lend if source == STUDENT else lend_teacher
+    @contextmanager
+    def _lent(self, source: Source) -> Iterator[list[nn.Module]]:
+        trainer, student = self.trainer, source == STUDENT
+        with trainer.gathered_weights() if student else trainer.teacher.ready():
+            yield trainer.unwrapped_models if student else trainer.teacher.chunks
 
     def roll_out(self, samples: list[Sample]) -> None:
         self.trainer.roll_out(samples)
 
     def roll_out_ahead(self, samples: list[Sample]) -> None:
-        if self.ranks.anywhere(len(samples)):
-            self.trainer.roll_out_ahead(samples)
+        self.trainer.roll_out_ahead(samples)
 
     def teacher_batches(self, batches: list[MicroBatch]) -> TeacherBatches | None:
         """Of a separate model. Under context parallelism, which is for long rows, it takes the student's micro-batches."""
@@ -140,10 +128,6 @@ class MegatronBackend(Backend):
     @property
     def last_checkpoint(self) -> str | None:
         return self.trainer.state.last_model_checkpoint
-
-    @property
-    def checkpoint(self) -> str:
-        return os.path.join(self.args.output_dir, f'checkpoint-{self.step}')
 
     def is_complete(self, checkpoint: str) -> bool:
         # The last file of a checkpoint.

@@ -24,6 +24,7 @@ from ..seams import (
     recognise_base,
     take_options,
 )
+from ..sources import Draw
 from .options import check_layout, check_supported, said_once
 
 # Options of Megatron-SWIFT 3.x that command lines for gkd still carry.
@@ -70,7 +71,7 @@ def take_over_arguments(module: ModuleType) -> dict[str, Any]:
         # Stock drops what is left of an epoch and of the evaluation set. Ours is a shorter last step.
         evaluates = val_dataset is not None and self.eval_iters != 0
         stock(train_dataset, val_dataset)
-        counts = len(train_dataset) * self.gkd_num_samples, len(val_dataset or ())
+        counts = Draw.of(self).epoch_length(len(train_dataset), self.num_train_epochs or 1), len(val_dataset or ())
         steps, eval_steps = (-(-count // self.global_batch_size) for count in counts)
         if self.num_train_epochs is not None:
             self.train_iters = steps * self.num_train_epochs

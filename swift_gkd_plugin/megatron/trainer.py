@@ -24,7 +24,7 @@ from torch import nn
 
 from .. import checks, versions
 from ..divergence import TokenStats
-from ..sources import TEACHER
+from ..sources import TEACHER, Draw
 from ..step.conductor import Conductor
 from ..step.data import Row, filled_up, row_loader, worker_options
 from ..step.objective import LossOptions
@@ -130,7 +130,7 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
         """Micro-batches without end. The schedule wants the same number in every step, so the last step of an epoch gets fillers."""
         args, per_step = self.args, self.args.num_microbatches
         seed = args.data_seed if args.train_dataloader_shuffle else None
-        loader = self._row_loader(dataset, seed=seed, num_samples=args.gkd_num_samples)
+        loader = self._row_loader(dataset, seed=seed, draw=Draw.of(args), epochs=args.num_train_epochs or 1)
         steps = -(-len(loader) // per_step)
         first, skipped = divmod(self.state.iteration, steps)
         loader.batch_sampler.skip = skipped * per_step

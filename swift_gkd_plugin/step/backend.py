@@ -8,6 +8,7 @@ the step.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -65,7 +66,7 @@ class Backend(ABC):
 
     @abstractmethod
     def roll_out_ahead(self, samples: list[Sample]) -> None:
-        """Have the engine's server begin with these, from the weights of now."""
+        """Have the engine's server begin with these, from the weights of now. Some rank has one."""
 
     @abstractmethod
     def teacher_batches(self, batches: list[MicroBatch]) -> TeacherBatches | None:
@@ -90,9 +91,9 @@ class Backend(ABC):
         """The last one that was written; None before the first."""
 
     @property
-    @abstractmethod
     def checkpoint(self) -> str:
         """Where the checkpoint of the last finished step is, or would be."""
+        return os.path.join(self.args.output_dir, f'checkpoint-{self.step}')
 
     @abstractmethod
     def is_complete(self, checkpoint: str) -> bool:

@@ -203,8 +203,9 @@ class Conductor:
         """``--gkd_prefetch``: the server answers the next cycle while this step trains, from the weights before this step."""
         self.cycle_key = self._next_key()
         self._begun, self._begun_at = self._drawn(rows, length, self.cycle_key), self.backend.step
-        if self._begun:
-            self.backend.roll_out_ahead([s for samples in self._begun for s in samples if s.row.counts and s.source == STUDENT])
+        of_student = [s for samples in self._begun for s in samples if s.row.counts and s.source == STUDENT]
+        if self.ranks.anywhere(len(of_student)):
+            self.backend.roll_out_ahead(of_student)
 
     def _finished(self) -> list[list[Sample]]:
         """The cycle that was begun a step ago, with its responses."""

@@ -58,10 +58,14 @@ class Cycle:
         encoder: Tells whether a row fits.
         answers: Who answers, by source.
         ranks: Those with the same rows have to agree on which of them can't be encoded.
+
+    Attributes:
+        draw: The draws of the run; the order of the rows is made with the same.
     """
 
     def __init__(self, args, dataset, encoder: SampleEncoder, answers: dict[Source, Answer], ranks: Ranks):
         self.args, self.dataset, self.encoder, self.answers, self.ranks = args, dataset, encoder, answers, ranks
+        self.draw = sources.Draw.of(args)
 
     def drawn(self, micro_batches: list[list[Row]], cycle_key: tuple[int, int]) -> list[list[Sample]]:
         """Draw a source for each row and replace what can't be encoded; no responses yet. A collective call.
@@ -88,8 +92,9 @@ class Cycle:
         return micro_batches
 
     def _kept(self, rows: list[Row], cycle_key: tuple[int, int]) -> list[tuple[Row, Source]]:
-        """A micro-batch's rows with their sources. A response of the dataset is there once, however often its row comes
-        (``--gkd_num_samples``); a micro-batch without any other row keeps one as a filler."""
+        """A micro-batch's rows with their sources. Where the cycle draws for all of its rows (``--gkd_source_per batch``), the order could
+        not know which come once (``--gkd_num_samples``): repeats of a response of the dataset are dropped here, and a micro-batch without
+        any other row keeps one as a filler."""
         drawn = [(row, self._source(row, cycle_key)) for row in rows]
         kept = [(row, source) for row, source in drawn if source != DATASET or row.repeat == 0]
         return kept or [(rows[0].filler(), DATASET)]
@@ -97,9 +102,7 @@ class Cycle:
     def _source(self, row: Row, cycle_key: tuple[int, int]) -> Source:
         if not row.counts:
             return DATASET
-        seed, per_sample = self.args.seed, self.args.gkd_source_per == 'sample'
-        u = sources.uniform(seed, row.epoch, row.number) if per_sample else sources.uniform(seed, *cycle_key, purpose='cycle')
-        return sources.draw_source(u, self.args.lmbda, self.args.seq_kd)
+        return self.draw.source(row.epoch, row.number) if self.draw.per_sample else self.draw.source(*cycle_key, purpose='cycle')
 
     def checked(self, micro_batches: list[list[Sample]]) -> list[list[Sample]]:
         """The samples with content that can be encoded for their sources: their own, or another row's. A collective call.
@@ -209,7 +212,7 @@ def restored(cycle: Cycle, state: dict[str, Any], micro_batches: list[list[Row]]
     if kept_rows != [[row.key for row in rows] for rows in found_rows]:
         raise OptionError(
             f'--resume_from_checkpoint: the checkpoint has responses for (row, epoch, repeat) {kept_rows}, the data gives '
-            f'{[[row.key for row in rows] for rows in micro_batches]}; use the same dataset, seeds and batch sizes, or '
+            f'{[[row.key for row in rows] for rows in micro_batches]}; use the same dataset, seeds, batch sizes and --num_train_epochs, or '
             '--ignore_data_skip true.'
         )
     result = cycle.checked(
