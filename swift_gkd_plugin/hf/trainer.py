@@ -391,14 +391,16 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
 
     def _generate(self, samples: list[Sample], source: Source, lend, prompts: list[dict[str, Any]]) -> None:
         """Generate with transformers. Where ranks share the weights, all of them take part if one has a prompt."""
-        lockstep = self.accelerator.num_processes > 1 and (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        shared = self.is_fsdp_enabled or is_zero3(self.args.deepspeed) or self.is_teacher_ds3  # ZeRO-1 and 2 leave weights whole
+        lockstep = self.accelerator.num_processes > 1 and bool(shared)
         if lockstep and not cycles.total_over_ranks(len(samples), self.args.device):
             return
         if lockstep and not prompts:
             prompts = [{'messages': [{'role': 'user', 'content': 'a'}]}]
         seeds = [self._seed(s) for s in samples] or [0] * len(prompts)
         with self.metrics.seconds('seconds/generation'):
-            responses = LocalGenerator(self.template, lend, self.args.device, lockstep)(prompts, seeds, self._sampling_options(source))
+            generator = LocalGenerator(self.template, lend, self.args.device, lockstep, self.args.gkd_generation_tokens)
+            responses = generator(prompts, seeds, self._sampling_options(source))
         for sample, response in zip(samples, responses, strict=False):  # a rank's stand-in prompt has no sample
             sample.response = response
 

@@ -297,7 +297,7 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
             with self._gathered_weights():
                 yield self.unwrapped_models
 
-        generator = Generator(self.template, lend, self._ending_ids(self.args.model_dir))
+        generator = Generator(self.template, lend, self._ending_ids(self.args.model_dir), self.args.gkd_generation_tokens)
         self._generate(samples, STUDENT, generator, [self.encoder.student_prompt(sample) for sample in samples])
 
     def _teacher_answers(self, samples: list[Sample]) -> None:
@@ -307,7 +307,7 @@ class GKDTrainer(MegatronRolloutMixin, MegatronRLHFTrainer):
                 yield self.teacher.chunks
 
         model_dir = self.args.model_dir if self.teacher_models is None else self.args.teacher_model_dir
-        generator = Generator(self.template, lend, self._ending_ids(model_dir))
+        generator = Generator(self.template, lend, self._ending_ids(model_dir), self.args.gkd_generation_tokens)
         self._generate(samples, TEACHER, generator, [self.encoder.teacher_prompt(sample) for sample in samples])
 
     def _server_answers(self, samples: list[Sample]) -> None:
