@@ -37,13 +37,15 @@ def exported_gradients(trainer) -> dict[str, torch.Tensor]:
 
 
 class Caches:
-    """Counts the tokens that all caches of this process have room for, after each pass of a generation."""
+    """Counts the tokens that all caches of this process have room for, after each pass of a generation, and those of a micro-batch that go
+    through the model in it, of which it allows 300: more than any one prompt."""
 
     def __init__(self):
         from swift_gkd_plugin.megatron import generation
 
         self.made: list[weakref.ref] = []
-        self.most = 0
+        self.most = self.widest = 0
+        generation.PASS_TOKENS = 300
         make, run = generation.StaticInferenceContext, generation._pass
 
         def made(*args):
@@ -51,8 +53,9 @@ class Caches:
             self.made.append(weakref.ref(cache))
             return cache
 
-        def counted(*args):
-            found = run(*args)
+        def counted(chunks, batches, *args):
+            self.widest = max(self.widest, *(batch.inputs(torch.device('cpu'), False)['input_ids'].numel() for batch in batches))
+            found = run(chunks, batches, *args)
             self.made = [cache for cache in self.made if cache() is not None]
             filled = [cache() for cache in self.made if cache().key_value_memory_dict]
             self.most = max(self.most, sum(cache.max_batch_size * cache.max_sequence_length for cache in filled))
@@ -74,8 +77,8 @@ def make_recorder(caches: Caches):
     class Recorder(MegatronCallback):
         """``gradients.pt``: the first step's gradient. ``batches.pt``: its micro-batches, of a run with one data-parallel rank.
         ``answers_rank<r>.json``: the responses that this rank was given, with their prompts.
-        ``seen.json``: the largest tensor that was saved for a backward pass, in elements, what the teacher left behind, and for how many
-        tokens there were keys and values at once while responses were generated."""
+        ``seen.json``: the largest tensor that was saved for a backward pass, in elements, what the teacher left behind, and of
+        the generated responses for how many tokens there were keys and values at once, and the most tokens of a micro-batch's pass."""
 
         def on_train_begin(self) -> None:
             trainer, step = self.trainer, self.trainer.optimizer.step
@@ -130,7 +133,7 @@ def make_recorder(caches: Caches):
         def on_train_end(self) -> None:
             writers = [c.jsonl_writer for c in self.trainer.callbacks if hasattr(c, 'jsonl_writer')]
             self.seen['log_writers'] = len(writers)
-            self.seen['cached_tokens'] = caches.most
+            self.seen['cached_tokens'], self.seen['pass_tokens'] = caches.most, caches.widest
             self.seen['log_threads'] = sum(writer._thread is not None for writer in writers)
             if dist.get_rank() == dist.get_world_size() - 1:
                 Path(self.args.output_dir, 'seen.json').write_text(json.dumps(self.seen))
@@ -185,7 +188,7 @@ def main(path: str) -> None:
         generation.Attention = Foreign if job['foreign'] else attention
         error, trace = None, ''
         loaded.clear()
-        caches.most = 0
+        caches.most = caches.widest = 0
         # The bridge remembers the groups of the first model in the process, be it one without experts.
         gpt_bridge.EP_PP_SIZE = gpt_bridge.EP_PP_GROUP = gpt_bridge.EP_PP_RANK = None
         try:

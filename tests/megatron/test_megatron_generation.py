@@ -175,9 +175,11 @@ def test_same_tokens_as_transformers(answered, models, layout):
 
 
 @pytest.mark.parametrize('layout', JOBS)
-def test_caches_fit_the_budget(answered, layout):
+def test_caches_and_passes_keep_to_their_limits(answered, layout):
     for name, job in JOBS[layout].items():
-        held = answered(layout)[name].ok().seen['cached_tokens']
+        seen = answered(layout)[name].ok().seen
+        held = seen['cached_tokens']
+        assert 100 < seen['pass_tokens'] <= 300, name
         if job.get('no_cache'):
             assert held == 0
         elif 'gkd_generation_tokens' in job:
