@@ -73,6 +73,11 @@ class GKDOptions:
         'a row in the batch; a response of the dataset is there once. With --gkd_source_per batch its repeats are dropped after the rows '
         'have been shared out and leave micro-batches that count nothing.',
     )
+    gkd_generation_tokens: Optional[int] = option(
+        None,
+        'Tokens (prompt and longest possible answer, summed over rows) that a rank keeps keys and values of at once while it generates '
+        'without an engine, > 0; prompts that do not fit wait for their turn. Default: 8 GiB of the model that answers.',
+    )
     gkd_on_missing_engine: Literal['generate', 'dataset'] = option(
         'generate',
         'What --lmbda above 0 means in `megatron rlhf` without vLLM: the student generates in the training processes, or (dataset) '
@@ -296,6 +301,11 @@ def check_values(args: Any) -> None:
         'scheduler to swift rollout.',
     )
     _require(args.gkd_num_samples > 0, f'--gkd_num_samples {args.gkd_num_samples}: must be > 0 (responses per prompt).')
+    if args.gkd_generation_tokens is not None:
+        _require(
+            args.gkd_generation_tokens > 0,
+            f'--gkd_generation_tokens {args.gkd_generation_tokens}: must be > 0 (a prompt that needs more is answered alone).',
+        )
     _require(args.gkd_server_timeout > 0, f'--gkd_server_timeout {args.gkd_server_timeout}: must be > 0 seconds.')
     _require(args.gkd_server_retry_seconds >= 0, f'--gkd_server_retry_seconds {args.gkd_server_retry_seconds}: must be >= 0 (0: never).')
     _require(args.gkd_server_in_flight > 0, f'--gkd_server_in_flight {args.gkd_server_in_flight}: must be > 0.')

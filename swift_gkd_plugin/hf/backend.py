@@ -20,6 +20,7 @@ from ..step.ranks import Ranks
 from ..step.samples import MicroBatch, Sample
 from ..step.teaching import TeacherBatches
 from ..teachers import Signal
+from .zero3 import is_zero3
 
 # Tokens in a batch of the teacher's, if the student's are not half as large already: of one whose weights are brought together for each
 # batch, and of one that is there anyway. A forward without a backward pass takes 0.2 to 0.3 MB per token of a 32B model.
@@ -52,12 +53,16 @@ class TransformersBackend(Backend):
     def generate(self, source: Source, prompts: list[dict[str, Any]], seeds: list[int], options: SamplingOptions) -> list[Response]:
         """Where ranks share the weights, all of them take part if one has a prompt."""
         trainer, asked = self.trainer, len(prompts)
-        lockstep = trainer.accelerator.num_processes > 1 and (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
+        # ZeRO-1 and 2 leave weights whole.
+        shared = trainer.is_fsdp_enabled or is_zero3(self.args.deepspeed) or trainer.is_teacher_ds3
+        lockstep = trainer.accelerator.num_processes > 1 and bool(shared)
         if lockstep and not self.ranks.anywhere(asked):
             return []
         if lockstep and not asked:
             prompts, seeds = [{'messages': [{'role': 'user', 'content': 'a'}]}], [0]
-        generator = LocalGenerator(trainer.template, partial(self._lent, source), self.args.device, lockstep)
+        generator = LocalGenerator(
+            trainer.template, partial(self._lent, source), self.args.device, lockstep, self.args.gkd_generation_tokens
+        )
         return generator(prompts, seeds, options)[:asked]
 
     @contextmanager

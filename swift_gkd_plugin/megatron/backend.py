@@ -68,7 +68,8 @@ class MegatronBackend(Backend):
     def generate(self, source: Source, prompts: list[dict[str, Any]], seeds: list[int], options: SamplingOptions) -> list[Response]:
         separate = source != STUDENT and self.trainer.teacher_models is not None
         eos = self._ending_ids(self.args.teacher_model_dir if separate else self.args.model_dir)
-        return Generator(self.trainer.template, partial(self._lent, source), eos)(prompts, seeds, options)
+        generator = Generator(self.trainer.template, partial(self._lent, source), eos, self.args.gkd_generation_tokens)
+        return generator(prompts, seeds, options)
 
     @contextmanager
     def _lent(self, source: Source) -> Iterator[list[nn.Module]]:

@@ -458,7 +458,8 @@ class SampleEncoder:
         return [t for i, t in enumerate(ids) if not (t in placeholders and i and ids[i - 1] == t)]
 
     def _collate(self, encoded: list[dict[str, Any]], samples: list[Sample], num_tokens: int) -> tuple[dict[str, Any], torch.Tensor]:
-        inputs = self.template.data_collator(encoded)
+        # Collators extend lists where they are (ms-swift 4.6.0, template/base.py:1672), and these are used for other batches too.
+        inputs = self.template.data_collator([{k: list(v) if isinstance(v, list) else v for k, v in one.items()} for one in encoded])
         labels = inputs.pop('labels')
         inputs.pop('channel', None)
         index = predicting_positions(labels)
