@@ -176,7 +176,8 @@ def test_teacher_of_another_family(alone, models):
 def test_payload_is_hidden_states_of_trained_tokens(alone):
     run = alone['bf16'].ok()
     tokens = sum(len(batch['labels']) for batch in run.saved('batches'))
-    assert run.seen == {'payload': tokens * 64, 'payload_dtype': 'torch.bfloat16', 'log_writers': 1, 'log_threads': 0}
+    seen = {'payload': tokens * 64, 'payload_dtype': 'torch.bfloat16', 'log_writers': 1, 'log_threads': 0}
+    assert run.seen.items() >= seen.items()
     assert run.losses == pytest.approx(alone['steps'].losses[:1], rel=0.2)
 
 
