@@ -6,14 +6,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
 
 import torch
 from swift.utils import unwrap_model_for_generation
 from torch import nn
 
-from ..responses import Response, SamplingOptions
-from ..responses.local import LocalGenerator
+from ..responses import Prompt, Response, SamplingOptions
+from ..responses.local import LocalGenerator, stand_in
 from ..sources import STUDENT, Source
 from ..step.backend import Backend
 from ..step.ranks import Ranks
@@ -50,7 +49,7 @@ class TransformersBackend(Backend):
         eos = self.trainer.bare.generation_config.eos_token_id
         return sorted(set(eos if isinstance(eos, list) else [eos]) - {None})
 
-    def generate(self, source: Source, prompts: list[dict[str, Any]], seeds: list[int], options: SamplingOptions) -> list[Response]:
+    def generate(self, source: Source, prompts: list[Prompt], seeds: list[int], options: SamplingOptions) -> list[Response]:
         """Where ranks share the weights, all of them take part if one has a prompt."""
         trainer, asked = self.trainer, len(prompts)
         # ZeRO-1 and 2 leave weights whole.
@@ -59,7 +58,7 @@ class TransformersBackend(Backend):
         if lockstep and not self.ranks.anywhere(asked):
             return []
         if lockstep and not asked:
-            prompts, seeds = [{'messages': [{'role': 'user', 'content': 'a'}]}], [0]
+            prompts, seeds = [stand_in(trainer.template)], [0]
         generator = LocalGenerator(
             trainer.template, partial(self._lent, source), self.args.device, lockstep, self.args.gkd_generation_tokens
         )

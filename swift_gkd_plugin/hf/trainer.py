@@ -173,7 +173,8 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
 
     def _row_loader(self, dataset, batch_size: int, **how):
         args = self.args
-        return row_loader(dataset, batch_size, rank=args.process_index, world_size=args.world_size, **how, **worker_options(args))
+        options = worker_options(args, args.steps_per_generation)
+        return row_loader(dataset, batch_size, rank=args.process_index, world_size=args.world_size, **how, **options)
 
     def get_train_dataloader(self, skip_batches: int = 0):
         args = self.args
@@ -187,6 +188,7 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
             drop_last=args.dataloader_drop_last,
             skip=skip_batches,
             endless=True,
+            prepare=self.conductor.cycle.prepared if self.conductor.cycle else None,
         )
 
     def get_eval_dataloader(self, eval_dataset=None):

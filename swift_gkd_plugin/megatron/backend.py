@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +16,7 @@ from swift.template import update_generation_config_eos_token
 from torch import nn
 from transformers import AutoConfig, GenerationConfig
 
-from ..responses import Response, SamplingOptions
+from ..responses import Prompt, Response, SamplingOptions
 from ..sources import STUDENT, Source
 from ..step.backend import Backend
 from ..step.ranks import Ranks
@@ -65,11 +64,11 @@ class MegatronBackend(Backend):
         eos = template.tokenizer.eos_token_id if config.eos_token_id is None else config.eos_token_id
         return eos if isinstance(eos, list) else [eos]
 
-    def generate(self, source: Source, prompts: list[dict[str, Any]], seeds: list[int], options: SamplingOptions) -> list[Response]:
+    def generate(self, source: Source, prompts: list[Prompt], seeds: list[int], options: SamplingOptions) -> list[Response]:
         separate = source != STUDENT and self.trainer.teacher_models is not None
         eos = self._ending_ids(self.args.teacher_model_dir if separate else self.args.model_dir)
         generator = Generator(self.trainer.template, partial(self._lent, source), eos, self.args.gkd_generation_tokens)
-        return generator(prompts, seeds, options)
+        return generator([prompt.inputs for prompt in prompts], seeds, options)
 
     @contextmanager
     def _lent(self, source: Source) -> Iterator[list[nn.Module]]:

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from .budget import bytes_per_token, default_tokens, waves
-from .sampling import FinishedAt, Response, SamplingOptions, sampling_processors
+from .sampling import FinishedAt, Prompt, Response, SamplingOptions, sampling_processors
 
 
 @contextmanager
@@ -65,11 +65,18 @@ def never_sampled(template) -> list[int]:
     return list(template.placeholder_tokens) if template.model_meta.is_multimodal else []
 
 
+def stand_in(template) -> Prompt:
+    """For a rank that has to generate with the others and has nothing to answer."""
+    inputs = {'messages': [{'role': 'user', 'content': 'a'}]}
+    with inference_template(template):
+        return Prompt(inputs, template.encode(inputs))
+
+
 class LocalGenerator:
     """Generates with one model of this process.
 
     Args:
-        template: ms-swift's template of the model that answers, used for encoding, collating and stop words.
+        template: ms-swift's template of the model that answers, used for collating and stop words.
         lend_model: Gives the bare model for the duration of a generation call; gathers or loads its weights if it has to.
         device: Where the inputs go.
         lockstep: All ranks run each other's number of waves and decoding steps (ZeRO-3 and FSDP shard the weights), so a rank
@@ -88,11 +95,11 @@ class LocalGenerator:
     ):
         self.template, self.lend_model, self.device, self.lockstep, self.tokens = template, lend_model, device, lockstep, tokens
 
-    def __call__(self, prompts: list[dict[str, Any]], seeds: list[int], options: SamplingOptions) -> list[Response]:
+    def __call__(self, prompts: list[Prompt], seeds: list[int], options: SamplingOptions) -> list[Response]:
         """Answer each prompt.
 
         Args:
-            prompts: Inputs of ``template.encode`` without a response. With ``lockstep`` at least one on every rank.
+            prompts: With ``lockstep`` at least one on every rank.
             seeds: One per prompt; what a prompt is answered depends on no other prompt.
             options: Sampling options.
 
@@ -103,7 +110,7 @@ class LocalGenerator:
             return []
         answered: dict[int, Response] = {}
         with self.lend_model() as model, evaluation_mode(model), inference_template(self.template) as template, torch.no_grad():
-            encoded = [template.encode(prompt) for prompt in prompts]
+            encoded = [prompt.encoded for prompt in prompts]
             budget = self.tokens or default_tokens(bytes_per_token(model))
             for wave in self._with_stand_ins(waves([len(row['input_ids']) for row in encoded], options.max_tokens, budget)):
                 responses = self._answer(model, template, [encoded[n] for n in wave], [seeds[n] for n in wave], options)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..responses import Response, SamplingOptions
+from ..responses import Prompt, Response, SamplingOptions
 from ..sources import Source
 from ..teachers import Signal
 from .ranks import Ranks
@@ -52,11 +52,11 @@ class Backend(ABC):
         """The ids that end an answer: those of the student's generation config, brought in line with the template."""
 
     @abstractmethod
-    def generate(self, source: Source, prompts: list[dict[str, Any]], seeds: list[int], options: SamplingOptions) -> list[Response]:
+    def generate(self, source: Source, prompts: list[Prompt], seeds: list[int], options: SamplingOptions) -> list[Response]:
         """Answer prompts in the training processes, with the student or a local teacher.
 
         Args:
-            prompts: Inputs of ``template.encode`` without a response. Ranks with the same rows give the same ones.
+            prompts: Ranks with the same rows give the same ones.
             seeds: One per prompt; a response depends on no other prompt.
         """
 

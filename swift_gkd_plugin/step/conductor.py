@@ -22,8 +22,7 @@ from swift.utils import JsonlWriter, get_logger
 from .. import sources
 from ..divergence import TokenStats
 from ..metrics import Metrics
-from ..responses import SamplingOptions
-from ..responses.local import inference_template
+from ..responses import Prompt, SamplingOptions
 from ..sources import DATASET, STUDENT, TEACHER, Source
 from ..teachers.server import TeacherServerError
 from . import cycle as cycles
@@ -227,6 +226,8 @@ class Conductor:
             self._leave()
             raise failure.__cause__ from None
         new = cycles.dated(cycle, self.backend.step, student_at)
+        for sample in new:
+            sample.prompt = None  # it may hold images
         tokens = sum(len(sample.response.token_ids) for sample in new)
         self.metrics.total('tokens/generated', tokens / self.ranks.sharers)
         return cycle
@@ -278,12 +279,13 @@ class Conductor:
         return answers
 
     def _student_answers(self, samples: list[Sample]) -> None:
-        self._generate(STUDENT, samples, [self.encoder.student_prompt(sample) for sample in samples])
+        self._generate(STUDENT, samples, self.encoder.student_prompt)
 
     def _teacher_answers(self, samples: list[Sample]) -> None:
-        self._generate(TEACHER, samples, [self.encoder.teacher_prompt(sample) for sample in samples])
+        self._generate(TEACHER, samples, self.encoder.teacher_prompt)
 
-    def _generate(self, source: Source, samples: list[Sample], prompts: list[dict[str, Any]]) -> None:
+    def _generate(self, source: Source, samples: list[Sample], inputs: Callable[[Sample], dict[str, Any]]) -> None:
+        prompts = [Prompt(inputs(sample), sample.prompt) for sample in samples]
         with self.metrics.seconds('seconds/generation'), self.metrics.seconds('seconds/sampling'):
             responses = self.backend.generate(source, prompts, self._seeds(samples), self._sampling_options(source))
         for sample, response in zip(samples, responses, strict=True):
@@ -297,9 +299,7 @@ class Conductor:
     def _server_answers(self, samples: list[Sample]) -> None:
         """A teacher server answers. Every rank calls it, and all of them stop if one has no answer."""
         seeds, stop_ids = self._seeds(samples), sorted(self.backend.ending_ids())
-        with inference_template(self.template) as template:
-            encoded = [template.encode(self.encoder.teacher_prompt(sample)) for sample in samples]
-        prompts = [self.encoder.question(s, p, prompt_only=True) for s, p in zip(samples, encoded, strict=True)]
+        prompts = [self.encoder.question(sample, sample.prompt, prompt_only=True) for sample in samples]
 
         def told() -> list[Any]:
             return [(sample.response, sample.scores) for sample in samples]

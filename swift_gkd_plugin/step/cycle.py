@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy
@@ -74,7 +75,26 @@ class Cycle:
             micro_batches: The rows of this rank.
             cycle_key: (optimizer step, number of the cycle in it), for ``--gkd_source_per batch``.
         """
-        return self.checked([[Sample(row, row.content, source) for row, source in self._kept(rows, cycle_key)] for rows in micro_batches])
+        found = [[self._begun(row, source) for row, source in self._kept(rows, cycle_key)] for rows in micro_batches]
+        return self.checked([[sample for sample, _ in part] for part in found], [[attempt for _, attempt in part] for part in found])
+
+    @staticmethod
+    def _begun(row: Row, source: Source) -> tuple[Sample, int | None]:
+        return row.prepared or (Sample(row, row.content, source), None)
+
+    def prepared(self, row: Row) -> Row:
+        """The row with its sample: drawn, replaced if it can't be encoded, and encoded as far as that can be done without a response. Rows
+        come to :meth:`drawn` with it or without; where they are read in worker processes, this is done there, ahead of time."""
+        if not (row.counts and self.draw.per_sample):
+            return row
+        sample = Sample(row, row.content, self._source(row, (0, 0)))
+        try:
+            attempt = self._attempts(sample)
+        except OptionError:  # said where all ranks hear of it
+            return row
+        if sample.source == DATASET:
+            self.encoder.views(sample)
+        return replace(row, prepared=(sample, attempt))
 
     def answer(self, micro_batches: list[list[Sample]]) -> list[list[Sample]]:
         """Responses for the samples that have none. Every rank calls it, for an answer may be a collective call.
@@ -104,12 +124,19 @@ class Cycle:
             return DATASET
         return self.draw.source(row.epoch, row.number) if self.draw.per_sample else self.draw.source(*cycle_key, purpose='cycle')
 
-    def checked(self, micro_batches: list[list[Sample]]) -> list[list[Sample]]:
+    def checked(self, micro_batches: list[list[Sample]], attempts: list[list[int | None]] | None = None) -> list[list[Sample]]:
         """The samples with content that can be encoded for their sources: their own, or another row's. A collective call.
 
         What one of the ranks with the same rows can't encode (an image whose host does not answer it, say), none of them trains on.
+
+        Args:
+            attempts: What :meth:`_attempts` said of each sample; None for one that it was not asked about.
         """
-        attempts = [[self._attempts(sample) for sample in samples] for samples in micro_batches]
+        known = attempts or [[None] * len(samples) for samples in micro_batches]
+        attempts = [
+            [self._attempts(sample) if attempt is None else attempt for sample, attempt in zip(*both, strict=True)]
+            for both in zip(micro_batches, known, strict=True)
+        ]
         while (agreed := _like(attempts, self.ranks.largest(list(itertools.chain.from_iterable(attempts))))) != attempts:
             attempts = [
                 [mine if mine == most else self._attempts(sample, most) for sample, mine, most in zip(*both, strict=True)]
@@ -135,7 +162,7 @@ class Cycle:
                 row = sample.row
                 other = sources.replacement_row(self.args.seed, row.epoch, row.number, number - 1, len(self.dataset))
                 logger.info(f'{sample} cannot be encoded, row {other} stands in: {error}')
-                sample.content = self.dataset[other]
+                sample.content, sample.views = self.dataset[other], None
             if not sample.row.counts:
                 return number
             try:

@@ -8,7 +8,7 @@ as it has responses.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -34,6 +34,7 @@ class Row:
         content: The row itself, as the dataset gives it.
         counts: False for a filler: a copy that keeps the ranks in step and must not weigh anywhere.
         repeat: Which of the prompt's ``--gkd_num_samples`` responses this is for, from 0.
+        prepared: What :meth:`~swift_gkd_plugin.step.cycle.Cycle.prepared` has made of it.
     """
 
     number: int
@@ -41,27 +42,33 @@ class Row:
     content: dict[str, Any] = field(repr=False)
     counts: bool = True
     repeat: int = 0
+    prepared: Any = field(default=None, repr=False, compare=False)
 
     @property
     def key(self) -> tuple[int, int, int]:
         return self.number, self.epoch, self.repeat
 
     def filler(self) -> Row:
-        return replace(self, counts=False)
+        return replace(self, counts=False, prepared=None)
 
 
 class NumberedRows(torch.utils.data.Dataset):
-    """A dataset with a length, indexed by (epoch, number, counts, repeat)."""
+    """A dataset with a length, indexed by (epoch, number, counts, repeat).
 
-    def __init__(self, dataset):
-        self.dataset = dataset
+    Args:
+        prepare: What is done to a row where it is read, in a worker process if the loader has any.
+    """
+
+    def __init__(self, dataset, prepare: Callable[[Row], Row] | None = None):
+        self.dataset, self.prepare = dataset, prepare
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int, bool, int]) -> Row:
         epoch, number, counts, repeat = key
-        return Row(number, epoch, self.dataset[number], counts, repeat)
+        row = Row(number, epoch, self.dataset[number], counts, repeat)
+        return row if self.prepare is None else self.prepare(row)
 
 
 def share_out(rows: list[T], batch_size: int, world_size: int, rank: int) -> list[list[tuple[T, bool]]]:
@@ -208,12 +215,17 @@ class StreamOfRows(DataLoaderDispatcher):
             yield mine[0]
 
 
-def worker_options(args) -> dict[str, Any]:
-    """Options of a loader whose workers read the rows (``--dataloader_num_workers`` and what belongs to it)."""
-    options = {'num_workers': args.dataloader_num_workers}
-    if args.dataloader_num_workers > 0:
-        options |= {'persistent_workers': args.dataloader_persistent_workers, 'prefetch_factor': args.dataloader_prefetch_factor}
-    return options
+def worker_options(args, cycle_length: int = 1) -> dict[str, Any]:
+    """Options of a loader whose workers read the rows (``--dataloader_num_workers`` and what belongs to it).
+
+    Args:
+        cycle_length: Micro-batches that are wanted at once. The workers have as many ready, whatever ``--dataloader_prefetch_factor`` says.
+    """
+    workers = args.dataloader_num_workers
+    if workers == 0:
+        return {'num_workers': 0}
+    prefetch = max(args.dataloader_prefetch_factor, -(-cycle_length // workers))
+    return {'num_workers': workers, 'persistent_workers': args.dataloader_persistent_workers, 'prefetch_factor': prefetch}
 
 
 def row_loader(
@@ -228,6 +240,7 @@ def row_loader(
     epochs: float = 1,
     skip: int = 0,
     endless: bool = False,
+    prepare: Callable[[Row], Row] | None = None,
     **loader_options,
 ):
     """The loader of one rank; each item is the list of :class:`Row` of one micro-batch.
@@ -239,6 +252,7 @@ def row_loader(
         epochs: Epochs that the run is meant to last.
         skip: Micro-batches of this rank that an earlier run has trained on.
         endless: Start a dataset without a length again when it ends.
+        prepare: What is done to a row where it is read. Not to one of a stream, which one rank reads for all.
     """
     if hasattr(dataset, '__len__'):
         sampler = RowBatchSampler(
@@ -252,7 +266,7 @@ def row_loader(
             world_size=world_size,
             skip=skip,
         )
-        return DataLoaderShard(NumberedRows(dataset), batch_sampler=sampler, collate_fn=list, **loader_options)
+        return DataLoaderShard(NumberedRows(dataset, prepare), batch_sampler=sampler, collate_fn=list, **loader_options)
     return StreamOfRows(dataset, batch_size, rank=rank, world_size=world_size, draw=draw, skip=skip, endless=endless, **loader_options)
 
 

@@ -22,6 +22,7 @@ from swift.utils import get_logger, remove_response
 
 from ..arguments import OptionError
 from ..responses import Response
+from ..responses.local import inference_template
 from ..sources import DATASET, STUDENT, Source
 from ..teachers import Signal
 from ..teachers.server import MEDIA, Question, Scores, as_request
@@ -85,6 +86,7 @@ class Sample:
         response: The generated response; None for the dataset's.
         generated: The sample as ms-swift's rollout returned it, for what only that knows (several turns, loss masks, media).
         encoded: The student's view of a dataset response, encoded when it was checked.
+        prompt: The encoded prompt of the model that is to answer, likewise.
         views: Both views, once they were encoded for a step.
         generated_at: Number of optimizer steps that were done when the response was generated.
         divergence: [2], sum and number over its trained tokens on this rank, once their loss was computed.
@@ -99,6 +101,7 @@ class Sample:
     response: Response | None = None
     generated: GKDSample | None = field(default=None, repr=False)
     encoded: dict[str, Any] | None = field(default=None, repr=False)
+    prompt: dict[str, Any] | None = field(default=None, repr=False)
     views: tuple[dict[str, Any], dict[str, Any] | None] | None = field(default=None, repr=False)
     generated_at: int | None = None
     divergence: torch.Tensor | None = field(default=None, repr=False)
@@ -108,7 +111,8 @@ class Sample:
 
     def leave_out(self) -> None:
         """Make it a filler, which keeps the ranks in step and weighs nothing."""
-        self.row, self.content, self.source, self.encoded = self.row.filler(), self.row.content, DATASET, None
+        self.row, self.content, self.source = self.row.filler(), self.row.content, DATASET
+        self.encoded = self.views = self.prompt = None
 
     def __str__(self) -> str:
         return f'row {self.row.number} of epoch {self.row.epoch} ({self.source})'
@@ -254,10 +258,10 @@ class SampleEncoder:
                 raise ValueError('the row has no response')
             sample.encoded = self._encode(self.inner(sample))
         else:
-            with self.template.generate_context():
-                self.template.encode(self.student_prompt(sample))
+            with inference_template(self.template) as template:
+                sample.prompt = template.encode(self.student_prompt(sample))
                 if sample.source != STUDENT:
-                    self.template.encode(self.teacher_prompt(sample))
+                    sample.prompt = template.encode(self.teacher_prompt(sample))
 
     @staticmethod
     def inner(sample: Sample) -> GKDSample:
