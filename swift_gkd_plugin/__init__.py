@@ -1,6 +1,6 @@
 """Generalized Knowledge Distillation for ms-swift and Megatron-SWIFT."""
 
-__version__ = '0.1.0'
+from .versions import __version__ as __version__
 
 
 def register() -> None:

@@ -18,9 +18,9 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NoReturn, Optional
 
-from . import __version__
 from .arguments import OptionError
 from .seams import option_value
+from .versions import __version__
 
 SWITCH = 'SWIFT_GKD_PLUGIN'
 HOSTS = '>=4.6.0,<4.7'  # versions of ms-swift whose seams were tested; the same as in pyproject.toml
@@ -66,17 +66,6 @@ def register() -> None:
     else:
         _install(_seams(hf=True, megatron=True))
         _check_host()
-
-
-def banner(trainer: type) -> str:
-    """The first line of a run: which trainer, which plugin and which host.
-
-    Args:
-        trainer: The class of the trainer that runs.
-    """
-    from swift.version import __version__ as host
-
-    return f'{trainer.__module__}.{trainer.__qualname__} of swift-gkd-plugin {__version__} runs on ms-swift {host}.'
 
 
 def _script_index(argv: list[str]) -> Optional[int]:

@@ -70,7 +70,13 @@ class GKDOptions:
     gkd_num_samples: int = option(
         1,
         'Responses per prompt that the student or the teacher answers, each with a seed of its own, > 0. Every response takes the place of '
-        'a row in the batch; a response of the dataset is there once.',
+        'a row in the batch; a response of the dataset is there once. With --gkd_source_per batch its repeats are dropped after the rows '
+        'have been shared out and leave micro-batches that count nothing.',
+    )
+    gkd_generation_tokens: Optional[int] = option(
+        None,
+        'Tokens (prompt and longest possible answer, summed over rows) that a rank keeps keys and values of at once while it generates '
+        'without an engine, > 0; prompts that do not fit wait for their turn. Default: 8 GiB of the model that answers.',
     )
     gkd_on_missing_engine: Literal['generate', 'dataset'] = option(
         'generate',
@@ -135,6 +141,12 @@ class GKDOptions:
     )
     teacher_max_memory: Optional[str] = option(
         None, 'With --teacher_device_map auto: what the teacher may take of each device, \'{0: "20GB", "cpu": "100GB"}\'.'
+    )
+    gkd_teacher_batch_size: Optional[int] = option(
+        None,
+        'Rows that a separate --teacher_model looks at together, > 0. They are taken from all micro-batches of the step, sorted by length. '
+        'Default: as many as have 4096 tokens together (16384 if its weights are gathered or brought to the device for it), or twice as '
+        "many as the student's largest micro-batch.",
     )
     gkd_save_teacher_responses: Optional[str] = option(
         None,
@@ -207,6 +219,8 @@ def check_values(args: Any) -> None:
         _require(args.gkd_temperature > 0, f'--gkd_temperature {args.gkd_temperature}: must be > 0; 1 compares the plain distributions.')
     if args.gkd_teacher_temperature is not None:
         _require(args.gkd_teacher_temperature >= 0, f'--gkd_teacher_temperature {args.gkd_teacher_temperature}: must be >= 0 (0: greedy).')
+    size = args.gkd_teacher_batch_size
+    _require(size is None or size > 0, f'--gkd_teacher_batch_size {size}: must be > 0.')
     if args.gkd_teacher_max_completion_length is not None:
         _require(
             args.gkd_teacher_max_completion_length > 0,
@@ -287,6 +301,11 @@ def check_values(args: Any) -> None:
         'scheduler to swift rollout.',
     )
     _require(args.gkd_num_samples > 0, f'--gkd_num_samples {args.gkd_num_samples}: must be > 0 (responses per prompt).')
+    if args.gkd_generation_tokens is not None:
+        _require(
+            args.gkd_generation_tokens > 0,
+            f'--gkd_generation_tokens {args.gkd_generation_tokens}: must be > 0 (a prompt that needs more is answered alone).',
+        )
     _require(args.gkd_server_timeout > 0, f'--gkd_server_timeout {args.gkd_server_timeout}: must be > 0 seconds.')
     _require(args.gkd_server_retry_seconds >= 0, f'--gkd_server_retry_seconds {args.gkd_server_retry_seconds}: must be >= 0 (0: never).')
     _require(args.gkd_server_in_flight > 0, f'--gkd_server_in_flight {args.gkd_server_in_flight}: must be > 0.')

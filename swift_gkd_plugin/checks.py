@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from .arguments import OptionError
@@ -39,6 +39,34 @@ def common_vocabulary(student, teacher, student_name: str, teacher_name: str) ->
     return common
 
 
+def tokenizer_lengths(args: Any, student: Any) -> tuple[int, int] | None:
+    """Compare the student's tokenizer with that of a teacher that is another model.
+
+    Args:
+        student: The student's tokenizer, or the processor that has it.
+
+    Returns:
+        The lengths of the student's and of the teacher's; None if there is no other model.
+
+    Raises:
+        OptionError: See :func:`common_vocabulary`.
+    """
+    if args.teacher_model is None:
+        return None
+    from swift.utils import get_logger
+
+    _, teacher = args.get_model_processor(
+        model=args.teacher_model, model_type=args.teacher_model_type, revision=args.teacher_model_revision, load_model=False
+    )
+    student, teacher = (getattr(processor, 'tokenizer', processor) for processor in (student, teacher))
+    common = common_vocabulary(student, teacher, args.model, args.teacher_model)
+    if len(student) != len(teacher):
+        get_logger().info(
+            f'The tokenizers share their first {common} ids (student {len(student)}, teacher {len(teacher)}); only those are compared.'
+        )
+    return len(student), len(teacher)
+
+
 def compared_columns(student_vocab: int, teacher_vocab: int, student_tokens: int, teacher_tokens: int) -> int:
     """The number of leading columns over which both distributions are normalised.
 
@@ -57,6 +85,19 @@ def compared_columns(student_vocab: int, teacher_vocab: int, student_tokens: int
 def has_response(row: dict[str, Any]) -> bool:
     messages = row.get('messages') or []
     return bool(messages) and messages[-1]['role'] == 'assistant' and messages[-1].get('content') not in (None, '')
+
+
+def check_datasets(args: Any, train_dataset: Iterable[dict[str, Any]] | None, val_dataset: Iterable[dict[str, Any]] | None) -> None:
+    """Raises:
+    OptionError: A dataset that is given has no row, or lacks the responses that are learnt from or scored.
+    """
+    if args.dataset:
+        needed = None if args.lmbda == 1 or args.seq_kd else f'--lmbda {args.lmbda} without --seq_kd trains on responses of the dataset'
+        rows = train_dataset if train_dataset is not None else []
+        check_rows(rows, '--dataset', needed, 'let the models answer: --lmbda 1, or --seq_kd true')
+    if val_dataset is not None:
+        needed = '--gkd_eval_source dataset scores responses of the dataset' if args.gkd_eval_source == 'dataset' else None
+        check_rows(val_dataset, '--val_dataset', needed, 'score generated ones: --gkd_eval_source student')
 
 
 def check_rows(rows: Iterable[dict[str, Any]], option: str, needs_response: str | None, instead: str) -> None:
@@ -80,23 +121,59 @@ def check_rows(rows: Iterable[dict[str, Any]], option: str, needs_response: str 
         )
 
 
-def check_tags(datasets: Iterable[Iterable[dict[str, Any]] | None], column: str, tags: set[str]) -> None:
-    """Raises:
-    OptionError: A row has a tag that no teacher server has, or none.
+def check_tags(datasets: Iterable[Any], column: str, servers: list[set[str]]) -> None:
+    """Look at the tag of every row; of a stream, at those of the first rows.
+
+    Args:
+        datasets: Of ms-swift, or None.
+        column: Where the tags are. ms-swift fills ``dataset`` itself, with the name of the dataset that a row comes from.
+        servers: The tags of each of several teacher servers.
+
+    Raises:
+        OptionError: A row has a tag that no server has, or none; or no row has one of a server's.
     """
-    for rows in datasets:
-        for number, row in enumerate(itertools.islice(rows or (), SAMPLED_ROWS)):
-            if str(row.get(column)) not in tags:
+    known, found, streamed = set().union(*servers), set(), False
+    for rows in filter(None, datasets):
+        streamed |= not hasattr(rows, '__len__')
+        for number, tag in enumerate(_tags(rows, column)):
+            if tag is None or str(tag) not in known:
                 raise OptionError(
-                    f'--teacher_tag_key {column}: row {number} has the tag {row.get(column)!r}, and the servers of '
-                    f'--teacher_model_server have {", ".join(sorted(tags))}.'
+                    f'--teacher_tag_key {column}: row {number} has the tag {tag!r}, and the servers of --teacher_model_server have '
+                    f'{", ".join(sorted(known))}.'
                 )
+            found.add(str(tag))
+    idle = [tags for tags in servers if not tags & found]
+    if idle and not streamed:
+        raise OptionError(
+            f'--teacher_tag_key {column}: no row is for the server of {", ".join(sorted(idle[0]))}, the rows have '
+            f'{", ".join(sorted(found))}; correct the tags, or leave the server out.'
+        )
+
+
+def _tags(rows: Any, column: str) -> Iterator[Any]:
+    if hasattr(rows, '__len__') and column in rows.column_names:
+        batches = rows.select_columns(column).iter(SAMPLED_ROWS)  # without the rest of a row, a second for half a million rows
+        return itertools.chain.from_iterable(batch[column] for batch in batches)
+    return (row.get(column) for row in itertools.islice(rows, SAMPLED_ROWS))
 
 
 def has_media(datasets: Iterable[Iterable[dict[str, Any]] | None]) -> bool:
     """Whether one of the first rows has images, videos or audio."""
     columns = ('images', 'videos', 'audios', 'teacher_images')
     return any(row.get(column) for rows in datasets for row in itertools.islice(rows or (), SAMPLED_ROWS) for column in columns)
+
+
+def check_topk(args: Any) -> None:
+    """Raises:
+    OptionError: ``--gkd_logits_topk`` asks for more token ids than the student has.
+    """
+    if args.gkd_logits_topk is None:
+        return
+    from transformers import AutoConfig
+
+    vocab = AutoConfig.from_pretrained(args.model_dir, trust_remote_code=True).get_text_config().vocab_size
+    if args.gkd_logits_topk > vocab:
+        raise OptionError(f'--gkd_logits_topk {args.gkd_logits_topk}: the student has {vocab} token ids; choose fewer.')
 
 
 def check_teacher_engine(args: Any) -> None:

@@ -93,6 +93,67 @@ def take_options(args: Any) -> None:
         setattr(args, f.name, value)
 
 
+def check_first(cls: type, check: Callable[[Any], None]) -> None:
+    """Have a gkd run's options checked before ms-swift looks at them.
+
+    Args:
+        cls: An argument class of ms-swift.
+        check: Takes the plugin's options into the arguments and checks all of them.
+    """
+
+    @for_gkd(cls, '__post_init__')
+    def before_anything_else(self: Any, stock: Callable[[], None]) -> None:
+        # Stock connects to a vLLM server or sets up torch.distributed before it has checked a single option.
+        check(self)
+        stock()
+
+    @for_gkd(cls, '_init_model_kwargs')
+    def once_plugins_are_loaded(self: Any, stock: Callable[[], None]) -> None:
+        # The first method that runs after --external_plugins: if we came that way, before_anything_else did not run.
+        stock()
+        check(self)
+        forget_external_plugin(self)
+
+
+def recognise_base(cls: type, recognise: Callable[[Any, Optional[str]], None]) -> None:
+    """Have a gkd run's teacher looked at by its weights, where it may be the student's base.
+
+    Args:
+        cls: An argument class of ms-swift.
+        recognise: Is given the arguments and ``--teacher_model`` as it was given; sets what ms-swift has set, anew.
+    """
+
+    @for_gkd(cls, '_check_teacher')
+    def by_its_weights(self: Any, stock: Callable[[], None]) -> None:
+        # Stock compares two strings, ignores the revisions and knows LoRA only.
+        teacher = self.teacher_model
+        stock()
+        recognise(self, teacher)
+
+
+def become_ours(cls: type, command_line: Callable[[Any, type], Any], ours: Callable[[], type]) -> None:
+    """Have a pipeline of ms-swift read another command line than it is given, and become the plugin's in gkd runs.
+
+    Args:
+        cls: The pipeline's class.
+        command_line: Turns what the pipeline is to parse, and its class of arguments, into what it parses.
+        ours: Loads the class that a gkd run's pipeline becomes.
+    """
+    parse, set_seed = cls._parse_args, cls._set_seed
+
+    def _parse_args(self: Any, args: Any = None) -> Any:
+        return parse(self, command_line(args, self.args_class))
+
+    def _set_seed(self: Any) -> None:
+        # The first method that the constructor calls once the options are known, so that it is reached with --external_plugins too:
+        # only now can be said whether this object is to be ours.
+        if self.args.rlhf_type == 'gkd' and type(self) is cls:
+            self.__class__ = ours()
+        set_seed(self)
+
+    cls._parse_args, cls._set_seed = _parse_args, _set_seed
+
+
 def forget_external_plugin(args: Any) -> None:
     """Take our file out of --external_plugins once it is loaded.
 

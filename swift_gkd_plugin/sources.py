@@ -9,8 +9,13 @@ The draw is the one of GKD (Agarwal et al., 2024, arXiv 2306.13649), taken for e
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from typing import Literal
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
 
 Source = Literal['student', 'teacher', 'dataset']
 
@@ -36,6 +41,78 @@ def draw_source(u: float, lmbda: float, seq_kd: bool) -> Source:
     if u < lmbda:
         return STUDENT
     return TEACHER if seq_kd else DATASET
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The draws of a run, and what follows from them: how often each row comes.
+
+    Args:
+        seed: The run's ``--seed``.
+        lmbda: Share of the student's responses.
+        seq_kd: The teacher answers the rest, not the dataset.
+        num_samples: Responses of the student or the teacher to a row (``--gkd_num_samples``); the dataset has one.
+        per_sample: Each row draws. Otherwise each generation batch does, and only its cycle knows what (``--gkd_source_per batch``).
+    """
+
+    seed: int = 0
+    lmbda: float = 1.0
+    seq_kd: bool = False
+    num_samples: int = 1
+    per_sample: bool = True
+
+    @classmethod
+    def of(cls, args: Any) -> Draw:
+        """The draws that the options of a run ask for."""
+        return cls(args.seed, args.lmbda, args.seq_kd, args.gkd_num_samples, args.gkd_source_per == 'sample')
+
+    def source(self, *numbers: int, purpose: str = 'source') -> Source:
+        """The source that these numbers draw: (epoch, row), or those of a generation batch with a purpose of its own."""
+        return draw_source(uniform(self.seed, *numbers, purpose=purpose), self.lmbda, self.seq_kd)
+
+    @functools.cached_property
+    def always(self) -> int | None:
+        """How often every row comes; None if that depends on what it draws."""
+        if self.lmbda <= 0 and not self.seq_kd:
+            return 1
+        return None if self.num_samples > 1 and self.per_sample and self.lmbda < 1 and not self.seq_kd else self.num_samples
+
+    def repeats(self, epoch: int, row: int) -> int:
+        """How often a row comes in an epoch: as often as it has responses."""
+        return self.always or (1 if self.source(epoch, row) == DATASET else self.num_samples)
+
+    def epoch_length(self, num_rows: int, epochs: float = 1) -> int:
+        """Responses of what the trainers count as one epoch, which has to be the same number in each: the mean, rounded up.
+
+        Args:
+            num_rows: Length of the dataset.
+            epochs: Epochs that the run is meant to last.
+        """
+        epochs = 1 if self.always else max(math.ceil(epochs), 1)
+        return -(-sum(_responses(self, epoch, num_rows) for epoch in range(epochs)) // epochs)
+
+    def window(self, num_rows: int, start: int, length: int) -> Iterator[tuple[int, slice]]:
+        """Where a part of the responses of all epochs, one epoch after the other, lies.
+
+        Returns:
+            (epoch, the part of its responses), in order.
+        """
+        for epoch in itertools.count():
+            there = _responses(self, epoch, num_rows)
+            if start < there or not length:
+                yield epoch, slice(start, min(start + length, there))
+                length -= there - start
+                if length <= 0:
+                    return
+            start = max(start - there, 0)
+
+
+@functools.cache
+def _responses(draw: Draw, epoch: int, num_rows: int) -> int:
+    """Responses of all rows in an epoch."""
+    if draw.always:
+        return draw.always * num_rows
+    return sum(draw.repeats(epoch, row) for row in range(num_rows))
 
 
 def sampling_seed(seed: int, epoch: int, row: int, source: Source, repeat: int = 0) -> int:

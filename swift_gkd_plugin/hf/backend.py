@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from swift.utils import unwrap_model_for_generation
 from torch import nn
 
-from ..responses import Response, SamplingOptions
-from ..responses.local import LocalGenerator
+from ..responses import Prompt, Response, SamplingOptions
+from ..responses.local import LocalGenerator, stand_in
 from ..sources import STUDENT, Source
 from ..step.backend import Backend
 from ..step.ranks import Ranks
 from ..step.samples import MicroBatch, Sample
+from ..step.teaching import TeacherBatches
 from ..teachers import Signal
+from .zero3 import is_zero3
 
-if TYPE_CHECKING:
-    from .trainer import GKDTrainer
+# Tokens in a batch of the teacher's, if the student's are not half as large already: of one whose weights are brought together for each
+# batch, and of one that is there anyway. A forward without a backward pass takes 0.2 to 0.3 MB per token of a 32B model.
+MANY_TOKENS, FEW_TOKENS = 16384, 4096
 
 
 class TransformersBackend(Backend):
     """
     Args:
-        trainer: Whose loop it is. Every rank has rows of its own.
+        trainer: The :class:`~.trainer.GKDTrainer` whose loop it is. Every rank has rows of its own.
     """
 
-    def __init__(self, trainer: GKDTrainer):
+    def __init__(self, trainer):
         self.trainer, self.args = trainer, trainer.args
         self.ranks = Ranks(self.args.device)
         self.saves_only_weights = self.args.save_only_model
@@ -46,55 +49,63 @@ class TransformersBackend(Backend):
         eos = self.trainer.bare.generation_config.eos_token_id
         return sorted(set(eos if isinstance(eos, list) else [eos]) - {None})
 
-    def generate(self, source: Source, prompts: list[dict[str, Any]], seeds: list[int], options: SamplingOptions) -> list[Response]:
+    def generate(self, source: Source, prompts: list[Prompt], seeds: list[int], options: SamplingOptions) -> list[Response]:
         """Where ranks share the weights, all of them take part if one has a prompt."""
         trainer, asked = self.trainer, len(prompts)
-        lockstep = trainer.accelerator.num_processes > 1 and (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
+        # ZeRO-1 and 2 leave weights whole.
+        shared = trainer.is_fsdp_enabled or is_zero3(self.args.deepspeed) or trainer.is_teacher_ds3
+        lockstep = trainer.accelerator.num_processes > 1 and bool(shared)
         if lockstep and not self.ranks.anywhere(asked):
             return []
         if lockstep and not asked:
-            prompts, seeds = [{'messages': [{'role': 'user', 'content': 'a'}]}], [0]
-        generator = LocalGenerator(trainer.template, self._lender(source), self.args.device, lockstep)
+            prompts, seeds = [stand_in(trainer.template)], [0]
+        generator = LocalGenerator(
+            trainer.template, partial(self._lent, source), self.args.device, lockstep, self.args.gkd_generation_tokens
+        )
         return generator(prompts, seeds, options)[:asked]
 
-    def _lender(self, source: Source) -> Callable[[], AbstractContextManager[nn.Module]]:
-        trainer = self.trainer
-
-        @contextmanager
-        def lend() -> Iterator[nn.Module]:
-            gathers = self.args.ds3_gather_for_generation
-            with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator, gather_deepspeed3_params=gathers) as bare:
-                yield bare
-
-        @contextmanager
-        def lend_teacher() -> Iterator[nn.Module]:
-            gathers = trainer.teacher_ds3_gather_for_generation
-            with (
-                trainer.teacher.ready() as model,
-                unwrap_model_for_generation(model, trainer.accelerator, gather_deepspeed3_params=gathers) as bare,
-            ):
-                yield bare
-
-        return lend if source == STUDENT else lend_teacher
+    @contextmanager
+    def _lent(self, source: Source) -> Iterator[nn.Module]:
+        trainer, student = self.trainer, source == STUDENT
+        gathers = self.args.ds3_gather_for_generation if student else trainer.teacher_ds3_gather_for_generation
+        with (
+            nullcontext(trainer.model_wrapped) if student else trainer.teacher.ready() as model,
+            unwrap_model_for_generation(model, trainer.accelerator, gather_deepspeed3_params=gathers) as bare,
+        ):
+            yield bare
 
     def roll_out(self, samples: list[Sample]) -> None:
         self.trainer.roll_out(samples)
 
     def roll_out_ahead(self, samples: list[Sample]) -> None:
-        if self.ranks.anywhere(len(samples)):
-            self.trainer.roll_out_ahead(samples)
+        self.trainer.roll_out_ahead(samples)
+
+    def teacher_batches(self, batches: list[MicroBatch]) -> TeacherBatches | None:
+        """Of a separate model. One that lives in the student's looks at a micro-batch right before the student does."""
+        teacher, args = self.trainer.teacher, self.args
+        if self._lives_in_student or teacher.routing is not None:
+            return None
+        # Now: whether a head is dense decides what is kept.
+        self.trainer.verify_heads(self.trainer.model_wrapped, batches[0].to(args.device))
+        largest = max(batch.student_inputs['input_ids'].numel() for batch in batches)
+        tokens = max(2 * largest, MANY_TOKENS if teacher.is_sharded or teacher.host_copy else FEW_TOKENS)
+        kept = None if teacher.comes_once else 12 * args.gkd_logits_topk if args.gkd_logits_topk else 4 * teacher.head.width
+        return TeacherBatches(args.gkd_teacher_batch_size, tokens, teacher.is_sharded, bytes_per_token=kept)
+
+    @property
+    def _lives_in_student(self) -> bool:
+        return self.trainer.teacher.model is self.trainer.model
 
     def signals(self, batches: list[MicroBatch]) -> list[Signal | None]:
         trainer = self.trainer
-        if not (trainer.teacher.comes_once and batches):
+        if self._lives_in_student or trainer.teacher.routing is not None:
             return [None] * len(batches)
-        trainer.verify_heads(trainer.model_wrapped, batches[0].to(self.args.device))
         return trainer.signals(batches)
 
     def run(self, batches: list[MicroBatch]) -> None:
         trainer = self.trainer
         for batch in batches:
-            batch = batch.to(self.args.device)
+            batch = trainer.conductor.before_forward(batch).to(self.args.device)
             with trainer.template.forward_context(trainer.model, batch.student_inputs):
                 trainer.sum_over_tokens(trainer.model_wrapped, batch)
 
@@ -104,10 +115,6 @@ class TransformersBackend(Backend):
     @property
     def last_checkpoint(self) -> str | None:
         return getattr(self.trainer.state, 'last_model_checkpoint', None)  # ms-swift sets it with the first one
-
-    @property
-    def checkpoint(self) -> str:
-        return os.path.join(self.args.output_dir, f'checkpoint-{self.step}')
 
     def is_complete(self, checkpoint: str) -> bool:
         return os.path.isfile(os.path.join(checkpoint, 'trainer_state.json'))

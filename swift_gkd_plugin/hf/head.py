@@ -159,7 +159,16 @@ class OutputHead:
         """Rows of the head's weight, i.e. columns of the logits, also while the weight is sharded."""
         if self.dense:
             return self.model.config.get_text_config().vocab_size
-        return getattr(self.executed(adapter=False), 'base_layer', self.executed(adapter=False)).out_features
+        return self._linear.out_features
+
+    @property
+    def width(self) -> int:
+        """What the loss gets of a token: the numbers of a hidden state, or of a row of logits."""
+        return self.columns if self.dense else self._linear.in_features
+
+    @property
+    def _linear(self) -> nn.Module:
+        return getattr(self.executed(adapter=False), 'base_layer', self.executed(adapter=False))
 
     def _why_dense(self) -> str | None:
         if self.module is None:

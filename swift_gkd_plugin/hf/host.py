@@ -11,7 +11,18 @@ from types import ModuleType
 from typing import Any, Literal, Optional
 
 from ..arguments import OPTION_NAMES, check_values
-from ..seams import Renamed, extended, fields_of, for_gkd, forget_external_plugin, modern_command_line, option_fields, take_options
+from ..seams import (
+    Renamed,
+    become_ours,
+    check_first,
+    extended,
+    fields_of,
+    for_gkd,
+    modern_command_line,
+    option_fields,
+    recognise_base,
+    take_options,
+)
 from . import shared_base
 
 # Options of ms-swift 2.x and 3.x that command lines for gkd still carry.
@@ -29,27 +40,8 @@ def take_over_arguments(module: ModuleType) -> dict[str, Any]:
     """``swift.arguments.rlhf_args``: our options, checked before anything else happens; options that stock refuses or overrides."""
     cls = module.RLHFArguments
 
-    @for_gkd(cls, '__post_init__')
-    def check_first(self: Any, stock: Callable[[], None]) -> None:
-        # Stock connects to the vLLM server before it checks a single option.
-        take_options(self)
-        check_values(self)
-        stock()
-
-    @for_gkd(cls, '_init_model_kwargs')
-    def check_again_after_plugins(self: Any, stock: Callable[[], None]) -> None:
-        # The first method that runs after --external_plugins: if we came that way, check_first did not run.
-        stock()
-        take_options(self)
-        check_values(self)
-        forget_external_plugin(self)
-
-    @for_gkd(cls, '_check_teacher')
-    def recognise_shared_base(self: Any, stock: Callable[[], None]) -> None:
-        # Stock compares two strings, ignores the revisions and knows LoRA only.
-        teacher = self.teacher_model
-        stock()
-        shared_base.recognise(self, teacher)
+    check_first(cls, _check_options)
+    recognise_base(cls, shared_base.recognise)
 
     @for_gkd(cls, '_check_gkd')
     def allow_seq_kd(self: Any, stock: Callable[[], None]) -> None:
@@ -80,6 +72,11 @@ def take_over_arguments(module: ModuleType) -> dict[str, Any]:
     return {'RLHFArguments': new}
 
 
+def _check_options(args: Any) -> None:
+    take_options(args)
+    check_values(args)
+
+
 def take_over_config(module: ModuleType) -> dict[str, Any]:
     """``swift.rlhf_trainers.arguments``: the trainer's own arguments get our options and those that stock lost."""
     # disable_dropout: TRL's default of true sets --lora_dropout to 0 without a word.
@@ -94,23 +91,14 @@ def take_over_trainer(module: ModuleType) -> None:
 
 def take_over_pipeline(module: ModuleType) -> None:
     """``swift.pipelines.train.rlhf``: old spellings before parsing, our pipeline after it."""
-    cls = module.SwiftRLHF
-    cls.args_class = module.RLHFArguments
-    parse, set_seed = cls._parse_args, cls._set_seed
+    module.SwiftRLHF.args_class = module.RLHFArguments
+    become_ours(module.SwiftRLHF, lambda given, args_class: modern_command_line(given, RENAMED, args_class), _pipeline)
 
-    def _parse_args(self: Any, args: Any = None) -> Any:
-        return parse(self, modern_command_line(args, RENAMED, self.args_class))
 
-    def _set_seed(self: Any) -> None:
-        # The first method that the constructor calls once the options are known, so that it is reached with --external_plugins too:
-        # only now can be said whether this object is to be ours.
-        if self.args.rlhf_type == 'gkd' and type(self) is cls:
-            from .pipeline import GKDPipeline
+def _pipeline() -> type:
+    from .pipeline import GKDPipeline
 
-            self.__class__ = GKDPipeline
-        set_seed(self)
-
-    cls._parse_args, cls._set_seed = _parse_args, _set_seed
+    return GKDPipeline
 
 
 SEAMS = {

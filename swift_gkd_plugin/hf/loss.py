@@ -1,4 +1,4 @@
-"""The loss of a micro-batch, computed inside the student's wrapped forward."""
+"""The loss of a micro-batch, in the output head of a model of transformers or as whole logits."""
 
 from __future__ import annotations
 
@@ -8,24 +8,17 @@ from typing import Any
 
 import torch
 
-from ..divergence import TokenStats, linear_divergence, logits_divergence, topk_divergence
-from ..step.objective import LossOptions
+from ..divergence import TokenStats, linear_divergence, logits_divergence
+from ..step.objective import LossInForward
 from ..step.samples import MicroBatch
 from ..teachers import HiddenStates, Logits, Signal, TopK
 from .head import HeadTensors, OutputHead
 
 
-class DistillationLoss:
-    """The loss, for one student.
+class DistillationLoss(LossInForward):
+    """The loss, for one student of transformers."""
 
-    Args:
-        options: What is minimised.
-        head: The student's output head.
-        teacher_adapter: Whether the teacher's head is read with its adapter on.
-    """
-
-    def __init__(self, options: LossOptions, head: OutputHead, teacher_adapter: bool = True):
-        self.options, self.head, self.teacher_adapter = options, head, teacher_adapter
+    head: OutputHead
 
     def __call__(
         self, forward: Callable[[dict[str, Any]], Any], batch: MicroBatch, signal: Signal | None, stats: TokenStats
@@ -59,14 +52,7 @@ class DistillationLoss:
     ) -> torch.Tensor:
         """``chosen`` [n, dim] hidden states, or [n, vocab] logits if ``head`` is None."""
         options, device = self.options, chosen.device
-        weights = batch.weights.to(device)
-        common = dict(
-            token_weights=weights * options.weight,
-            labels=batch.labels.to(device),
-            label_weights=weights * batch.imitated.to(device) * options.alpha,
-            reduction='sum',
-            stats=stats,
-        )
+        common = self._of_tokens(batch.labels.to(device), batch.weights.to(device), batch.imitated.to(device), stats)
         if head is not None:
             chosen = chosen.to(head.weight.dtype)
             student = dict(student_bias=head.bias, student_transform=head.transform, student_lora=head.lora)
@@ -76,25 +62,14 @@ class DistillationLoss:
             return linear_divergence(chosen, head.weight, None, None, options.divergence, **student, **common)
         common['vocab_size'] = options.vocab_size
         if isinstance(signal, TopK):
-            weight = None if head is None else head.weight
-            student = {} if head is None else student
-            return topk_divergence(
-                chosen,
-                weight,
-                signal.logprobs.to(device),
-                signal.ids.to(device),
-                options.divergence,
-                tail=options.tail,
-                topk_temperature=signal.temperature,
-                **student,
-                **common,
-            )
+            if head is None:
+                return self._from_topk(chosen, None, signal, **common)
+            return self._from_topk(chosen, head.weight, signal, **student, **common)
         if head is None or isinstance(signal, Logits):
             logits = chosen if head is None else head.logits_with_gradient(chosen)
             return logits_divergence(logits, self._teacher_logits(signal, device), options.divergence, **common)
         with self._whole(signal.head):
             teacher = signal.head.tensors(self.teacher_adapter)
-            # Its hidden states were upcast on the way out of a forward in mixed precision; its weights were not.
             hidden = signal.hidden.to(device, teacher.weight.dtype)
             return linear_divergence(
                 chosen,

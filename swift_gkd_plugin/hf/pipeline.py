@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable
-from dataclasses import MISSING, fields
 from typing import Any
 
 import torch.distributed as dist
 from swift.pipelines.train.rlhf import SwiftRLHF
-from swift.utils import get_logger
-from transformers import AutoConfig
 
 from .. import checks
 from ..arguments import OPTION_NAMES, OptionError, engine_scores, teacher_offload
@@ -19,48 +15,22 @@ from ..step.remote import check_servers
 from ..step.samples import with_used_columns
 from ..teachers.adapters import add_frozen_adapter
 from ..teachers.average import average_of
+from ..unused import Entry, say_unused, teacher_is_silent
 from .loading import TeacherLoading
 from .teachers import TEACHER_ADAPTER
 from .zero3 import why_not_averaged
 
-logger = get_logger()
-
-# Options of ms-swift and of ours that do nothing, or not what they say, in some configuration: name, when, why. Said if they were given.
-NOT_USED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+# What has no effect with this back end.
+NOT_USED: tuple[Entry, ...] = (
     ('use_liger_kernel', lambda a: True, "its fused JSD is replaced by the plugin's; its other kernels are used"),
-    ('packing', lambda a: True, 'responses change with every step, so rows are not packed beforehand; it works as --padding_free'),
-    ('group_by_length', lambda a: True, 'the length of a response is not known before it is generated; rows come in random order'),
-    ('cached_dataset', lambda a: True, 'rows are encoded again, their cached lengths are not used'),
-    ('cached_val_dataset', lambda a: True, 'rows are encoded again, their cached lengths are not used'),
-    ('beta', lambda a: a.gkd_divergence != 'jsd' and a.beta != 0.5, 'it belongs to --gkd_divergence jsd'),
-    ('gkd_skew', lambda a: 'skew' not in a.gkd_divergence, 'it belongs to the skewed divergences'),
-    ('gkd_tail', lambda a: a.gkd_logits_topk is None, 'it belongs to --gkd_logits_topk'),
-    ('gkd_logits_topk', lambda a: a.gkd_loss_weight == 0, 'at --gkd_loss_weight 0 no teacher looks at the responses'),
-    (
-        'gkd_teacher_temperature',
-        lambda a: not a.seq_kd and a.gkd_eval_source != 'teacher',
-        'the teacher answers with --seq_kd or --gkd_eval_source teacher',
-    ),
-    (
-        'gkd_teacher_max_completion_length',
-        lambda a: not a.seq_kd and a.gkd_eval_source != 'teacher',
-        'the teacher answers with --seq_kd or --gkd_eval_source teacher',
-    ),
     (
         'gkd_teacher_engine',
-        lambda a: not a.seq_kd and a.gkd_eval_source != 'teacher' and a.gkd_logits_topk is None,
+        lambda a: teacher_is_silent(a) and a.gkd_logits_topk is None,
         'it answers with --seq_kd, and scores with --gkd_logits_topk',
     ),
-    ('gkd_teacher_engine_args', lambda a: a.gkd_teacher_engine != 'vllm', 'it belongs to --gkd_teacher_engine vllm'),
-    ('gkd_save_teacher_responses', lambda a: not a.seq_kd, 'the teacher answers with --seq_kd'),
-    ('gkd_prefetch', lambda a: a.lmbda == 0, 'at --lmbda 0 the student answers nothing'),
-    ('gkd_num_samples', lambda a: a.lmbda == 0 and not a.seq_kd, 'a response of the dataset is there once'),
     ('gkd_on_missing_engine', lambda a: True, 'without an engine transformers generates'),
     ('teacher_deepspeed', lambda a: a.teacher_model is None, 'the teacher is the student itself, with its --deepspeed'),
     ('teacher_deepspeed', lambda a: a.teacher_model is not None and not a.deepspeed, 'it needs --deepspeed for the student'),
-    ('offload_teacher_model', lambda a: a.teacher_model is None, 'the teacher is the student itself and stays where it is'),
-    ('gkd_ema_decay', lambda a: a.gkd_self_teacher != 'ema', 'it belongs to --gkd_self_teacher ema'),
-    ('gkd_teacher_offload', lambda a: a.teacher_model is None, 'the teacher is the student itself and stays where it is'),
     *(
         (name, applies, why)
         for applies, why in (
@@ -78,10 +48,6 @@ NOT_USED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         (name, lambda a: a.tuner_type != 'full', 'it belongs to --tuner_type full; see --modules_to_save')
         for name in ('trainable_parameters', 'trainable_parameters_regex')
     ),
-    ('teacher_tag_key', lambda a: a.teacher_model_server is None, 'it routes samples to teacher servers'),
-    ('gkd_server_timeout', lambda a: a.teacher_model_server is None, 'it belongs to --teacher_model_server'),
-    ('gkd_server_retry_seconds', lambda a: a.teacher_model_server is None, 'it belongs to --teacher_model_server'),
-    ('gkd_server_in_flight', lambda a: a.teacher_model_server is None, 'it belongs to --teacher_model_server'),
     ('router_aux_loss_coef', lambda a: not a.model_info.is_moe_model, 'the student has no router'),
     *((name, lambda a: True, 'it belongs to `megatron rlhf`') for name in OPTION_NAMES if name.endswith('_parallel_size')),
     ('structured_outputs_regex', lambda a: not a.use_vllm, 'it needs --use_vllm true'),
@@ -89,9 +55,6 @@ NOT_USED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ('predict_with_generate', lambda a: True, 'evaluation measures the loss; see --gkd_eval_source'),
     ('eval_metric', lambda a: True, 'evaluation measures the loss'),
     ('acc_strategy', lambda a: True, 'no accuracy is computed; --gkd_detailed_metrics logs the agreement with the teacher'),
-    ('loss_type', lambda a: True, '--gkd_divergence chooses the loss'),
-    ('enable_dft_loss', lambda a: True, 'it belongs to SFT'),
-    ('enable_channel_loss', lambda a: True, 'it belongs to SFT'),
     ('label_smoothing_factor', lambda a: True, 'it belongs to SFT'),
     ('average_tokens_across_devices', lambda a: True, 'tokens always count over all ranks'),
     ('use_logits_to_keep', lambda a: True, 'logits are made for trained tokens only'),
@@ -110,9 +73,8 @@ class GKDPipeline(SwiftRLHF):
     def _prepare_model_tokenizer(self) -> None:
         self._check_options()
         self._datasets = self._loaded_datasets()
-        self._check_datasets(*self._datasets)
-        self._tokens = self._check_tokenizers()
-        self._check_servers()
+        checks.check_datasets(self.args, *self._datasets)
+        self._tokens = self._compare_tokens()
         super()._prepare_model_tokenizer()
 
     def _prepare_single_model(self, key, *args):
@@ -141,20 +103,6 @@ class GKDPipeline(SwiftRLHF):
     def _get_dataset(self):
         return self._datasets
 
-    def _check_datasets(self, train_dataset, val_dataset) -> None:
-        args = self.args
-        if args.dataset:
-            needed = None if args.lmbda == 1 or args.seq_kd else f'--lmbda {args.lmbda} without --seq_kd trains on responses of the dataset'
-            checks.check_rows(
-                train_dataset if train_dataset is not None else [],
-                '--dataset',
-                needed,
-                'let the models answer: --lmbda 1, or --seq_kd true',
-            )
-        if val_dataset is not None:
-            needed = '--gkd_eval_source dataset scores responses of the dataset' if args.gkd_eval_source == 'dataset' else None
-            checks.check_rows(val_dataset, '--val_dataset', needed, 'score generated ones: --gkd_eval_source student')
-
     def _check_options(self) -> None:
         args = self.args
         if args.multi_turn_scheduler and not args.use_vllm:
@@ -178,16 +126,17 @@ class GKDPipeline(SwiftRLHF):
         self._teacher_loading = TeacherLoading(args) if args.teacher_model is not None else None
         checks.check_student_engine(args)
         checks.check_teacher_engine(args)
-        if args.gkd_logits_topk is not None:
-            vocab = AutoConfig.from_pretrained(args.model_dir, trust_remote_code=True).get_text_config().vocab_size
-            if args.gkd_logits_topk > vocab:
-                raise OptionError(f'--gkd_logits_topk {args.gkd_logits_topk}: the student has {vocab} token ids; choose fewer.')
-        default = {f.name: f.default for f in fields(args) if f.default is not MISSING}
-        for name, applies, why in NOT_USED:
-            value = getattr(args, name, None)
-            if value not in (None, [], default.get(name)) and applies(args):
-                shown = '' if isinstance(value, dict) else f' {value}'
-                logger.warning(f'--{name}{shown} is not used as such: {why}.')
+        checks.check_topk(args)
+        say_unused(args, NOT_USED)
+
+    def _compare_tokens(self) -> tuple[int, int] | None:
+        """Lengths of the student's and the teacher's tokenizer; None if no other model is loaded."""
+        args = self.args
+        if args.teacher_model is None and args.teacher_model_server is None:
+            return None
+        _, student = args.get_model_processor(load_model=False)
+        check_servers(args, getattr(student, 'tokenizer', student), self._datasets)
+        return checks.tokenizer_lengths(args, student)
 
     def _check_average(self) -> None:
         args = self.args
@@ -222,28 +171,6 @@ class GKDPipeline(SwiftRLHF):
                 '--gkd_teacher_offload layer with --seq_kd: every token of an answer would move the whole teacher; use '
                 '--gkd_teacher_offload model, --gkd_teacher_engine vllm or --teacher_model_server.'
             )
-
-    def _check_servers(self) -> None:
-        if self.args.teacher_model_server is not None:
-            _, processor = self.args.get_model_processor(load_model=False)
-            check_servers(self.args, getattr(processor, 'tokenizer', processor), self._datasets)
-
-    def _check_tokenizers(self) -> tuple[int, int] | None:
-        """Lengths of the student's and the teacher's tokenizer; None if there is no other model."""
-        args = self.args
-        if args.teacher_model is None:
-            return None
-        _, student = args.get_model_processor(load_model=False)
-        _, teacher = args.get_model_processor(
-            model=args.teacher_model, model_type=args.teacher_model_type, revision=args.teacher_model_revision, load_model=False
-        )
-        student, teacher = (getattr(processor, 'tokenizer', processor) for processor in (student, teacher))
-        common = checks.common_vocabulary(student, teacher, args.model, args.teacher_model)
-        if len(student) != len(teacher):
-            logger.info(
-                f'The tokenizers share their first {common} ids (student {len(student)}, teacher {len(teacher)}); only those are compared.'
-            )
-        return len(student), len(teacher)
 
     def _adapter_is_start(self) -> bool:
         """Whether the teacher has the adapter that the student starts from."""

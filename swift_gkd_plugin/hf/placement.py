@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.distributed as dist
 from swift.template import update_generation_config_eos_token
@@ -18,13 +16,10 @@ from .shared_work import SharedWork
 from .teachers import TEACHER_ADAPTER, AdapterOnBase, AveragedStudent, LiveStudent, LocalTeacher, SharedBase
 from .zero3 import PartitionedParameters, is_zero3
 
-if TYPE_CHECKING:
-    from .trainer import GKDTrainer
-
 logger = get_logger()
 
 
-def local_teacher(trainer: GKDTrainer) -> LocalTeacher:
+def local_teacher(trainer) -> LocalTeacher:
     """The separate model, or one that lives in the student's."""
     if trainer.teacher_model is None:
         return _self_teacher(trainer)
@@ -35,7 +30,7 @@ def local_teacher(trainer: GKDTrainer) -> LocalTeacher:
     return LocalTeacher(trainer.teacher_model, bare, host_copy(bare, teacher_offload(trainer.args), trainer.args.device))
 
 
-def _self_teacher(trainer: GKDTrainer) -> LocalTeacher:
+def _self_teacher(trainer) -> LocalTeacher:
     bare = trainer.bare
     if trainer.args.gkd_self_teacher == 'ema':
         teacher = AveragedStudent(trainer.model, bare, MovingAverage(trainer.args.gkd_ema_decay))
@@ -52,7 +47,7 @@ def _self_teacher(trainer: GKDTrainer) -> LocalTeacher:
     return teacher
 
 
-def trained_parameters(trainer: GKDTrainer) -> WholeParameters:
+def trained_parameters(trainer) -> WholeParameters:
     """What is trained, as the ranks hold it once training has begun."""
     if trainer.is_fsdp_enabled:
         return ShardedParameters(trainer.bare)

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from ..step.samples import MicroBatch, Sample
 from .head import language_model, unwrap_peft
+from .zero3 import ranks_share_weights
 
 AUDIO_INPUTS = ('input_features', 'feature_attention_mask')
 MEDIA_INPUTS = ('pixel_values', 'pixel_values_videos', 'image_grid_thw', 'video_grid_thw', *AUDIO_INPUTS)
@@ -54,8 +54,7 @@ class SharedWork:
 
     @cached_property
     def _in_step(self) -> bool:
-        """Whether ranks gather parameters together (ZeRO-3, FSDP2), so that all of them have to run a part if one does."""
-        return any(hasattr(p, 'ds_id') or isinstance(p, DTensor) for p in self._model.parameters())
+        return ranks_share_weights(self._model)
 
     def _shared(self, batch: MicroBatch) -> list[nn.Module]:
         """The parts that see the same in both forwards of a micro-batch: of this rank, or of all of them if they run in step."""

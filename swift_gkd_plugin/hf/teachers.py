@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ..teachers.offload import HostCopy, LayerStream
 from .head import KeptHead, OutputHead
 from .routing import RoutingReplay
 from .shared_work import SharedWork
+from .zero3 import ranks_share_weights
 
 TEACHER_ADAPTER = 'gkd_teacher'  # PEFT's name for the teacher's adapter in the student's model
 
@@ -53,6 +55,10 @@ class LocalTeacher:
     def comes_once(self) -> bool:
         """Whether it is to look at a whole step's micro-batches in one visit."""
         return isinstance(self.host_copy, HostCopy)
+
+    @cached_property
+    def is_sharded(self) -> bool:
+        return ranks_share_weights(self.bare)
 
     @contextmanager
     def ready(self) -> Iterator[nn.Module]:
@@ -87,16 +93,17 @@ class LocalTeacher:
         if self.head.dense:
             found = Logits(chosen(forward(model, inputs).logits))
         else:
-            heads = []
+            heads, dtypes = [], []
 
             def chosen_with_head(states: torch.Tensor) -> torch.Tensor:
+                dtypes.append(states.dtype)
                 with torch.autocast(states.device.type, enabled=False):  # the loss takes the student's head without it, too
                     heads.append(self._head_for_the_loss() if topk is None else self.head)
                 return chosen(states)
 
             with self.head.replaced(chosen_with_head, self.adapter):
                 hidden = forward(model, inputs).logits
-            found = HiddenStates(hidden, heads[0])
+            found = HiddenStates(hidden.to(dtypes[0]), heads[0])  # in mixed precision they are upcast on the way out of a forward
         return found if topk is None else self._reduced(found, topk)
 
     def _head_for_the_loss(self) -> OutputHead | KeptHead:

@@ -22,11 +22,11 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from .. import activation, checks
+from .. import checks, versions
 from ..arguments import teacher_offload
 from ..divergence import TokenStats
 from ..responses.local import evaluation_mode
-from ..sources import TEACHER
+from ..sources import TEACHER, Draw
 from ..step.conductor import Conductor
 from ..step.data import Row, row_loader, worker_options
 from ..step.objective import LossOptions
@@ -93,7 +93,7 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         super().__init__(model, None, *_args, **kwargs)
         args = self.args
         args.gkd_logits_topk = topk  # ms-swift's arguments have it, its trainer's do not
-        logger.info(activation.banner(type(self)))
+        logger.info(versions.banner(type(self)))
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole step
         args.logging_nan_inf_filter = False  # it would hide what BeforeUpdate is there to find
         self.add_callback(BeforeUpdate(self))
@@ -173,7 +173,8 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
 
     def _row_loader(self, dataset, batch_size: int, **how):
         args = self.args
-        return row_loader(dataset, batch_size, rank=args.process_index, world_size=args.world_size, **how, **worker_options(args))
+        options = worker_options(args, args.steps_per_generation)
+        return row_loader(dataset, batch_size, rank=args.process_index, world_size=args.world_size, **how, **options)
 
     def get_train_dataloader(self, skip_batches: int = 0):
         args = self.args
@@ -182,10 +183,12 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
             self.train_dataset,
             self._train_batch_size,
             seed=seed if args.train_dataloader_shuffle else None,
-            num_samples=args.gkd_num_samples,
+            draw=Draw.of(args),
+            epochs=1 if args.max_steps > 0 else args.num_train_epochs,
             drop_last=args.dataloader_drop_last,
             skip=skip_batches,
             endless=True,
+            prepare=self.conductor.cycle.prepared if self.conductor.cycle else None,
         )
 
     def get_eval_dataloader(self, eval_dataset=None):
@@ -198,7 +201,7 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         return self.conductor.next_step(epoch_iterator, num_batches, self.args.steps_per_generation), None
 
     def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
-        return inputs.to(self.args.device)
+        return self.conductor.before_forward(inputs).to(self.args.device)
 
     # -- the loss --------------------------------------------------------------------------------------------------------------------
 
@@ -211,7 +214,7 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         if aux is not None and self.aux_loss_enabled:
             loss = loss + self.aux_loss_coef * aux.to(loss.device) * (inputs.num_tokens / tokens)
         if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
-            self.conductor.stop_on_nan()  # its backward pass takes the optimizer step too
+            self.conductor.stop_together()  # its backward pass takes the optimizer step too
         loss = loss.to(self.args.device) * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
@@ -234,13 +237,8 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
 
     def signals(self, batches: list[MicroBatch]) -> list[Signal]:
         """What a local teacher says, in one visit if it lives on the host."""
-        metrics, host_copy = self.conductor.metrics, self.teacher.host_copy
-        moved = host_copy.moved if host_copy else 0
-        with metrics.seconds('seconds/teacher'):
-            found = self.teacher.signals((batch.to(self.args.device) for batch in batches), self._call, self._topk_options())
-        if host_copy:
-            metrics.add('teacher/moved_gib', (host_copy.moved - moved) / 2**30, len(batches) / self.conductor.num_batches)
-        return found
+        with self.conductor.metrics.seconds('seconds/teacher'):
+            return self.teacher.signals((batch.to(self.args.device) for batch in batches), self._call, self._topk_options())
 
     def _topk_options(self) -> TopKOptions | None:
         options, k = self.loss.options, self.args.gkd_logits_topk

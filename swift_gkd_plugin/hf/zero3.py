@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..teachers.average import SpreadParameters
 
@@ -16,6 +17,11 @@ from ..teachers.average import SpreadParameters
 def is_zero3(config: dict[str, Any] | None) -> bool:
     """Whether a configuration of DeepSpeed's, if there is one, shards parameters."""
     return bool(config) and config.get('zero_optimization', {}).get('stage') == 3
+
+
+def ranks_share_weights(model: nn.Module) -> bool:
+    """Whether ranks gather its parameters together (ZeRO-3, FSDP2), so that all of them have to run a part if one does."""
+    return any(hasattr(p, 'ds_id') or isinstance(p, DTensor) for p in model.parameters())
 
 
 def why_not_averaged(config: dict[str, Any] | None) -> str | None:

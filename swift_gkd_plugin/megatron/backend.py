@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -16,28 +16,30 @@ from swift.template import update_generation_config_eos_token
 from torch import nn
 from transformers import AutoConfig, GenerationConfig
 
-from ..responses import Response, SamplingOptions
+from ..responses import Prompt, Response, SamplingOptions
 from ..sources import STUDENT, Source
 from ..step.backend import Backend
 from ..step.ranks import Ranks
 from ..step.samples import MicroBatch, Sample
+from ..step.teaching import TeacherBatches
 from ..teachers import Signal, TopKOptions
 from .generation import Generator
+from .layouts import RelocatedTeacher
 
-if TYPE_CHECKING:
-    from .trainer import GKDTrainer
+# Tokens in a batch of the teacher's, if the student's are not half as large already.
+TOKENS = 4096
 
 
 class MegatronBackend(Backend):
     """
     Args:
-        trainer: Whose loop it is. Ranks that differ in tensor, context or pipeline parallelism alone work on the same rows. Each of them
-            draws, encodes and numbers the rows itself, which is cheaper than sending them around.
+        trainer: The :class:`~.trainer.GKDTrainer` whose loop it is. Ranks that differ in tensor, context or pipeline parallelism alone work
+            on the same rows. Each of them draws, encodes and numbers the rows itself, which is cheaper than sending them around.
     """
 
     learning_rate = '--lr'
 
-    def __init__(self, trainer: GKDTrainer):
+    def __init__(self, trainer):
         self.trainer, self.args = trainer, trainer.args
         self.ranks = Ranks(torch.device(self.args.device), mpu.get_data_parallel_group(), trainer._get_rollout_group())
 
@@ -62,42 +64,48 @@ class MegatronBackend(Backend):
         eos = template.tokenizer.eos_token_id if config.eos_token_id is None else config.eos_token_id
         return eos if isinstance(eos, list) else [eos]
 
-    def generate(self, source: Source, prompts: list[dict[str, Any]], seeds: list[int], options: SamplingOptions) -> list[Response]:
+    def generate(self, source: Source, prompts: list[Prompt], seeds: list[int], options: SamplingOptions) -> list[Response]:
         separate = source != STUDENT and self.trainer.teacher_models is not None
         eos = self._ending_ids(self.args.teacher_model_dir if separate else self.args.model_dir)
-        return Generator(self.trainer.template, self._lender(source), eos)(prompts, seeds, options)
+        generator = Generator(self.trainer.template, partial(self._lent, source), eos, self.args.gkd_generation_tokens)
+        return generator([prompt.inputs for prompt in prompts], seeds, options)
 
-    def _lender(self, source: Source) -> Callable[[], AbstractContextManager[list[nn.Module]]]:
-        trainer = self.trainer
-
-        @contextmanager
-        def lend() -> Iterator[list[nn.Module]]:
-            with trainer.gathered_weights():
-                yield trainer.unwrapped_models
-
-        @contextmanager
-        def lend_teacher() -> Iterator[list[nn.Module]]:
-            with trainer.teacher.ready():
-                yield trainer.teacher.chunks
-
-        return lend if source == STUDENT else lend_teacher
+    @contextmanager
+    def _lent(self, source: Source) -> Iterator[list[nn.Module]]:
+        trainer, student = self.trainer, source == STUDENT
+        with trainer.gathered_weights() if student else trainer.teacher.ready():
+            yield trainer.unwrapped_models if student else trainer.teacher.chunks
 
     def roll_out(self, samples: list[Sample]) -> None:
         self.trainer.roll_out(samples)
 
     def roll_out_ahead(self, samples: list[Sample]) -> None:
-        if self.ranks.anywhere(len(samples)):
-            self.trainer.roll_out_ahead(samples)
+        self.trainer.roll_out_ahead(samples)
+
+    def teacher_batches(self, batches: list[MicroBatch]) -> TeacherBatches | None:
+        """Of a separate model. Under context parallelism, which is for long rows, it takes the student's micro-batches."""
+        trainer, args = self.trainer, self.args
+        if trainer.teacher_models is None or args.context_parallel_size > 1:
+            return None
+        teacher, relocated = trainer.teacher, isinstance(trainer.teacher, RelocatedTeacher)
+        stages = teacher.args.pipeline_model_parallel_size
+        interleaved = (teacher.args.virtual_pipeline_model_parallel_size or 1) > 1
+        largest = max(batch.student_inputs['input_ids'].numel() for batch in batches)
+        busy = 2 * stages if stages > 1 else 1  # batches that keep all stages of a replica busy for most of the time
+        return TeacherBatches(
+            args.gkd_teacher_batch_size,
+            max(2 * largest, TOKENS),
+            # The replicas of a relocated teacher share out the batches of all ranks, and run each other's number of rounds.
+            lockstep=not relocated and teacher.args.expert_model_parallel_size > 1,
+            at_least=-(-busy * teacher.replicas // mpu.get_data_parallel_world_size()) if relocated else busy,
+            multiple=stages if interleaved and not relocated else 1,
+        )
 
     def signals(self, batches: list[MicroBatch]) -> list[Signal | None]:
-        teacher, metrics = self.trainer.teacher, self.trainer.conductor.metrics
         options, k = self.trainer.loss.options, self.args.gkd_logits_topk
         topk = None if k is None else TopKOptions(k, options.divergence.temperature, options.vocab_size)
-        with metrics.seconds('seconds/teacher'):
-            found = teacher.signals(batches, topk)
-        if teacher.host_copy is not None:
-            metrics.add('teacher/moved_gib', teacher.host_copy.bytes / 2**30)
-        return found
+        with self.trainer.conductor.metrics.seconds('seconds/teacher'):
+            return self.trainer.teacher.signals(batches, topk)
 
     def run(self, batches: list[MicroBatch]) -> None:
         trainer = self.trainer
@@ -120,10 +128,6 @@ class MegatronBackend(Backend):
     @property
     def last_checkpoint(self) -> str | None:
         return self.trainer.state.last_model_checkpoint
-
-    @property
-    def checkpoint(self) -> str:
-        return os.path.join(self.args.output_dir, f'checkpoint-{self.step}')
 
     def is_complete(self, checkpoint: str) -> bool:
         # The last file of a checkpoint.

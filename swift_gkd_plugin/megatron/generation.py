@@ -1,9 +1,11 @@
 """Responses by megatron-core: student and teacher answer in the training processes, on whatever layout they have.
 
-One token of all responses is one pass of the pipeline schedule, with megatron-core's static KV cache. Prompts of similar length share a
-micro-batch whose rows are at the same position at all times: it starts with as many tokens as its shortest prompt has, and takes the
-longer ones' next tokens from their prompts. So nothing is padded, and attention needs no mask. A prompt with images, videos or audio is a
-micro-batch of its own, which the towers see with its first pass.
+One token of all responses on their way is one pass of the pipeline schedule, with megatron-core's static KV cache. Prompts of similar
+length share a micro-batch whose rows are at the same position at all times: it starts with as many tokens as its shortest prompt has, and
+takes the longer ones' next tokens from their prompts. So nothing is padded, and attention needs no mask. A prompt with images, videos or
+audio is a micro-batch of its own, which the towers see with its first pass.
+
+A micro-batch sets out when there is room for its keys and values beside those of the others, and makes room when its last row has ended.
 
 All prompts of all ranks are shared out over the model's replicas, context-parallel ranks included, which are replicas here: attention
 over the cache is not split along the sequence. Neither is sequence parallelism used, for one token cannot be split.
@@ -11,6 +13,7 @@ over the cache is not split along the sequence. Neither is sequence parallelism 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +35,7 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, 
 
 from ..arguments import OptionError
 from ..responses import Response, SamplingOptions
+from ..responses.budget import PASS_TOKENS, default_tokens
 from ..responses.local import ends_of_responses, evaluation_mode, inference_template, never_sampled, unpacked
 from ..responses.sampling import sampling_processors
 from ..teachers.server import MEDIA
@@ -84,6 +88,11 @@ class _Batch:
         for ids, row in zip(self.ids, rows, strict=True):
             ids[: self.length] = torch.tensor(row.prompt[: self.length])
         self.cache = StaticInferenceContext(len(rows), longest) if cached else None
+
+    @property
+    def tokens(self) -> int:
+        """What there is room for, from the first pass to the last."""
+        return self.ids.numel()
 
     @property
     def running(self) -> bool:
@@ -145,10 +154,14 @@ class Generator:
         template: ms-swift's template of the student, used for encoding and stop words.
         lend_model: Gives the model's chunks, in the layout in which they run.
         eos: Ids that end a response.
+        tokens: Prompt and longest possible response, summed over the rows of a replica that are on their way together; None for what
+            :func:`default_tokens` makes of the model.
     """
 
-    def __init__(self, template, lend_model: Callable[[], AbstractContextManager[list[nn.Module]]], eos: list[int]):
-        self.template, self.lend_model, self.eos = template, lend_model, eos
+    def __init__(
+        self, template, lend_model: Callable[[], AbstractContextManager[list[nn.Module]]], eos: list[int], tokens: int | None = None
+    ):
+        self.template, self.lend_model, self.eos, self.tokens = template, lend_model, eos, tokens
 
     def __call__(self, prompts: list[dict[str, Any]], seeds: list[int], options: SamplingOptions) -> list[Response]:
         """Answer each prompt. Every rank calls it, with none as well; ranks with the same rows give the same prompts.
@@ -171,7 +184,7 @@ class Generator:
             replicas = mpu.get_data_parallel_world_size(with_context_parallel=True)
             here = range(replica, len(everything), replicas)
             rows = [self._row(n, *shares[everything[n][0]][everything[n][1]], options) for n in here]
-            _generate(chunks, rows, options.max_tokens)
+            _generate(chunks, rows, options.max_tokens, self.tokens)
             answers = [(row.number, row.answer, row.finish_reason) for row in rows] if _first_of_replica() else []
         found = {everything[number]: Response(ids, reason) for part in _everyone(answers) for number, ids, reason in part}
         return [found[mine, number] for number in range(len(prompts))]
@@ -205,18 +218,22 @@ def _everyone(value: Any) -> list[Any]:
     return found
 
 
-def _generate(chunks: list[nn.Module], rows: list[_Row], max_tokens: int) -> None:
+def _generate(chunks: list[nn.Module], rows: list[_Row], max_tokens: int, budget: int | None) -> None:
     """Answer the rows of this replica. All replicas call it; those that share experts run each other's number of passes."""
     config = chunks[0].config
     models = list(map(_language_model, chunks))
     cached = all(map(keeps_cache, models))
     lockstep = bool(config.num_moe_experts) and mpu.get_expert_tensor_and_model_parallel_world_size() > 1
     device = torch.device(get_current_device())
-    batches = [_Batch(part, max_tokens, cached) for part in _of_similar_length(rows)]
+    budget = budget or default_tokens(_bytes_per_token(models, device) if cached else None)
+    waiting = deque(_Batch(part, max_tokens, cached) for part in _of_similar_length(rows, max_tokens, budget, cached))
+    running: list[_Batch] = []
     stages = mpu.get_pipeline_model_parallel_world_size() if len(chunks) > 1 else 1
     with _inference(chunks, models) as see:
         while True:
-            running = [batch for batch in batches if batch.running]
+            running = [batch for batch in running if batch.running]  # the others' caches go
+            while waiting and (not running or sum(batch.tokens for batch in running) + waiting[0].tokens <= budget):
+                running.append(waiting.popleft())
             count = torch.tensor(len(running), device=device)
             if lockstep:
                 dist.all_reduce(count, op=dist.ReduceOp.MAX)
@@ -228,22 +245,44 @@ def _generate(chunks: list[nn.Module], rows: list[_Row], max_tokens: int) -> Non
             tokens = torch.zeros(sum(len(batch.rows) for batch in running), dtype=torch.int64, device=device)
             if logits and running:
                 tokens = torch.cat([batch.sampled(of_batch) for batch, of_batch in zip(running, logits, strict=False)])
-            tokens = _agreed(tokens).tolist() if running else []
-            for batch in running:
-                batch.advance(tokens[: len(batch.rows)])
-                del tokens[: len(batch.rows)]
+            if running:
+                _advance(running, _agreed(tokens).tolist())
+
+
+def _advance(batches: list[_Batch], tokens: list[int]) -> None:
+    for batch in batches:
+        batch.advance(tokens[: len(batch.rows)])
+        del tokens[: len(batch.rows)]
+
+
+def _bytes_per_token(models: list[GPTModel], device: torch.device) -> int:
+    """Of keys and values, on the rank of the pipeline that has the most layers: all of them need the same micro-batches."""
+    total = 0
+    for model in models:
+        for attention in _attentions(model):
+            width = attention.key_hidden_size + attention.val_hidden_size
+            total += attention.num_query_groups_per_partition * width * model.config.params_dtype.itemsize
+    most = torch.tensor(total, device=device)
+    if mpu.get_pipeline_model_parallel_world_size() > 1:
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=mpu.get_pipeline_model_parallel_group())
+    return most.item()
 
 
 def _language_model(chunk: nn.Module) -> GPTModel:
     return next(m for m in chunk.modules() if isinstance(m, GPTModel))
 
 
-def _of_similar_length(rows: list[_Row]) -> list[list[_Row]]:
-    """Rows with prompts of similar length, and enough such parts to fill the pipeline."""
+def _of_similar_length(rows: list[_Row], max_tokens: int, budget: int, cached: bool) -> list[list[_Row]]:
+    """Rows with prompts of similar length: enough such parts to fill the pipeline, and none too large for its share of the budget or for
+    a pass, which without a cache sees the responses too."""
     parts: list[list[_Row]] = []
-    most = -(-len(rows) // mpu.get_pipeline_model_parallel_world_size())
+    stages = mpu.get_pipeline_model_parallel_world_size()
+    most = -(-len(rows) // stages)
     for row in sorted(rows, key=lambda row: (bool(row.media), len(row.prompt))):
-        if parts and not row.media and len(parts[-1]) < most and len(row.prompt) - len(parts[-1][0].prompt) <= SPREAD:
+        count, longest = (len(parts[-1]) + 1 if parts else 1), len(row.prompt)
+        similar = parts and not row.media and longest - len(parts[-1][0].prompt) <= SPREAD
+        fits = count * (longest + max_tokens) <= budget // stages and count * (longest if cached else longest + max_tokens) <= PASS_TOKENS
+        if similar and count <= most and fits:
             parts[-1].append(row)
         else:
             parts.append([row])

@@ -12,7 +12,19 @@ from typing import Any
 
 from ..arguments import check_values
 from ..checks import teaches_as_base
-from ..seams import Renamed, extended, for_gkd, forget_external_plugin, modern_command_line, option_fields, option_value, take_options
+from ..seams import (
+    Renamed,
+    become_ours,
+    check_first,
+    extended,
+    for_gkd,
+    modern_command_line,
+    option_fields,
+    option_value,
+    recognise_base,
+    take_options,
+)
+from ..sources import Draw
 from .options import check_layout, check_supported, said_once
 
 # Options of Megatron-SWIFT 3.x that command lines for gkd still carry.
@@ -36,28 +48,8 @@ def take_over_arguments(module: ModuleType) -> dict[str, Any]:
     """``swift.megatron.arguments.rlhf_args``: our options, checked before anything else happens."""
     cls = module.MegatronRLHFArguments
 
-    @for_gkd(cls, '__post_init__')
-    def check_first(self: Any, stock: Callable[[], None]) -> None:
-        # Stock sets up torch.distributed before it knows whether the layout fits the ranks.
-        _check_options(self)
-        stock()
-
-    @for_gkd(cls, '_init_model_kwargs')
-    def check_again_after_plugins(self: Any, stock: Callable[[], None]) -> None:
-        # See hf/host.py.
-        stock()
-        _check_options(self)
-        forget_external_plugin(self)
-
-    @for_gkd(cls, '_check_teacher')
-    def recognise_shared_base(self: Any, stock: Callable[[], None]) -> None:
-        # Stock compares two strings and ignores the revisions.
-        teacher = self.teacher_model
-        stock()
-        with said_once():
-            shared = teaches_as_base(self, teacher, self.tuner_type == 'lora')
-        self._teacher_use_disable_adapter = shared
-        self.teacher_model = None if shared else teacher
+    check_first(cls, _check_options)
+    recognise_base(cls, _recognise)
 
     @for_gkd(cls, '_check_teacher')
     def hide_seq_kd(self: Any, stock: Callable[[], None]) -> None:
@@ -79,7 +71,7 @@ def take_over_arguments(module: ModuleType) -> dict[str, Any]:
         # Stock drops what is left of an epoch and of the evaluation set. Ours is a shorter last step.
         evaluates = val_dataset is not None and self.eval_iters != 0
         stock(train_dataset, val_dataset)
-        counts = len(train_dataset) * self.gkd_num_samples, len(val_dataset or ())
+        counts = Draw.of(self).epoch_length(len(train_dataset), self.num_train_epochs or 1), len(val_dataset or ())
         steps, eval_steps = (-(-count // self.global_batch_size) for count in counts)
         if self.num_train_epochs is not None:
             self.train_iters = steps * self.num_train_epochs
@@ -101,27 +93,28 @@ def _check_options(args: Any) -> None:
         check_layout(args)
 
 
+def _recognise(args: Any, teacher: str | None) -> None:
+    with said_once():
+        shared = teaches_as_base(args, teacher, args.tuner_type == 'lora')
+    args._teacher_use_disable_adapter = shared
+    args.teacher_model = None if shared else teacher
+
+
 def take_over_pipeline(module: ModuleType) -> None:
     """``swift.megatron.pipelines.train.rlhf``: old command lines are rewritten before parsing, our pipeline runs after it."""
-    cls = module.MegatronRLHF
-    cls.args_class = module.MegatronRLHFArguments
-    parse, set_seed = cls._parse_args, cls._set_seed
+    module.MegatronRLHF.args_class = module.MegatronRLHFArguments
+    become_ours(module.MegatronRLHF, _command_line, _pipeline)
 
-    def _parse_args(self: Any, args: Any = None) -> Any:
-        argv = modern_command_line(args, RENAMED, self.args_class)
-        if argv is not args:  # a command line for gkd
-            argv = _without_vllm_unless_asked_for(argv)
-        return parse(self, argv)
 
-    def _set_seed(self: Any) -> None:
-        # See hf/host.py.
-        if self.args.rlhf_type == 'gkd' and type(self) is cls:
-            from .pipeline import GKDPipeline
+def _command_line(given: Any, args_class: type) -> Any:
+    argv = modern_command_line(given, RENAMED, args_class)
+    return argv if argv is given else _without_vllm_unless_asked_for(argv)  # another one: a command line for gkd
 
-            self.__class__ = GKDPipeline
-        set_seed(self)
 
-    cls._parse_args, cls._set_seed = _parse_args, _set_seed
+def _pipeline() -> type:
+    from .pipeline import GKDPipeline
+
+    return GKDPipeline
 
 
 def _without_vllm_unless_asked_for(argv: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The loss of a micro-batch, computed inside the student's wrapped forward on vocabulary shards."""
+"""The loss of a micro-batch, in the output head of a model of megatron-core, on vocabulary shards."""
 
 from __future__ import annotations
 
@@ -8,25 +8,18 @@ from typing import Any
 import torch
 from megatron.core import mpu
 
-from ..divergence import TokenStats, linear_divergence, topk_divergence
-from ..step.objective import LossOptions
+from ..divergence import TokenStats, linear_divergence
+from ..step.objective import LossInForward
 from ..step.samples import MicroBatch
 from ..teachers import Signal, TopK
 from .head import OutputHead
 from .views import LocalView
 
 
-class DistillationLoss:
-    """The loss, for one student.
+class DistillationLoss(LossInForward):
+    """The loss, for one student of megatron-core."""
 
-    Args:
-        options: What is minimised.
-        head: The student's output head.
-        teacher_adapter: Whether the teacher's head is read with its adapter on.
-    """
-
-    def __init__(self, options: LossOptions, head: OutputHead, teacher_adapter: bool = True):
-        self.options, self.head, self.teacher_adapter = options, head, teacher_adapter
+    head: OutputHead
 
     def __call__(
         self, forward: Callable[[dict[str, Any]], Any], batch: MicroBatch, view: LocalView, signal: Signal | None, stats: TokenStats
@@ -53,28 +46,15 @@ class DistillationLoss:
         head = self.head.tensors()
         labels, weights, imitated = (view.of(x).to(device) for x in (batch.labels, batch.weights, batch.imitated))
         common = dict(
-            token_weights=weights * options.weight,
-            labels=labels,
-            label_weights=weights * imitated * options.alpha,
-            reduction='sum',
+            self._of_tokens(labels, weights, imitated, stats),
             student_bias=head.bias,
             vocab_size=options.vocab_size,
             vocab_group=mpu.get_tensor_model_parallel_group() if mpu.get_tensor_model_parallel_world_size() > 1 else None,
-            stats=stats,
         )
         if signal is None:
             return linear_divergence(chosen, head.weight, None, None, options.divergence, **common)
         if isinstance(signal, TopK):
-            return topk_divergence(
-                chosen,
-                head.weight,
-                signal.logprobs.to(device),
-                signal.ids.to(device),
-                options.divergence,
-                tail=options.tail,
-                topk_temperature=signal.temperature,
-                **common,
-            )
+            return self._from_topk(chosen, head.weight, signal, **common)
         teacher = signal.head.tensors(self.teacher_adapter)
         return linear_divergence(
             chosen,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
 
 from swift.megatron.model import get_mcore_model
 from swift.utils import get_current_device
@@ -16,9 +15,6 @@ from .generation import check_generates
 from .layouts import Layout, RandomState, RelocatedTeacher
 from .options import num_experts, said_once, teacher_arguments, teacher_options
 from .teachers import LiveStudent, LocalTeacher, SharedBase
-
-if TYPE_CHECKING:
-    from .trainer import GKDTrainer
 
 
 def build_teacher(args) -> tuple[list[nn.Module], Layout | None]:
@@ -60,7 +56,7 @@ def check_who_generates(args, student: list[nn.Module], teacher: list[nn.Module]
             check_generates(teacher or student, f'--teacher_model {args.teacher_model or args.model}')
 
 
-def local_teacher(trainer: GKDTrainer) -> LocalTeacher:
+def local_teacher(trainer) -> LocalTeacher:
     """The separate model, or one that lives in the student's."""
     args, chunks, offload = trainer.args, trainer.teacher_models, bool(teacher_offload(trainer.args))
     if trainer.teacher_layout is not None:

@@ -22,9 +22,9 @@ from swift.megatron.trainers.rlhf_mixin import MegatronRLHFTrainer
 from swift.utils import get_current_device, get_logger
 from torch import nn
 
-from .. import activation, checks
+from .. import checks, versions
 from ..divergence import TokenStats
-from ..sources import TEACHER
+from ..sources import TEACHER, Draw
 from ..step.conductor import Conductor
 from ..step.data import Row, filled_up, row_loader, worker_options
 from ..step.objective import LossOptions
@@ -68,7 +68,7 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
         self._setup_teacher()
         args.teacher_model_server = server_urls
         super().__init__(args, template, **kwargs)
-        logger.info(activation.banner(type(self)))
+        logger.info(versions.banner(type(self)))
         args.device = get_current_device()  # what transformers' arguments have and Megatron-SWIFT's have not
         args.min_p = 0.0
         # Sequence and context parallelism cut sequences into equal parts.
@@ -124,13 +124,15 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
     def _row_loader(self, dataset, **how):
         args = self.args
         rank, world_size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-        return row_loader(dataset, args.micro_batch_size, drop_last=False, rank=rank, world_size=world_size, **how, **worker_options(args))
+        options = worker_options(args, args.num_microbatches * args.steps_per_generation)
+        return row_loader(dataset, args.micro_batch_size, drop_last=False, rank=rank, world_size=world_size, **how, **options)
 
     def _training_rows(self, dataset) -> Iterator[list[Row]]:
         """Micro-batches without end. The schedule wants the same number in every step, so the last step of an epoch gets fillers."""
         args, per_step = self.args, self.args.num_microbatches
         seed = args.data_seed if args.train_dataloader_shuffle else None
-        loader = self._row_loader(dataset, seed=seed, num_samples=args.gkd_num_samples)
+        prepare = self.conductor.cycle.prepared
+        loader = self._row_loader(dataset, seed=seed, draw=Draw.of(args), epochs=args.num_train_epochs or 1, prepare=prepare)
         steps = -(-len(loader) // per_step)
         first, skipped = divmod(self.state.iteration, steps)
         loader.batch_sampler.skip = skipped * per_step

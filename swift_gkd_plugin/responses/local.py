@@ -7,11 +7,13 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
-from .sampling import FinishedAt, Response, SamplingOptions, sampling_processors
+from .budget import bytes_per_token, default_tokens, waves
+from .sampling import FinishedAt, Prompt, Response, SamplingOptions, sampling_processors
 
 
 @contextmanager
@@ -63,25 +65,41 @@ def never_sampled(template) -> list[int]:
     return list(template.placeholder_tokens) if template.model_meta.is_multimodal else []
 
 
+def stand_in(template) -> Prompt:
+    """For a rank that has to generate with the others and has nothing to answer."""
+    inputs = {'messages': [{'role': 'user', 'content': 'a'}]}
+    with inference_template(template):
+        return Prompt(inputs, template.encode(inputs))
+
+
 class LocalGenerator:
     """Generates with one model of this process.
 
     Args:
-        template: ms-swift's template of the model that answers, used for encoding, collating and stop words.
+        template: ms-swift's template of the model that answers, used for collating and stop words.
         lend_model: Gives the bare model for the duration of a generation call; gathers or loads its weights if it has to.
         device: Where the inputs go.
-        lockstep: All ranks run each other's number of decoding steps (ZeRO-3 and FSDP shard the weights), so a rank without
-            a prompt has to generate too.
+        lockstep: All ranks run each other's number of waves and decoding steps (ZeRO-3 and FSDP shard the weights), so a rank
+            without a prompt has to generate too.
+        tokens: Prompt and longest possible response, summed over the rows that are answered together; None for what
+            :func:`default_tokens` makes of the model.
     """
 
-    def __init__(self, template, lend_model: Callable[[], AbstractContextManager[nn.Module]], device: torch.device, lockstep: bool = False):
-        self.template, self.lend_model, self.device, self.lockstep = template, lend_model, device, lockstep
+    def __init__(
+        self,
+        template,
+        lend_model: Callable[[], AbstractContextManager[nn.Module]],
+        device: torch.device,
+        lockstep: bool = False,
+        tokens: int | None = None,
+    ):
+        self.template, self.lend_model, self.device, self.lockstep, self.tokens = template, lend_model, device, lockstep, tokens
 
-    def __call__(self, prompts: list[dict[str, Any]], seeds: list[int], options: SamplingOptions) -> list[Response]:
+    def __call__(self, prompts: list[Prompt], seeds: list[int], options: SamplingOptions) -> list[Response]:
         """Answer each prompt.
 
         Args:
-            prompts: Inputs of ``template.encode`` without a response. With ``lockstep`` at least one on every rank.
+            prompts: With ``lockstep`` at least one on every rank.
             seeds: One per prompt; what a prompt is answered depends on no other prompt.
             options: Sampling options.
 
@@ -90,13 +108,30 @@ class LocalGenerator:
         """
         if not prompts:
             return []
+        answered: dict[int, Response] = {}
         with self.lend_model() as model, evaluation_mode(model), inference_template(self.template) as template, torch.no_grad():
-            encoded = [template.encode(prompt) for prompt in prompts]
-            inputs = template.data_collator(encoded)
-            inputs = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-            if template.model_meta.is_multimodal:
-                _, inputs = template.pre_forward_hook(model, None, inputs)
-            return self._generate(model, template, inputs, seeds, options)
+            encoded = [prompt.encoded for prompt in prompts]
+            budget = self.tokens or default_tokens(bytes_per_token(model))
+            for wave in self._with_stand_ins(waves([len(row['input_ids']) for row in encoded], options.max_tokens, budget)):
+                responses = self._answer(model, template, [encoded[n] for n in wave], [seeds[n] for n in wave], options)
+                for number, response in zip(wave, responses, strict=True):
+                    answered.setdefault(number, response)
+        return [answered[number] for number in range(len(prompts))]
+
+    def _with_stand_ins(self, own: list[list[int]]) -> list[list[int]]:
+        """In lockstep as many waves as the rank with the most: the others answer their shortest prompt again."""
+        if not self.lockstep:
+            return own
+        most = torch.tensor(len(own), device=self.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return own + [own[-1][-1:]] * (most.item() - len(own))
+
+    def _answer(self, model, template, encoded: list[dict[str, Any]], seeds: list[int], options: SamplingOptions) -> list[Response]:
+        inputs = template.data_collator([dict(row) for row in encoded])  # it takes some rows apart, and a stand-in comes again
+        inputs = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        if template.model_meta.is_multimodal:
+            _, inputs = template.pre_forward_hook(model, None, inputs)
+        return self._generate(model, template, inputs, seeds, options)
 
     def _generate(self, model, template, inputs: dict[str, Any], seeds: list[int], options: SamplingOptions) -> list[Response]:
         inputs.pop('labels', None)
@@ -120,7 +155,7 @@ class LocalGenerator:
             generation_config=config,
             logits_processor=sampling_processors(options, seeds, self.device),
             stopping_criteria=StoppingCriteriaList([finished]),
-            synced_gpus=self.lockstep or None,
+            synced_gpus=self.lockstep,
         )
         new_ids = sequences[:, prompt_length:].tolist()
         return [

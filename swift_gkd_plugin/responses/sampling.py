@@ -9,6 +9,7 @@ The draw is exact: ``argmax(log p + g)`` with Gumbel noise ``g`` is a sample of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
@@ -38,6 +39,19 @@ class SamplingOptions:
     repetition_penalty: float = 1.0
     stop_words: tuple[str, ...] = ()
     vocab_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is asked.
+
+    Attributes:
+        inputs: Of ``template.encode``, without a response.
+        encoded: What that makes of them where the template generates.
+    """
+
+    inputs: dict[str, Any]
+    encoded: dict[str, Any]
 
 
 @dataclass(frozen=True)

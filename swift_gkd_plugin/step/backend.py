@@ -8,16 +8,18 @@ the step.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 
-from ..responses import Response, SamplingOptions
+from ..responses import Prompt, Response, SamplingOptions
 from ..sources import Source
 from ..teachers import Signal
 from .ranks import Ranks
 from .samples import MicroBatch, Sample
+from .teaching import TeacherBatches
 
 
 class Backend(ABC):
@@ -50,11 +52,11 @@ class Backend(ABC):
         """The ids that end an answer: those of the student's generation config, brought in line with the template."""
 
     @abstractmethod
-    def generate(self, source: Source, prompts: list[dict[str, Any]], seeds: list[int], options: SamplingOptions) -> list[Response]:
+    def generate(self, source: Source, prompts: list[Prompt], seeds: list[int], options: SamplingOptions) -> list[Response]:
         """Answer prompts in the training processes, with the student or a local teacher.
 
         Args:
-            prompts: Inputs of ``template.encode`` without a response. Ranks with the same rows give the same ones.
+            prompts: Ranks with the same rows give the same ones.
             seeds: One per prompt; a response depends on no other prompt.
         """
 
@@ -64,12 +66,16 @@ class Backend(ABC):
 
     @abstractmethod
     def roll_out_ahead(self, samples: list[Sample]) -> None:
-        """Have the engine's server begin with these, from the weights of now."""
+        """Have the engine's server begin with these, from the weights of now. Some rank has one."""
+
+    @abstractmethod
+    def teacher_batches(self, batches: list[MicroBatch]) -> TeacherBatches | None:
+        """How a local teacher looks at these micro-batches of a step; None if it takes them as they are."""
 
     @abstractmethod
     def signals(self, batches: list[MicroBatch]) -> list[Signal | None]:
-        """What a local teacher says about the micro-batches of a step, before the student's first forward; None for one that it looks at
-        during the student's turn, or of which nothing is on this rank."""
+        """What a local teacher says about the trained tokens of each batch, before the student's first forward; None for one that it looks
+        at during the student's turn, or of which nothing is on this rank."""
 
     @abstractmethod
     def run(self, batches: list[MicroBatch]) -> None:
@@ -85,9 +91,9 @@ class Backend(ABC):
         """The last one that was written; None before the first."""
 
     @property
-    @abstractmethod
     def checkpoint(self) -> str:
         """Where the checkpoint of the last finished step is, or would be."""
+        return os.path.join(self.args.output_dir, f'checkpoint-{self.step}')
 
     @abstractmethod
     def is_complete(self, checkpoint: str) -> bool:

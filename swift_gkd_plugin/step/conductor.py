@@ -13,6 +13,7 @@ import hashlib
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -21,8 +22,7 @@ from swift.utils import JsonlWriter, get_logger
 from .. import sources
 from ..divergence import TokenStats
 from ..metrics import Metrics
-from ..responses import SamplingOptions
-from ..responses.local import inference_template
+from ..responses import Prompt, SamplingOptions
 from ..sources import DATASET, STUDENT, TEACHER, Source
 from ..teachers.server import TeacherServerError
 from . import cycle as cycles
@@ -31,8 +31,10 @@ from .completions import Completions
 from .cycle import Answer, Cycle
 from .data import Row
 from .objective import LossOptions
+from .random_state import random_numbers, restore_numbers
 from .remote import RemoteTeacher, asked_once
 from .samples import MicroBatch, Sample, SampleEncoder, TeacherView
+from .teaching import TeacherBatches
 
 logger = get_logger()
 
@@ -98,9 +100,13 @@ class Conductor:
         self._resumed: dict[str, Any] | None = None  # what the checkpoint has kept of those
         self._begun: list[list[Sample]] = []  # the cycle that the rollout server answers while a step trains
         self._begun_at = 0
+        self._ahead: list[list[Sample]] = []  # the next cycle without responses, drawn early to ask a server about it
+        self._failure: TeacherServerError | None = None  # of this rank's server, in the middle of the step
+        self._numbers: Any = None  # random numbers as they were in front of it
         self._step: list[list[Sample]] = []  # of the step under way
         self.num_batches = 1
         self._losses: list[tuple[torch.Tensor, list[Sample]]] = []
+        self._visits: deque[tuple[TeacherBatches, list[MicroBatch]]] = deque()  # of the local teacher, in this step, that are still to come
         self._evaluating = False
 
     def begin(self, dataset, checkpoint: str | None = None) -> None:
@@ -152,6 +158,7 @@ class Conductor:
             TeacherServerError: On every rank, after a checkpoint.
         """
         self._cycles = 0
+        self._numbers = random_numbers(self.ranks.device) if self._asks_along else None
         if self._resumed is not None:
             state, self._resumed = self._resumed, None
             self._cycles = state['cycles']
@@ -175,23 +182,30 @@ class Conductor:
             self._leave()
             raise
         self._count(batches)
+        self._ask_ahead(rows, num_batches, cycle_length)
         return batches
 
     def _new_cycle(self, rows: Iterator[list[Row]], length: int) -> list[list[Sample]]:
         """A cycle's samples with their responses. Empty where the rows end."""
-        drawn = self._drawn(rows, length)
+        key = self._next_key()
+        drawn, self._ahead = self._ahead or self._drawn(rows, length, key), []
+        self.cycle_key = key
         return self._with_responses(lambda: self.cycle.answer(drawn))
 
-    def _drawn(self, rows: Iterator[list[Row]], length: int) -> list[list[Sample]]:
-        self.cycle_key = self.backend.step, self._cycles
-        self._cycles += 1
-        return self.cycle.drawn(list(itertools.islice(rows, length)), self.cycle_key)
+    def _next_key(self) -> tuple[int, int]:
+        number, self._cycles = self._cycles, self._cycles + 1
+        return self.backend.step, number
+
+    def _drawn(self, rows: Iterator[list[Row]], length: int, key: tuple[int, int]) -> list[list[Sample]]:
+        return self.cycle.drawn(list(itertools.islice(rows, length)), key)
 
     def _begin_next_cycle(self, rows: Iterator[list[Row]], length: int) -> None:
         """``--gkd_prefetch``: the server answers the next cycle while this step trains, from the weights before this step."""
-        self._begun, self._begun_at = self._drawn(rows, length), self.backend.step
-        if self._begun:
-            self.backend.roll_out_ahead([s for samples in self._begun for s in samples if s.row.counts and s.source == STUDENT])
+        self.cycle_key = self._next_key()
+        self._begun, self._begun_at = self._drawn(rows, length, self.cycle_key), self.backend.step
+        of_student = [s for samples in self._begun for s in samples if s.row.counts and s.source == STUDENT]
+        if self.ranks.anywhere(len(of_student)):
+            self.backend.roll_out_ahead(of_student)
 
     def _finished(self) -> list[list[Sample]]:
         """The cycle that was begun a step ago, with its responses."""
@@ -213,6 +227,8 @@ class Conductor:
             self._leave()
             raise failure.__cause__ from None
         new = cycles.dated(cycle, self.backend.step, student_at)
+        for sample in new:
+            sample.prompt = None  # it may hold images
         tokens = sum(len(sample.response.token_ids) for sample in new)
         self.metrics.total('tokens/generated', tokens / self.ranks.sharers)
         return cycle
@@ -264,12 +280,13 @@ class Conductor:
         return answers
 
     def _student_answers(self, samples: list[Sample]) -> None:
-        self._generate(STUDENT, samples, [self.encoder.student_prompt(sample) for sample in samples])
+        self._generate(STUDENT, samples, self.encoder.student_prompt)
 
     def _teacher_answers(self, samples: list[Sample]) -> None:
-        self._generate(TEACHER, samples, [self.encoder.teacher_prompt(sample) for sample in samples])
+        self._generate(TEACHER, samples, self.encoder.teacher_prompt)
 
-    def _generate(self, source: Source, samples: list[Sample], prompts: list[dict[str, Any]]) -> None:
+    def _generate(self, source: Source, samples: list[Sample], inputs: Callable[[Sample], dict[str, Any]]) -> None:
+        prompts = [Prompt(inputs(sample), sample.prompt) for sample in samples]
         with self.metrics.seconds('seconds/generation'), self.metrics.seconds('seconds/sampling'):
             responses = self.backend.generate(source, prompts, self._seeds(samples), self._sampling_options(source))
         for sample, response in zip(samples, responses, strict=True):
@@ -283,9 +300,7 @@ class Conductor:
     def _server_answers(self, samples: list[Sample]) -> None:
         """A teacher server answers. Every rank calls it, and all of them stop if one has no answer."""
         seeds, stop_ids = self._seeds(samples), sorted(self.backend.ending_ids())
-        with inference_template(self.template) as template:
-            encoded = [template.encode(self.encoder.teacher_prompt(sample)) for sample in samples]
-        prompts = [self.encoder.question(s, p, prompt_only=True) for s, p in zip(samples, encoded, strict=True)]
+        prompts = [self.encoder.question(sample, sample.prompt, prompt_only=True) for sample in samples]
 
         def told() -> list[Any]:
             return [(sample.response, sample.scores) for sample in samples]
@@ -344,11 +359,72 @@ class Conductor:
             for batch, signal in zip(batches, signals, strict=True):
                 batch.signal = signal
 
-        if self.scored_by_server:
+        self._visits.clear()
+        if self._asks_along:
+            self.teacher.begin(sample for batch in batches for sample in batch.samples)
+        elif self.scored_by_server:
             with self.metrics.seconds('seconds/teacher'):
                 self._asked(lambda: self.teacher.ask(batches), lambda: [batch.signal for batch in batches], take)
-        elif self.scored_locally:
-            take(self.backend.signals(batches))
+        elif self.scored_locally and batches:
+            plan = self.backend.teacher_batches(batches)
+            if plan is None:
+                with self._visited(1.0):
+                    take(self.backend.signals(batches))
+                return
+            size = plan.per_visit(batches, self.ranks)
+            self._visits.extend((plan, batches[start : start + size]) for start in range(0, len(batches), size))
+            self._visit()
+
+    def _visit(self) -> None:
+        """The local teacher looks at the next part of the step."""
+        plan, batches = self._visits.popleft()
+        share = len(batches) / self.num_batches
+        with self._visited(share):
+            signals, count = plan.taught(batches, self.encoder, self.ranks, self.backend.signals)
+        for batch, signal in zip(batches, signals, strict=True):
+            batch.signal = signal
+        self.metrics.add('teacher/batches', count, share)
+
+    @contextmanager
+    def _visited(self, share: float) -> Iterator[None]:
+        """Book the bytes that a teacher from the host moves for this share of a step."""
+        host_copy = self.teacher.host_copy
+        moved = host_copy.moved if host_copy else 0
+        yield
+        if host_copy:
+            self.metrics.add('teacher/moved_gib', (host_copy.moved - moved) / 2**30, share)
+
+    @property
+    def _asks_along(self) -> bool:
+        """Whether a server is asked about a step's later micro-batches while earlier ones train. Ranks with the same rows would have to
+        share what it says in the middle of the step."""
+        return self.scored_by_server and self.teacher.is_free and self.ranks.sharers == 1 and not self._evaluating
+
+    def before_forward(self, batch: MicroBatch) -> MicroBatch:
+        """The micro-batch whose turn it is, with its signal. Where a local teacher looks at a step in several visits, a collective call."""
+        if batch.signal is not None:
+            return batch
+        if self._visits:
+            self._visit()
+        elif self._asks_along:
+            with self.metrics.seconds('seconds/teacher'):
+                try:
+                    self.teacher.ask([batch])
+                except TeacherServerError as error:  # other ranks may be waiting for this one in the middle of the step
+                    self._failure, batch.signal = error, self.teacher.silence(batch)
+        return batch
+
+    def _ask_ahead(self, rows: Iterator[list[Row]], num_batches: int, cycle_length: int) -> None:
+        """A server is asked about the next step's responses of the dataset while this step trains."""
+        if not (self.scored_by_server and self.teacher.is_free) or self.backend.is_last_step:
+            return
+        if len(self._ready) < num_batches and not self._begun:
+            self._ahead = self._drawn(rows, cycle_length, (self.backend.step + 1, 0))
+        coming = itertools.islice(itertools.chain(self._ready, self._begun, self._ahead), num_batches)
+        known = [s for samples in coming for s in samples if s.row.counts and s.source == DATASET]
+        if self.ranks.asks:
+            self.encoder.ask(known)
+            self.teacher.begin(known)
 
     # -- what a micro-batch's forward has found ----------------------------------------------------------------------------------------
 
@@ -392,15 +468,33 @@ class Conductor:
         """Between a step's last backward pass and its update. A collective call.
 
         Raises:
+            TeacherServerError: On every rank, if the server of one gave up, after a checkpoint of the step before.
             FloatingPointError: On every rank, if the loss is not finite on one: no weight and no checkpoint takes part in it.
         """
+        self._stop_without_server()
         self._cycles = 0
         if self.args.log_completions:
             self._write_completions()
-        self.stop_on_nan()
+        self._stop_on_nan()
 
-    def stop_on_nan(self) -> None:
-        """See :meth:`before_update`; the error names the step and this rank's samples."""
+    def stop_together(self) -> None:
+        """End the run where :meth:`before_update` says so; for a loop that updates in its last backward pass, in front of that."""
+        self._stop_without_server()
+        self._stop_on_nan()
+
+    def _stop_without_server(self) -> None:
+        if not self._asks_along:
+            return
+        try:
+            cycles.stop_together(self._failure, self.ranks, self.backend.step + 1)
+        except TeacherServerError:
+            self._ready.extendleft(reversed(self._step))
+            restore_numbers(self._numbers)
+            self._leave()
+            raise
+
+    def _stop_on_nan(self) -> None:
+        """The error names the step and this rank's samples."""
         finite = torch.stack([loss for loss, _ in self._losses]).isfinite().tolist() if self._losses else []
         mine = [str(sample) for (_, samples), ok in zip(self._losses, finite, strict=True) if not ok for sample in samples]
         if not self.ranks.anywhere(len(mine)):

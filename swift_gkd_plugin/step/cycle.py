@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy
@@ -58,10 +59,14 @@ class Cycle:
         encoder: Tells whether a row fits.
         answers: Who answers, by source.
         ranks: Those with the same rows have to agree on which of them can't be encoded.
+
+    Attributes:
+        draw: The draws of the run; the order of the rows is made with the same.
     """
 
     def __init__(self, args, dataset, encoder: SampleEncoder, answers: dict[Source, Answer], ranks: Ranks):
         self.args, self.dataset, self.encoder, self.answers, self.ranks = args, dataset, encoder, answers, ranks
+        self.draw = sources.Draw.of(args)
 
     def drawn(self, micro_batches: list[list[Row]], cycle_key: tuple[int, int]) -> list[list[Sample]]:
         """Draw a source for each row and replace what can't be encoded; no responses yet. A collective call.
@@ -70,7 +75,26 @@ class Cycle:
             micro_batches: The rows of this rank.
             cycle_key: (optimizer step, number of the cycle in it), for ``--gkd_source_per batch``.
         """
-        return self.checked([[Sample(row, row.content, source) for row, source in self._kept(rows, cycle_key)] for rows in micro_batches])
+        found = [[self._begun(row, source) for row, source in self._kept(rows, cycle_key)] for rows in micro_batches]
+        return self.checked([[sample for sample, _ in part] for part in found], [[attempt for _, attempt in part] for part in found])
+
+    @staticmethod
+    def _begun(row: Row, source: Source) -> tuple[Sample, int | None]:
+        return row.prepared or (Sample(row, row.content, source), None)
+
+    def prepared(self, row: Row) -> Row:
+        """The row with its sample: drawn, replaced if it can't be encoded, and encoded as far as that can be done without a response. Rows
+        come to :meth:`drawn` with it or without; where they are read in worker processes, this is done there, ahead of time."""
+        if not (row.counts and self.draw.per_sample):
+            return row
+        sample = Sample(row, row.content, self._source(row, (0, 0)))
+        try:
+            attempt = self._attempts(sample)
+        except OptionError:  # said where all ranks hear of it
+            return row
+        if sample.source == DATASET:
+            self.encoder.views(sample)
+        return replace(row, prepared=(sample, attempt))
 
     def answer(self, micro_batches: list[list[Sample]]) -> list[list[Sample]]:
         """Responses for the samples that have none. Every rank calls it, for an answer may be a collective call.
@@ -88,8 +112,9 @@ class Cycle:
         return micro_batches
 
     def _kept(self, rows: list[Row], cycle_key: tuple[int, int]) -> list[tuple[Row, Source]]:
-        """A micro-batch's rows with their sources. A response of the dataset is there once, however often its row comes
-        (``--gkd_num_samples``); a micro-batch without any other row keeps one as a filler."""
+        """A micro-batch's rows with their sources. Where the cycle draws for all of its rows (``--gkd_source_per batch``), the order could
+        not know which come once (``--gkd_num_samples``): repeats of a response of the dataset are dropped here, and a micro-batch without
+        any other row keeps one as a filler."""
         drawn = [(row, self._source(row, cycle_key)) for row in rows]
         kept = [(row, source) for row, source in drawn if source != DATASET or row.repeat == 0]
         return kept or [(rows[0].filler(), DATASET)]
@@ -97,16 +122,21 @@ class Cycle:
     def _source(self, row: Row, cycle_key: tuple[int, int]) -> Source:
         if not row.counts:
             return DATASET
-        seed, per_sample = self.args.seed, self.args.gkd_source_per == 'sample'
-        u = sources.uniform(seed, row.epoch, row.number) if per_sample else sources.uniform(seed, *cycle_key, purpose='cycle')
-        return sources.draw_source(u, self.args.lmbda, self.args.seq_kd)
+        return self.draw.source(row.epoch, row.number) if self.draw.per_sample else self.draw.source(*cycle_key, purpose='cycle')
 
-    def checked(self, micro_batches: list[list[Sample]]) -> list[list[Sample]]:
+    def checked(self, micro_batches: list[list[Sample]], attempts: list[list[int | None]] | None = None) -> list[list[Sample]]:
         """The samples with content that can be encoded for their sources: their own, or another row's. A collective call.
 
         What one of the ranks with the same rows can't encode (an image whose host does not answer it, say), none of them trains on.
+
+        Args:
+            attempts: What :meth:`_attempts` said of each sample; None for one that it was not asked about.
         """
-        attempts = [[self._attempts(sample, sample.attempt) for sample in samples] for samples in micro_batches]
+        known = attempts or [[None] * len(samples) for samples in micro_batches]
+        attempts = [
+            [self._attempts(sample, sample.attempt) if attempt is None else attempt for sample, attempt in zip(*both, strict=True)]
+            for both in zip(micro_batches, known, strict=True)
+        ]
         while (agreed := self._most_attempts(attempts)) is not None:
             attempts = [
                 [mine if mine == most else self._attempts(sample, most) for sample, mine, most in zip(*both, strict=True)]
@@ -121,7 +151,7 @@ class Cycle:
         most, least = found[: len(flat)], [-number for number in found[len(flat) :]]
         return None if most == least else _like(attempts, most)
 
-    def _attempts(self, sample: Sample, attempt: int) -> int:
+    def _attempts(self, sample: Sample, attempt: int = 0) -> int:
         """Find content for the sample: its own (attempt 0) or another row's (1, 2, …), the first from this attempt on that fits.
 
         Returns:
@@ -139,7 +169,7 @@ class Cycle:
                 row = sample.row
                 other = sources.replacement_row(self.args.seed, row.epoch, row.number, number - 1, len(self.dataset))
                 logger.info(f'{sample} cannot be encoded, row {other} stands in: {error}')
-                sample.content, sample.attempt = self.dataset[other], number
+                sample.content, sample.attempt, sample.views = self.dataset[other], number, None
             if not sample.row.counts:
                 return number
             try:
@@ -223,7 +253,7 @@ def restored(cycle: Cycle, state: dict[str, Any], micro_batches: list[list[Row]]
     if kept_rows != [[row.key for row in rows] for rows in found_rows]:
         raise OptionError(
             f'--resume_from_checkpoint: the checkpoint has responses for (row, epoch, repeat) {kept_rows}, the data gives '
-            f'{[[row.key for row in rows] for rows in micro_batches]}; use the same dataset, seeds and batch sizes, or '
+            f'{[[row.key for row in rows] for rows in micro_batches]}; use the same dataset, seeds, batch sizes and --num_train_epochs, or '
             '--ignore_data_skip true.'
         )
     result = cycle.checked(

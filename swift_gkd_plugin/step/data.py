@@ -1,20 +1,27 @@
 """Rows with their numbers, in an order that depends on the seed and the epoch only, shared out to the ranks without losing one.
 
 ms-swift's own samplers drop the remainder of a dataset (``len // world_size``) and, with ``steps_per_generation``, most of a
-stream; both hand over bare rows. Here each row carries the number that :mod:`swift_gkd_plugin.sources` draws from.
+stream; both hand over bare rows. Here each row carries the number that :mod:`swift_gkd_plugin.sources` draws from, and comes as often
+as it has responses.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from swift.dataloader import DataLoaderDispatcher, DataLoaderShard
 from torch.utils.data import DataLoader
+
+from ..sources import Draw
+
+T = TypeVar('T')
+
+ONCE = Draw()  # every row comes once
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,7 @@ class Row:
         content: The row itself, as the dataset gives it.
         counts: False for a filler: a copy that keeps the ranks in step and must not weigh anywhere.
         repeat: Which of the prompt's ``--gkd_num_samples`` responses this is for, from 0.
+        prepared: What :meth:`~swift_gkd_plugin.step.cycle.Cycle.prepared` has made of it.
     """
 
     number: int
@@ -34,52 +42,63 @@ class Row:
     content: dict[str, Any] = field(repr=False)
     counts: bool = True
     repeat: int = 0
+    prepared: Any = field(default=None, repr=False, compare=False)
 
     @property
     def key(self) -> tuple[int, int, int]:
         return self.number, self.epoch, self.repeat
 
     def filler(self) -> Row:
-        return replace(self, counts=False)
+        return replace(self, counts=False, prepared=None)
 
 
 class NumberedRows(torch.utils.data.Dataset):
-    """A dataset with a length, indexed by (epoch, number, counts, repeat)."""
+    """A dataset with a length, indexed by (epoch, number, counts, repeat).
 
-    def __init__(self, dataset):
-        self.dataset = dataset
+    Args:
+        prepare: What is done to a row where it is read, in a worker process if the loader has any.
+    """
+
+    def __init__(self, dataset, prepare: Callable[[Row], Row] | None = None):
+        self.dataset, self.prepare = dataset, prepare
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int, bool, int]) -> Row:
         epoch, number, counts, repeat = key
-        return Row(number, epoch, self.dataset[number], counts, repeat)
+        row = Row(number, epoch, self.dataset[number], counts, repeat)
+        return row if self.prepare is None else self.prepare(row)
 
 
-def share_out(numbers: list[int], batch_size: int, world_size: int, rank: int) -> list[list[tuple[int, bool]]]:
-    """Micro-batches of one rank: consecutive numbers go to the ranks in turn, so that any split of a step holds the same rows.
+def share_out(rows: list[T], batch_size: int, world_size: int, rank: int) -> list[list[tuple[T, bool]]]:
+    """Micro-batches of one rank: consecutive rows go to the ranks in turn, so that any split of a step holds the same rows.
 
     A rank that gets nothing of what remains at the end gets one filler, for all ranks have to run the same number of micro-batches.
 
     Returns:
-        One list per micro-batch with (number, counts).
+        One list per micro-batch with (row, counts).
     """
     batches = []
-    for start in range(0, len(numbers), batch_size * world_size):
-        part = numbers[start : start + batch_size * world_size]
-        batches.append([(n, True) for n in part[rank::world_size]] or [(part[0], False)])
+    for start in range(0, len(rows), batch_size * world_size):
+        part = rows[start : start + batch_size * world_size]
+        batches.append([(row, True) for row in part[rank::world_size]] or [(part[0], False)])
     return batches
 
 
 class RowBatchSampler:
     """Batches of keys for :class:`NumberedRows`: this rank's share of the epoch's order.
 
+    Trainers count on epochs of one length. Where the draws give each pass over the data another number of responses, the passes are one
+    long sequence, an "epoch" is the next ``responses`` places of it, wherever that begins in a pass, and the keys name the true pass.
+    So ``epochs`` of them hold all responses of as many passes, and fewer than ``epochs`` places of the pass after those.
+
     Args:
         num_rows: Length of the dataset.
         batch_size: Rows of one micro-batch of one rank.
-        num_samples: How often each row comes, one after the other.
         seed: Seed of the order; None keeps the order of the dataset.
+        draw: Tells how often each row comes, one after the other.
+        epochs: Epochs that the run is meant to last.
         skip: Micro-batches of the first epoch that are left out (a resumed run).
     """
 
@@ -89,13 +108,15 @@ class RowBatchSampler:
         batch_size: int,
         *,
         seed: int | None,
-        num_samples: int = 1,
+        draw: Draw = ONCE,
+        epochs: float = 1,
         drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
         skip: int = 0,
     ):
-        self.num_rows, self.num_samples, self.batch_size, self.seed = num_rows, num_samples, batch_size, seed
+        self.num_rows, self.batch_size, self.seed, self.draw = num_rows, batch_size, seed, draw
+        self.responses = draw.epoch_length(num_rows, epochs)
         self.drop_last, self.rank, self.world_size, self.skip = drop_last, rank, world_size, skip
         self.epoch = 0
 
@@ -104,22 +125,27 @@ class RowBatchSampler:
 
     def __len__(self) -> int:
         global_batch = self.batch_size * self.world_size
-        rows = self.num_rows * self.num_samples
-        total = rows // global_batch if self.drop_last else -(-rows // global_batch)
-        return total - self.skip
+        total = self.responses // global_batch if self.drop_last else -(-self.responses // global_batch)
+        return max(total - self.skip, 0)
 
     def __iter__(self) -> Iterator[list[tuple[int, int, bool, int]]]:
+        window = self.draw.window(self.num_rows, self.epoch * self.responses, self.responses)
+        order = torch.cat([self._pass(epoch)[part] for epoch, part in window])
+        size = self.batch_size * self.world_size
+        for batch in range(self.skip, self.skip + len(self)):
+            (mine,) = share_out(order[batch * size : (batch + 1) * size].tolist(), self.batch_size, self.world_size, self.rank)
+            yield [(epoch, number, counts, repeat) for (epoch, number, repeat), counts in mine]
+
+    def _pass(self, epoch: int) -> torch.Tensor:
+        """The responses of a pass over the data in their order, as (epoch, number, repeat)."""
         if self.seed is None:
-            order = list(range(self.num_rows))
+            order = torch.arange(self.num_rows)
         else:
-            generator = torch.Generator().manual_seed(self.seed + self.epoch)
-            order = torch.randperm(self.num_rows, generator=generator).tolist()
-        order = [number * self.num_samples + repeat for number in order for repeat in range(self.num_samples)]
-        if self.drop_last:
-            order = order[: len(order) - len(order) % (self.batch_size * self.world_size)]
-        batches = share_out(order, self.batch_size, self.world_size, self.rank)
-        for batch in batches[self.skip :]:
-            yield [(self.epoch, place // self.num_samples, counts, place % self.num_samples) for place, counts in batch]
+            order = torch.randperm(self.num_rows, generator=torch.Generator().manual_seed(self.seed + epoch))
+        times = torch.tensor([self.draw.repeats(epoch, number) for number in order.tolist()], dtype=torch.int64)
+        numbers = order.repeat_interleave(times)
+        repeats = torch.arange(len(numbers)) - (times.cumsum(0) - times).repeat_interleave(times)
+        return torch.stack((torch.full_like(numbers, epoch), numbers, repeats), 1)
 
 
 def _as_it_is(row: dict[str, Any]) -> dict[str, Any]:
@@ -133,7 +159,7 @@ class StreamOfRows(DataLoaderDispatcher):
 
     Args:
         batch_size: Rows of one micro-batch of one rank.
-        num_samples: How often each row comes, one after the other.
+        draw: Tells how often each row comes, one after the other.
         endless: Start again when the stream ends.
         skip: Micro-batches that are left out (a resumed run).
     """
@@ -145,7 +171,7 @@ class StreamOfRows(DataLoaderDispatcher):
         *,
         rank: int = 0,
         world_size: int = 1,
-        num_samples: int = 1,
+        draw: Draw = ONCE,
         skip: int = 0,
         endless: bool = True,
         **loader_options,
@@ -153,14 +179,14 @@ class StreamOfRows(DataLoaderDispatcher):
         loader = DataLoader(dataset, batch_size=None, collate_fn=_as_it_is, **loader_options)
         super().__init__(loader, device=None, skip_batches=skip)
         self.batch_size, self._rank, self._world_size, self._endless = batch_size, rank, world_size, endless
-        self._num_samples = num_samples
+        self._draw = draw
 
     def _rows(self) -> Iterator[Row]:
         for epoch in itertools.count() if self._endless else (0,):
             super().set_epoch(epoch)
             number = -1
             for number, content in enumerate(self.base_dataloader):
-                for repeat in range(self._num_samples):
+                for repeat in range(self._draw.repeats(epoch, number)):
                     yield Row(number, epoch, content, repeat=repeat)
             if number < 0:
                 raise ValueError('--streaming: the stream holds no row; check --dataset.')
@@ -189,12 +215,17 @@ class StreamOfRows(DataLoaderDispatcher):
             yield mine[0]
 
 
-def worker_options(args) -> dict[str, Any]:
-    """Options of a loader whose workers read the rows (``--dataloader_num_workers`` and what belongs to it)."""
-    options = {'num_workers': args.dataloader_num_workers}
-    if args.dataloader_num_workers > 0:
-        options |= {'persistent_workers': args.dataloader_persistent_workers, 'prefetch_factor': args.dataloader_prefetch_factor}
-    return options
+def worker_options(args, cycle_length: int = 1) -> dict[str, Any]:
+    """Options of a loader whose workers read the rows (``--dataloader_num_workers`` and what belongs to it).
+
+    Args:
+        cycle_length: Micro-batches that are wanted at once. The workers have as many ready, whatever ``--dataloader_prefetch_factor`` says.
+    """
+    workers = args.dataloader_num_workers
+    if workers == 0:
+        return {'num_workers': 0}
+    prefetch = max(args.dataloader_prefetch_factor, -(-cycle_length // workers))
+    return {'num_workers': workers, 'persistent_workers': args.dataloader_persistent_workers, 'prefetch_factor': prefetch}
 
 
 def row_loader(
@@ -205,9 +236,11 @@ def row_loader(
     drop_last: bool,
     rank: int,
     world_size: int,
-    num_samples: int = 1,
+    draw: Draw = ONCE,
+    epochs: float = 1,
     skip: int = 0,
     endless: bool = False,
+    prepare: Callable[[Row], Row] | None = None,
     **loader_options,
 ):
     """The loader of one rank; each item is the list of :class:`Row` of one micro-batch.
@@ -215,25 +248,26 @@ def row_loader(
     Args:
         dataset: ms-swift's loaded dataset, with or without a length.
         seed: Seed of the order of a dataset with a length; None keeps its order.
-        num_samples: How often each row comes, one after the other.
+        draw: Tells how often each row comes, one after the other.
+        epochs: Epochs that the run is meant to last.
         skip: Micro-batches of this rank that an earlier run has trained on.
         endless: Start a dataset without a length again when it ends.
+        prepare: What is done to a row where it is read. Not to one of a stream, which one rank reads for all.
     """
     if hasattr(dataset, '__len__'):
         sampler = RowBatchSampler(
             len(dataset),
             batch_size,
             seed=seed,
-            num_samples=num_samples,
+            draw=draw,
+            epochs=epochs,
             drop_last=drop_last,
             rank=rank,
             world_size=world_size,
             skip=skip,
         )
-        return DataLoaderShard(NumberedRows(dataset), batch_sampler=sampler, collate_fn=list, **loader_options)
-    return StreamOfRows(
-        dataset, batch_size, rank=rank, world_size=world_size, num_samples=num_samples, skip=skip, endless=endless, **loader_options
-    )
+        return DataLoaderShard(NumberedRows(dataset, prepare), batch_sampler=sampler, collate_fn=list, **loader_options)
+    return StreamOfRows(dataset, batch_size, rank=rank, world_size=world_size, draw=draw, skip=skip, endless=endless, **loader_options)
 
 
 def filled_up(micro_batches: Iterable[list[Row]], multiple: int) -> Iterator[list[Row]]:

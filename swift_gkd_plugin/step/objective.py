@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from swift.utils import get_logger
 
 from .. import checks
 from ..arguments import OptionError
-from ..divergence import Divergence
+from ..divergence import Divergence, TokenStats, topk_divergence
+from ..teachers import TopK
 
 logger = get_logger()
 
@@ -53,3 +56,39 @@ class LossOptions:
         if topk is not None and columns is not None and topk > columns:
             raise OptionError(f'--gkd_logits_topk {topk}: the models have {columns} token ids in common; choose fewer.')
         return cls(Divergence(args.gkd_divergence, args.beta, temperature, args.gkd_skew), weight, args.sft_alpha, args.gkd_tail, columns)
+
+
+class LossInForward:
+    """The loss of a micro-batch, computed inside the student's wrapped forward. The back ends know how that is reached.
+
+    Args:
+        options: What is minimised.
+        head: The student's output head.
+        teacher_adapter: Whether the teacher's head is read with its adapter on.
+    """
+
+    def __init__(self, options: LossOptions, head: Any, teacher_adapter: bool = True):
+        self.options, self.head, self.teacher_adapter = options, head, teacher_adapter
+
+    def _of_tokens(self, labels: torch.Tensor, weights: torch.Tensor, imitated: torch.Tensor, stats: TokenStats) -> dict[str, Any]:
+        """Arguments of every divergence: what is known of the tokens themselves, each [n], and where their values go."""
+        return dict(
+            token_weights=weights * self.options.weight,
+            labels=labels,
+            label_weights=weights * imitated * self.options.alpha,
+            reduction='sum',
+            stats=stats,
+        )
+
+    def _from_topk(self, chosen: torch.Tensor, weight: torch.Tensor | None, signal: TopK, **common: Any) -> torch.Tensor:
+        """Against a teacher of which k log-probabilities are known; ``chosen`` are logits if ``weight`` is None."""
+        return topk_divergence(
+            chosen,
+            weight,
+            signal.logprobs.to(chosen.device),
+            signal.ids.to(chosen.device),
+            self.options.divergence,
+            tail=self.options.tail,
+            topk_temperature=signal.temperature,
+            **common,
+        )

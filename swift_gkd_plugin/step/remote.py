@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import socket
 from collections.abc import Callable, Iterable
+from concurrent.futures import wait
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ from ..responses import SamplingOptions
 from ..sources import TEACHER
 from ..teachers import TopK
 from ..teachers.engine import TeacherEngine, name_of_device
-from ..teachers.server import Question, Scores, ServerOptions, TeacherServerError, TeacherServers
+from ..teachers.server import Question, Scores, ServerOptions, TeacherServer, TeacherServerError, TeacherServers
 from .cycle import stop_together
 from .ranks import Ranks, this_rank
 from .samples import MicroBatch, Sample
@@ -45,7 +46,7 @@ def check_servers(args, tokenizer, datasets: Iterable[Iterable[dict[str, Any]] |
     try:
         servers = TeacherServers(args.teacher_model_server, options).servers
         if len(servers) > 1:
-            checks.check_tags(datasets, args.teacher_tag_key, {tag for server in servers for tag in server.tags})
+            checks.check_tags(datasets, args.teacher_tag_key, [set(server.tags) for server in servers])
         for server in servers:
             server.connect()
             server.check(tokenizer, checks.has_media(datasets))
@@ -147,31 +148,51 @@ class RemoteTeacher:
         self.servers, self.topk, self.awake = servers, topk, awake
         self.description = ' and '.join(f'the server {server.url}' for server in servers.servers)
 
+    @property
+    def is_free(self) -> bool:
+        """Whether it may be asked at any time, because it does not share a device with the student."""
+        return self.awake is nullcontext
+
+    def begin(self, samples: Iterable[Sample]) -> None:
+        """Have the questions about samples on their way; :meth:`ask` waits for what is said. What a server said while it answered is not
+        asked for again.
+
+        Args:
+            samples: With their ``question``.
+        """
+        for sample in samples:
+            if sample.asked is None and self._known(sample) is None:
+                sample.asked = self.servers.begin(TeacherServer.score, sample.question, sample.question)
+
     def ask(self, batches: list[MicroBatch]) -> None:
-        """Give each micro-batch its signal. What a server said while it answered is not asked for again.
+        """Give each micro-batch its signal.
 
         Raises:
             TeacherServerError: A server gave up.
         """
-        asked, found = [], {}
-        for number, batch in enumerate(batches):
-            for place, (sample, question) in enumerate(zip(batch.samples, batch.questions, strict=True)):
-                known = self._known(sample, question)
-                if known is None:
-                    asked.append((number, place, question))
-                else:
-                    found[number, place] = known
-        with self.awake() if any(question.positions for *_, question in asked) else nullcontext():
-            scores = self.servers.each(lambda server, question: server.score(question), [(q, q) for *_, q in asked])
-        found |= {(number, place): one for (number, place, _), one in zip(asked, scores, strict=True)}
-        for number, batch in enumerate(batches):
-            parts = [found[number, place] for place in range(len(batch.samples))] or [Scores.empty(0, self.topk)]
-            logprobs, ids = (torch.from_numpy(np.concatenate([getattr(part, name) for part in parts])) for name in ('logprobs', 'ids'))
-            batch.signal = TopK(logprobs, ids, temperature=1.0)
+        samples = [sample for batch in batches for sample in batch.samples]
+        needed = any(sample.question.positions and self._known(sample) is None for sample in samples)
+        with self.awake() if needed else nullcontext():
+            self.begin(samples)
+            wait([sample.asked for sample in samples if sample.asked is not None])
+        for batch in batches:
+            parts = [sample.asked.result() if sample.asked is not None else self._known(sample) for sample in batch.samples]
+            batch.signal = self._signal(parts or [Scores.empty(0, self.topk)])
 
-    def _known(self, sample: Sample, question: Question) -> Scores | None:
+    def silence(self, batch: MicroBatch) -> TopK:
+        """A signal that says nothing, for a step that will not be taken."""
+        n = batch.num_tokens
+        return self._signal([Scores(np.full((n, self.topk), -np.log(2 * self.topk), np.float32), np.tile(np.arange(self.topk), (n, 1)))])
+
+    @staticmethod
+    def _signal(parts: list[Scores]) -> TopK:
+        logprobs, ids = (torch.from_numpy(np.concatenate([getattr(part, name) for part in parts])) for name in ('logprobs', 'ids'))
+        return TopK(logprobs, ids, temperature=1.0)
+
+    @staticmethod
+    def _known(sample: Sample) -> Scores | None:
         """The scores that came with the answer, if every one of its tokens is trained and no other."""
-        trained = [question.ids[position] for position in question.positions]
+        trained = [sample.question.ids[position] for position in sample.question.positions]
         return sample.scores if sample.scores is not None and trained == sample.response.token_ids else None
 
     def answer(

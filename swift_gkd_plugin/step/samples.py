@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from swift.utils import get_logger, remove_response
 
 from ..arguments import OptionError
 from ..responses import Response
+from ..responses.local import inference_template
 from ..sources import DATASET, STUDENT, Source
 from ..teachers import Signal
 from ..teachers.server import MEDIA, Question, Scores, as_request
@@ -84,10 +86,14 @@ class Sample:
         response: The generated response; None for the dataset's.
         generated: The sample as ms-swift's rollout returned it, for what only that knows (several turns, loss masks, media).
         encoded: The student's view of a dataset response, encoded when it was checked.
+        prompt: The encoded prompt of the model that is to answer, likewise.
+        views: Both views, once they were encoded for a step.
         generated_at: Number of optimizer steps that were done when the response was generated.
         divergence: [2], sum and number over its trained tokens on this rank, once their loss was computed.
         scores: What the teacher's server said about each token of the response while it answered.
         attempt: 0 for the row's own content, n for that of the n-th row that was drawn in its place.
+        question: What it is asked about the trained tokens; None without a server.
+        asked: What it will say about them, where the question is on its way.
     """
 
     row: Row
@@ -96,14 +102,19 @@ class Sample:
     response: Response | None = None
     generated: GKDSample | None = field(default=None, repr=False)
     encoded: dict[str, Any] | None = field(default=None, repr=False)
+    prompt: dict[str, Any] | None = field(default=None, repr=False)
+    views: tuple[dict[str, Any], dict[str, Any] | None] | None = field(default=None, repr=False)
     generated_at: int | None = None
     divergence: torch.Tensor | None = field(default=None, repr=False)
     scores: Scores | None = field(default=None, repr=False)
     attempt: int = 0
+    question: Question | None = field(default=None, repr=False)
+    asked: Future | None = field(default=None, repr=False)
 
     def leave_out(self) -> None:
         """Make it a filler, which keeps the ranks in step and weighs nothing."""
-        self.row, self.content, self.source, self.encoded = self.row.filler(), self.row.content, DATASET, None
+        self.row, self.content, self.source = self.row.filler(), self.row.content, DATASET
+        self.encoded = self.views = self.prompt = None
 
     def __str__(self) -> str:
         return f'row {self.row.number} of epoch {self.row.epoch} ({self.source})'
@@ -187,8 +198,7 @@ class MicroBatch:
         weights: [n] float32, ``loss_scale`` of each token (1 without one).
         imitated: [n] float32, 1 where the cross-entropy applies: the student didn't generate the token.
         lengths: How many of the n tokens each sample has.
-        questions: What a teacher server is asked, one per sample; empty without one.
-        signal: What it said.
+        signal: What the teacher says about the n tokens, once it is known.
     """
 
     samples: list[Sample]
@@ -200,7 +210,6 @@ class MicroBatch:
     weights: torch.Tensor = field(repr=False)
     imitated: torch.Tensor = field(repr=False)
     lengths: list[int] = field(repr=False)
-    questions: list[Question] = field(default_factory=list, repr=False)
     signal: Signal | None = field(default=None, repr=False)
 
     @property
@@ -215,7 +224,7 @@ class MicroBatch:
                 return type(value)(map(move, value))
             return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
-        stays = ('samples', 'lengths', 'questions', 'signal')
+        stays = ('samples', 'lengths', 'signal')
         return MicroBatch(**{name: value if name in stays else move(value) for name, value in vars(self).items()})
 
 
@@ -251,10 +260,10 @@ class SampleEncoder:
                 raise ValueError('the row has no response')
             sample.encoded = self._encode(self.inner(sample))
         else:
-            with self.template.generate_context():
-                self.template.encode(self.student_prompt(sample))
+            with inference_template(self.template) as template:
+                sample.prompt = template.encode(self.student_prompt(sample))
                 if sample.source != STUDENT:
-                    self.template.encode(self.teacher_prompt(sample))
+                    sample.prompt = template.encode(self.teacher_prompt(sample))
 
     @staticmethod
     def inner(sample: Sample) -> GKDSample:
@@ -315,7 +324,12 @@ class SampleEncoder:
         return self.template.max_length + length
 
     def views(self, sample: Sample) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """The encoded student's view, and the teacher's if it differs, with the same trained tokens."""
+        """The encoded student's view, and the teacher's if it differs, with the same trained tokens. Encoded once."""
+        if sample.views is None:
+            sample.views = self._views(sample)
+        return sample.views
+
+    def _views(self, sample: Sample) -> tuple[dict[str, Any], dict[str, Any] | None]:
         inner = self._answered(sample)
         if not sample.row.counts:
             student = self._filler(inner)
@@ -368,9 +382,7 @@ class SampleEncoder:
             lengths.append(len(labels) - sum(lengths))
         for encoded in teacher or ():
             encoded.pop('loss_scale', None)
-        questions = []
-        if self.tag_key is not None:
-            questions = [self.question(sample, encoded) for sample, encoded in zip(samples, teacher or student, strict=True)]
+        self.ask(samples)
         student_inputs, student_index = self._collate(student, samples, len(labels))
         teacher_inputs, teacher_index = self._collate(teacher, samples, len(labels)) if teacher else (None, student_index)
         return MicroBatch(
@@ -383,8 +395,23 @@ class SampleEncoder:
             torch.tensor(weights, dtype=torch.float32),
             torch.tensor(imitated, dtype=torch.float32),
             lengths,
-            questions,
         )
+
+    def teacher_length(self, sample: Sample) -> int:
+        """Tokens of the teacher's view."""
+        student, teacher = self.views(sample)
+        return len((teacher or student)['input_ids'])
+
+    def teacher_batch(self, samples: list[Sample]) -> MicroBatch:
+        """What the teacher sees of samples from any micro-batches, as a micro-batch in which it is the student's view too."""
+        encoded = [dict(teacher or student) for student, teacher in map(self.views, samples)]
+        for one in encoded:
+            one.pop('loss_scale', None)
+        trained = [[t for t in one['labels'][1:] if t != IGNORED] for one in encoded]
+        labels = torch.tensor(list(itertools.chain.from_iterable(trained)), dtype=torch.int64)
+        inputs, index = self._collate(encoded, samples, len(labels))
+        ones = torch.ones(len(labels))
+        return MicroBatch(samples, inputs, None, index, index, labels, ones, ones, list(map(len, trained)))
 
     def row_with_response(self, sample: Sample) -> dict[str, Any]:
         """The row as a row of ms-swift's dataset format, with the response that was generated for it: the text for people, the ids so
@@ -396,6 +423,13 @@ class SampleEncoder:
         messages = [*inner.messages, {'role': 'assistant', 'content': text}]
         kept = {k: v for k, v in sample.content.items() if v is not None}
         return {**kept, **media, 'messages': messages, **dict(zip(RESPONSE_COLUMNS, (ids, False), strict=True))}
+
+    def ask(self, samples: Iterable[Sample]) -> None:
+        """Give each sample its question for a teacher server, if there is one."""
+        for sample in samples:
+            if self.tag_key is not None and sample.question is None:
+                student, teacher = self.views(sample)
+                sample.question = self.question(sample, teacher or student)
 
     def question(self, sample: Sample, encoded: dict[str, Any], prompt_only: bool = False) -> Question:
         """A sample as a teacher server is asked about it.
@@ -430,7 +464,8 @@ class SampleEncoder:
         return [t for i, t in enumerate(ids) if not (t in placeholders and i and ids[i - 1] == t)]
 
     def _collate(self, encoded: list[dict[str, Any]], samples: list[Sample], num_tokens: int) -> tuple[dict[str, Any], torch.Tensor]:
-        inputs = self.template.data_collator(encoded)
+        # Collators extend lists where they are (ms-swift 4.6.0, template/base.py:1672), and these are used for other batches too.
+        inputs = self.template.data_collator([{k: list(v) if isinstance(v, list) else v for k, v in one.items()} for one in encoded])
         labels = inputs.pop('labels')
         inputs.pop('channel', None)
         index = predicting_positions(labels)

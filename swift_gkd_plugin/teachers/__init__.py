@@ -6,7 +6,7 @@ log-probabilities (design of KDFlow and NeMo-RL; a hidden state is about 74 time
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -62,3 +62,16 @@ class TopKOptions:
 
 
 Signal = HiddenStates | Logits | TopK
+
+
+def split(signal: Signal, lengths: list[int]) -> list[Signal]:
+    """The signals of consecutive tokens, so many each; tokens beyond them are left out."""
+    tensors = {f.name: value for f in fields(signal) if isinstance(value := getattr(signal, f.name), torch.Tensor)}
+    parts = {name: value[: sum(lengths)].split(lengths) for name, value in tensors.items()}
+    return [replace(signal, **{name: values[i] for name, values in parts.items()}) for i in range(len(lengths))]
+
+
+def joined(parts: list[Signal]) -> Signal:
+    """One signal for the tokens of several, one after the other."""
+    names = [f.name for f in fields(parts[0]) if isinstance(getattr(parts[0], f.name), torch.Tensor)]
+    return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in names})

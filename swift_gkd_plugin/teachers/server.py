@@ -22,7 +22,7 @@ import mimetypes
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -603,13 +603,17 @@ class TeacherServers:
     def sends_scores_with_answers(self) -> bool:
         return all(isinstance(server.protocol, _VLLM) for server in self.servers)
 
+    def begin(self, ask: Callable[[TeacherServer, Any], Any], question: Question, argument: Any) -> Future:
+        """``ask(server, argument)`` in a thread."""
+        return self._pool.submit(ask, self.server_for(question), argument)
+
     def each(self, ask: Callable[[TeacherServer, Any], Any], questions: Sequence[tuple[Question, Any]]) -> list[Any]:
         """``ask(server, argument)`` for each (question, argument), in order of the questions.
 
         Raises:
             TeacherServerError: The first one, after all requests have ended.
         """
-        futures = [self._pool.submit(ask, self.server_for(question), argument) for question, argument in questions]
+        futures = [self.begin(ask, question, argument) for question, argument in questions]
         errors = [future.exception() for future in futures]
         for error in errors:
             if error is not None:

@@ -26,6 +26,7 @@ REFUSED = {
     'no loss': ({'gkd_loss_weight': 0}, ['--gkd_loss_weight 0', '--sft_alpha']),
     'no loss for the student': ({'gkd_loss_weight': 0, 'sft_alpha': 1, 'lmbda': 0.5}, ['--gkd_loss_weight 0', '--lmbda 0']),
     'seq_kd without teacher': ({'seq_kd': 'true', 'teacher_model': None, 'teacher_model_type': None}, ['--seq_kd true', '--teacher_model']),
+    'no room': ({'gkd_generation_tokens': 0}, ['--gkd_generation_tokens 0', '> 0']),
     'topk': ({'gkd_logits_topk': 0}, ['--gkd_logits_topk 0', '> 0']),
     'topk 1': ({'gkd_logits_topk': 1, 'gkd_tail': 'renormalize'}, ['--gkd_logits_topk 1', 'renormalize', 'bucket']),
     'two teachers': ({'teacher_model_server': 'http://127.0.0.1:9', 'gkd_logits_topk': 4}, ['--teacher_model', '--teacher_model_server']),

@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3For
 
 from swift_gkd_plugin.divergence import Divergence, LogitTransform, TokenStats
 from swift_gkd_plugin.hf.head import POST_PROCESSING, HeadTensors, OutputHead
-from swift_gkd_plugin.hf.loss import DistillationLoss, LossOptions
+from swift_gkd_plugin.hf.loss import DistillationLoss
 from swift_gkd_plugin.hf.teachers import LocalTeacher, TopKOptions
+from swift_gkd_plugin.step.objective import LossOptions
 from swift_gkd_plugin.step.samples import MicroBatch
 from swift_gkd_plugin.teachers import HiddenStates
 

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from swift_gkd_plugin.step.data import RowBatchSampler
+from swift_gkd_plugin.sources import Draw
 
 STEP = {
     'tuner_type': 'full',
@@ -20,17 +20,8 @@ STEP = {
 }
 
 
-@pytest.mark.parametrize('world_size', [1, 2])
-def test_each_row_comes_as_often_as_it_has_responses(world_size):
-    samplers = [RowBatchSampler(10, 4, seed=3, num_samples=3, rank=rank, world_size=world_size) for rank in range(world_size)]
-    batches = [batch for sampler in samplers for batch in sampler]
-    keys = [(number, repeat) for batch in batches for _, number, counts, repeat in batch if counts]
-    assert sorted(keys) == [(number, repeat) for number in range(10) for repeat in range(3)]
-    assert all(len(sampler) == len(list(sampler)) for sampler in samplers)
-
-
 @pytest.fixture(scope='module')
-def runs(run_jobs, tmp_path_factory):
+def runs(run_jobs, tmp_path_factory, tiny_models):
     answers = tmp_path_factory.mktemp('answers') / 'answers.jsonl'
     taught = {**STEP, 'lmbda': 0, 'num_train_epochs': 1}
     several = {
@@ -43,13 +34,18 @@ def runs(run_jobs, tmp_path_factory):
         'save_steps': 1,
     }
     root = tmp_path_factory.mktemp('several')
+    batch = {**several, 'gkd_source_per': 'batch', 'steps_per_generation': 3}
+    passes = {**several, 'dataset': f'{tiny_models.train}#11', 'num_train_epochs': 3, 'max_steps': -1, 'steps_per_generation': 3}
     found = run_jobs(
         {
             'live': {**taught, 'seq_kd': 'true', 'gkd_save_teacher_responses': answers},
             'reused': {**taught, 'seq_kd': 'false', 'dataset': answers, 'train_dataloader_shuffle': 'false', 'dataset_shuffle': 'false'},
             'several': {**several, 'output_dir': root / 'whole', 'steps_per_generation': 3},
             'resumed': {**several, 'steps_per_generation': 3, 'resume_from_checkpoint': root / 'whole' / 'checkpoint-4'},
-            'batch coin': {**several, 'gkd_source_per': 'batch', 'max_steps': 3},
+            'batch coin': {**batch, 'output_dir': root / 'batch'},
+            'batch coin resumed': {**batch, 'resume_from_checkpoint': root / 'batch' / 'checkpoint-4'},
+            'passes': {**passes, 'output_dir': root / 'passes'},
+            'passes resumed': {**passes, 'resume_from_checkpoint': root / 'passes' / 'checkpoint-4'},
         }
     )
     return found, answers
@@ -73,9 +69,20 @@ def test_several_responses_per_prompt(runs):
     assert len(whole) >= 4 and all(len(set(texts)) > 1 for texts in whole)
     shares = run.values('source/student')
     assert Counter(0 < share < 1 for share in shares)[True] >= 1
-    assert runs[0]['batch coin'].ok().losses
 
 
 @pytest.mark.e2e
-def test_resumes_in_the_middle_of_a_prompt(runs):
-    assert runs[0]['resumed'].ok().losses == pytest.approx(runs[0]['several'].losses[4:], rel=1e-6)
+def test_all_responses_of_all_epochs(runs):
+    run, draw = runs[0]['passes'].ok(), Draw(seed=42, lmbda=0.5, num_samples=3)
+    answered = Counter((line['epoch'], line['row']) for line in run.completions if line['epoch'] < 3)
+    times = {(epoch, row): draw.repeats(epoch, row) for epoch in range(3) for row in range(11)}
+    assert answered == {pair: 3 for pair, n in times.items() if n == 3}
+    # 25, 21 and 17 responses: 21 in each of the trainer's epochs, in steps of 8. It would be 15 steps if each row took 3 places.
+    assert sum(times.values()) == 63 and len(run.losses) == 9
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(('whole', 'resumed'), [('several', 'resumed'), ('batch coin', 'batch coin resumed'), ('passes', 'passes resumed')])
+def test_resumes_in_the_middle_of_a_prompt(runs, whole, resumed):
+    losses = runs[0][whole].ok().losses
+    assert len(losses) > 4 and runs[0][resumed].ok().losses == pytest.approx(losses[4:], rel=1e-6)

@@ -79,6 +79,7 @@ def runs(run_jobs, tiny_models):
             'model': {**STEP, **evaluated, 'gkd_teacher_offload': 'model'},
             'host option': {**STEP, 'offload_teacher_model': 'true'},
             'layer': {**STEP, **evaluated, 'gkd_teacher_offload': 'layer'},
+            'layer, batches of 2': {**STEP, 'gkd_teacher_offload': 'layer', 'gkd_teacher_batch_size': 2},
             'k': {**STEP, 'gkd_logits_topk': 8},
             'k, model': {**STEP, 'gkd_logits_topk': 8, 'gkd_teacher_offload': 'model'},
             'answers': ANSWERS,
@@ -90,7 +91,14 @@ def runs(run_jobs, tiny_models):
 
 @pytest.mark.parametrize(
     ('offloaded', 'plain'),
-    [('model', 'plain'), ('host option', 'plain'), ('layer', 'plain'), ('k, model', 'k'), ('answers, model', 'answers')],
+    [
+        ('model', 'plain'),
+        ('host option', 'plain'),
+        ('layer', 'plain'),
+        ('layer, batches of 2', 'plain'),
+        ('k, model', 'k'),
+        ('answers, model', 'answers'),
+    ],
 )
 def test_the_same_steps(runs, offloaded, plain):
     found, expected = runs[offloaded].ok(), runs[plain].ok()
@@ -101,11 +109,11 @@ def test_the_same_steps(runs, offloaded, plain):
 
 
 def test_bytes_of_a_step(runs, tiny_models):
-    """All micro-batches share one visit of the model; of a streamed one, each of them makes a visit."""
+    """All micro-batches share one visit of the model; of a streamed one, each batch of its own makes a visit."""
     teacher = AutoModelForCausalLM.from_pretrained(tiny_models.teacher)
     layers = sum(p.nbytes for p in teacher.model.layers.parameters())
     model = sum(p.nbytes for p in teacher.parameters()) - teacher.lm_head.weight.nbytes
-    for name, moved in (('model', model), ('layer', 3 * layers)):
+    for name, moved in (('model', model), ('layer', layers), ('layer, batches of 2', 3 * layers)):
         steps = runs[name].ok().values('teacher/moved_gib')
         assert [step * 2**30 for step in steps] == pytest.approx([moved, moved], rel=1e-3), name
 

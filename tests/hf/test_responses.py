@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from swift_gkd_plugin.responses import SamplingOptions
+from swift_gkd_plugin.responses import SamplingOptions, budget
 from swift_gkd_plugin.responses.local import LocalGenerator, evaluation_mode
 
 GREEDY = SamplingOptions(max_tokens=12, temperature=0)
@@ -73,6 +74,66 @@ def test_a_response_does_not_depend_on_the_batch(generate):
     turned = generate(PROMPTS[::-1], [33, 22, 11], options)[::-1]
     assert together == alone == turned
     assert generate(PROMPTS, [11, 22, 34], options)[2] != together[2]
+
+
+@pytest.mark.parametrize('rows', [1, 2, 3])
+def test_prompts_that_do_not_fit_wait_and_are_answered_the_same(tiny, generate, rows):
+    model, template = tiny
+    options = SamplingOptions(max_tokens=12, temperature=0.9)
+    prompts, seeds = PROMPTS + PROMPTS[:1], [11, 22, 33, 44]  # one of them twice
+    with template.generate_context():
+        longest = max(len(template.encode(prompt)['input_ids']) for prompt in prompts)
+    tokens = rows * (longest + 12)
+    seen = []
+
+    def look(module, args, kwargs, output):
+        seen.append((kwargs['input_ids'].shape, output.past_key_values.get_seq_length()))
+
+    def answers(tokens: int):
+        seen.clear()
+        with model.register_forward_hook(look, with_kwargs=True):
+            return LocalGenerator(template, lambda: nullcontext(model), torch.device('cpu'), tokens=tokens)(prompts, seeds, options)
+
+    together = generate(prompts, seeds, options)
+    assert answers(tokens) == together
+    assert seen[0][0] == (rows, longest)
+    assert max(shape[0] * held for shape, held in seen) <= tokens
+    assert answers(1) == together  # too little for any
+    assert [shape[0] for shape, _ in seen] == [1] * len(seen)
+
+
+def test_waves():
+    torch.manual_seed(0)
+    lengths = torch.randint(1, 9000, (300,)).tolist()
+    parts = budget.waves(lengths, 500, 40000)
+    assert sorted(number for part in parts for number in part) == list(range(300))
+    longest = [max(lengths[number] for number in part) for part in parts]
+    assert longest == sorted(longest, reverse=True)
+    for part, most in zip(parts, longest, strict=True):
+        assert len(part) * (most + 500) <= 40000 and len(part) * most <= budget.PASS_TOKENS
+    for part, most in zip(parts[:-1], longest, strict=False):  # no room for one more
+        assert (len(part) + 1) * (most + 500) > 40000 or (len(part) + 1) * most > budget.PASS_TOKENS
+    assert budget.waves([3, 5], 500, 1) == [[1], [0]] and budget.waves([], 500, 1) == []
+
+
+def test_default_budget_is_counted_in_bytes(tiny):
+    from transformers import DeepseekV3Config, GPT2Config, MambaConfig, Qwen3VLConfig
+
+    model, template = tiny
+    with template.generate_context(), torch.no_grad():
+        ids = torch.tensor([template.encode(PROMPTS[0])['input_ids']])
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+    kept = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    assert budget.bytes_per_token(model) * ids.numel() == kept
+
+    def of(config) -> int | None:
+        return budget.bytes_per_token(SimpleNamespace(config=config, dtype=torch.bfloat16))
+
+    assert of(Qwen3VLConfig(text_config=dict(num_hidden_layers=64, num_key_value_heads=8, head_dim=128))) == 64 * 8 * 128 * 2 * 2
+    assert of(GPT2Config(n_layer=2, n_head=4, n_embd=64)) == 2 * 4 * 16 * 2 * 2
+    assert of(DeepseekV3Config()) == 61 * 128 * (192 + 128) * 2  # transformers keeps what its latents become
+    assert of(MambaConfig()) is None and budget.default_tokens(None) == 65536
+    assert budget.default_tokens(of(Qwen3VLConfig(text_config=dict(num_hidden_layers=64, num_key_value_heads=8)))) == 32768
 
 
 def test_sampling_leaves_the_global_generator_alone(generate):

@@ -10,7 +10,7 @@ import job_runs
 import pytest
 import swift
 import torch
-from helpers import write_rows
+from helpers import seed_with_shares, write_rows
 from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.timeout(1800)  # the first test waits for the runs of all layouts
@@ -189,14 +189,14 @@ def cases(tiny_models, files, moe, adapters):
 
 @pytest.fixture(scope='module')
 def generating(files, adapters, tiny_models):
-    """Runs whose responses are generated; 'few' has a step in which one rank has nothing to generate."""
+    """Runs whose responses are generated; in 'few' rank 0 has nothing to generate at first, then rank 1."""
     mixed = {'lmbda': 0.5, 'seq_kd': 'true', 'log_completions': 'true'}
     shared = {'tuner_type': 'lora', 'teacher_model': tiny_models.student, 'adapters': adapters['lora'], 'dataset': files['privileged']}
     saving = {'optim': 'adamw_torch', 'max_steps': 3, 'save_strategy': 'steps', 'save_steps': 1, 'eval_strategy': 'steps', 'eval_steps': 1}
     saving |= {'val_dataset': f'{tiny_models.val}#6', 'per_device_eval_batch_size': 2, 'gkd_eval_source': 'student'}
     return {
         'generated': mixed,
-        'few': {**mixed, 'seq_kd': 'false', 'lmbda': 0.1},
+        'few': {**mixed, 'seq_kd': 'false', 'lmbda': 0.3, 'seed': seed_with_shares([[0, 2], [1, 0]], 2, 0.3)},
         'generated shared': {**mixed, **shared},
         'saved': {**mixed, **saving},
         'saved lora': {**mixed, **shared, **saving},
@@ -224,7 +224,8 @@ def layouts(run_jobs, cases, generating, files, tiny_models, tmp_path_factory):
         if layout in ('zero3', 'fsdp2'):
             for name, options in generating.items():
                 directory = root / f'{layout} {name}'
-                found[f'{layout} {name}'] = {**two, **options, **how(name), 'output_dir': directory}
+                waves = {'gkd_generation_tokens': 1} if name == 'few' else {}  # one row at a time
+                found[f'{layout} {name}'] = {**two, **options, **how(name), **waves, 'output_dir': directory}
                 if name.startswith('saved'):
                     resume = {'output_dir': root / f'{layout} {name} resumed', 'resume_from_checkpoint': directory / 'checkpoint-2'}
                     found[f'{layout} {name} resumed'] = {**found[f'{layout} {name}'], **resume}
@@ -244,6 +245,7 @@ def layouts(run_jobs, cases, generating, files, tiny_models, tmp_path_factory):
     adam = {**STEP, **TWO_PROCESSES, **cases['shared base'], **ADAM}
     sharded['zero3 offload adam'] = {**adam, 'deepspeed': 'zero3_offload'}
     sharded['zero3 no gather'] = {**sharded['zero3 generated'], 'ds3_gather_for_generation': 'false', 'output_dir': root / 'no gather'}
+    sharded['zero2 few'] = {**sharded['zero3 few'], 'deepspeed': 'zero2', 'output_dir': root / 'zero2 few'}
     sharded['zero3 teacher zero0'] = {**sharded['zero3 generated'], 'teacher_deepspeed': 'zero0', 'output_dir': root / 'zero0'}
     for name, zero in NOT_AVERAGED.items():
         path = root / f'{name}.json'
@@ -297,6 +299,7 @@ GENERATED = {
     'zero3 no gather': 'generated',
     'zero3 teacher zero0': 'generated',
     'zero3 few': 'few',
+    'zero2 few': 'few',
     'zero3 generated shared': 'generated shared',
     'fsdp2 generated': 'generated',
     'fsdp2 few': 'few',
@@ -317,8 +320,14 @@ def test_responses_are_those_of_one_process(one_process, layouts, name):
 
 @pytest.mark.e2e
 def test_a_rank_had_nothing_to_generate(one_process):
-    steps = [line['step'] for line in one_process['few'].ok().completions]
-    assert any(steps.count(step) == 1 for step in set(steps))
+    lines = one_process['few'].ok().completions
+    assert [(line['step'], line['row'] % 2) for line in lines] == [(1, 1), (1, 1), (2, 0)]
+
+
+@pytest.mark.e2e
+def test_ranks_with_whole_weights_do_not_wait_for_each_other(layouts):
+    """Rank 0, which has nothing to generate at first, takes part under ZeRO-3 and not under ZeRO-2."""
+    assert layouts['zero2 few'].ok().seen['lowest_layers'] < layouts['zero3 few'].ok().seen['lowest_layers']
 
 
 @pytest.mark.e2e

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import traceback
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,11 +36,39 @@ def exported_gradients(trainer) -> dict[str, torch.Tensor]:
             p.data = data
 
 
+class Caches:
+    """Counts the tokens that all caches of this process have room for, after each pass of a generation, and those of a micro-batch that go
+    through the model in it, of which it allows 300: more than any one prompt."""
+
+    def __init__(self):
+        from swift_gkd_plugin.megatron import generation
+
+        self.made: list[weakref.ref] = []
+        self.most = self.widest = 0
+        generation.PASS_TOKENS = 300
+        make, run = generation.StaticInferenceContext, generation._pass
+
+        def made(*args):
+            cache = make(*args)
+            self.made.append(weakref.ref(cache))
+            return cache
+
+        def counted(chunks, batches, *args):
+            self.widest = max(self.widest, *(batch.inputs(torch.device('cpu'), False)['input_ids'].numel() for batch in batches))
+            found = run(chunks, batches, *args)
+            self.made = [cache for cache in self.made if cache() is not None]
+            filled = [cache() for cache in self.made if cache().key_value_memory_dict]
+            self.most = max(self.most, sum(cache.max_batch_size * cache.max_sequence_length for cache in filled))
+            return found
+
+        generation.StaticInferenceContext, generation._pass = made, counted
+
+
 class Foreign:
     """An attention that is none of the models'."""
 
 
-def make_recorder():
+def make_recorder(caches: Caches):
     from swift.megatron.callbacks.base import MegatronCallback
 
     from swift_gkd_plugin.megatron.teachers import LocalTeacher
@@ -48,7 +77,8 @@ def make_recorder():
     class Recorder(MegatronCallback):
         """``gradients.pt``: the first step's gradient. ``batches.pt``: its micro-batches, of a run with one data-parallel rank.
         ``answers_rank<r>.json``: the responses that this rank was given, with their prompts.
-        ``seen.json``: the largest tensor that was saved for a backward pass, in elements, and what the teacher left behind."""
+        ``seen.json``: the largest tensor that was saved for a backward pass, in elements, what the teacher left behind, and of
+        the generated responses for how many tokens there were keys and values at once, and the most tokens of a micro-batch's pass."""
 
         def on_train_begin(self) -> None:
             trainer, step = self.trainer, self.trainer.optimizer.step
@@ -103,6 +133,7 @@ def make_recorder():
         def on_train_end(self) -> None:
             writers = [c.jsonl_writer for c in self.trainer.callbacks if hasattr(c, 'jsonl_writer')]
             self.seen['log_writers'] = len(writers)
+            self.seen['cached_tokens'], self.seen['pass_tokens'] = caches.most, caches.widest
             self.seen['log_threads'] = sum(writer._thread is not None for writer in writers)
             if dist.get_rank() == dist.get_world_size() - 1:
                 Path(self.args.output_dir, 'seen.json').write_text(json.dumps(self.seen))
@@ -124,7 +155,8 @@ def main(path: str) -> None:
     from swift.megatron import megatron_rlhf_main
     from swift.megatron.callbacks import megatron_callbacks_map
 
-    megatron_callbacks_map['recorder'] = make_recorder()
+    caches = Caches()
+    megatron_callbacks_map['recorder'] = make_recorder(caches)
     dist.destroy_process_group = lambda *args: None  # at the end of every run; the next one needs it
     loaded = []
     from mcore_bridge import GPTBridge
@@ -156,6 +188,7 @@ def main(path: str) -> None:
         generation.Attention = Foreign if job['foreign'] else attention
         error, trace = None, ''
         loaded.clear()
+        caches.most = caches.widest = 0
         # The bridge remembers the groups of the first model in the process, be it one without experts.
         gpt_bridge.EP_PP_SIZE = gpt_bridge.EP_PP_GROUP = gpt_bridge.EP_PP_RANK = None
         try:

@@ -27,8 +27,11 @@ GREEDY = {'temperature': 0, 'gkd_temperature': 1}
 LIMITS = {'max_completion_length': 5, 'gkd_teacher_max_completion_length': 8}
 BOTH = {**LIMITS, 'dataset': 'mixed', 'max_length': 256, 'seq_kd': 'true', 'lmbda': 0.5, 'train_iters': 3}
 TRAINED = {**BOTH, **GREEDY, 'lr': 1e-2, 'eval_steps': 3, 'val_dataset': 'mixed', 'gkd_eval_source': 'student', 'export': True}
+# Room for any one prompt with its answer, and seldom for three.
+FEW = {'gkd_generation_tokens': BOTH['max_length'] + LIMITS['gkd_teacher_max_completion_length']}
 SAMPLED = {
     **BOTH,
+    **FEW,
     'temperature': 0.8,
     'top_p': 0.9,
     'top_k': 40,
@@ -50,7 +53,7 @@ SELF = {
 }
 UNCACHED = {**SAMPLED, 'no_cache': True}
 DENSE = {'trained': TRAINED, 'sampled': SAMPLED, 'self': SELF}
-EXPERTS = {'experts': {**MOE, **TRAINED}}
+EXPERTS = {'experts': {**MOE, **TRAINED, **FEW}}
 REFUSED = {
     'foreign student': {**TRAINED, 'foreign': True, 'seq_kd': 'false'},
     'foreign teacher': {**TRAINED, 'foreign': True, 'lmbda': 0, 'gkd_eval_source': 'dataset'},
@@ -169,6 +172,20 @@ def test_same_tokens_as_transformers(answered, models, layout):
         if job.get('export'):  # what was trained changes what is answered
             changed = [a for a in found.values() if a['source'] == 'student' and not a['training']]
             assert any(a['token_ids'] != of_transformers(before, a, job, tokenizer)[0] for a in changed)
+
+
+@pytest.mark.parametrize('layout', JOBS)
+def test_caches_and_passes_keep_to_their_limits(answered, layout):
+    for name, job in JOBS[layout].items():
+        seen = answered(layout)[name].ok().seen
+        held = seen['cached_tokens']
+        assert 100 < seen['pass_tokens'] <= 300, name
+        if job.get('no_cache'):
+            assert held == 0
+        elif 'gkd_generation_tokens' in job:
+            assert 0 < held <= job['gkd_generation_tokens'], name
+        elif layout == '1':
+            assert held > FEW['gkd_generation_tokens'], name
 
 
 @pytest.mark.parametrize('layout', [name for name in JOBS if name != '1'])

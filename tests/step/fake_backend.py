@@ -24,7 +24,7 @@ import torch.distributed as dist
 from swift_gkd_plugin.arguments import GKDOptions
 from swift_gkd_plugin.divergence import Divergence, TokenStats
 from swift_gkd_plugin.responses import Response
-from swift_gkd_plugin.sources import STUDENT, engine_seed
+from swift_gkd_plugin.sources import STUDENT, Draw, engine_seed
 from swift_gkd_plugin.step.ahead import Ahead
 from swift_gkd_plugin.step.backend import Backend
 from swift_gkd_plugin.step.conductor import Conductor
@@ -32,6 +32,7 @@ from swift_gkd_plugin.step.data import filled_up, row_loader
 from swift_gkd_plugin.step.objective import LossOptions
 from swift_gkd_plugin.step.ranks import Ranks
 from swift_gkd_plugin.step.remote import RemoteTeacher
+from swift_gkd_plugin.step.teaching import TeacherBatches
 from swift_gkd_plugin.teachers import TopK
 from swift_gkd_plugin.teachers.server import Scores, ServerOptions, TeacherServer, TeacherServerError, TeacherServers
 
@@ -65,6 +66,7 @@ def arguments(output_dir: Path, **changed: Any) -> SimpleNamespace:
         'gradient_accumulation_steps': 2,
         'steps_per_generation': 2,  # micro-batches, as in ms-swift
         'max_steps': 4,
+        'epochs': 1,  # that the run is meant to last, where responses are counted
         'save_steps': 0,
     }
     assert not changed.keys() - defaults.keys()
@@ -90,6 +92,10 @@ class FakeServer(TeacherServer):
         self.scored: list[list[int]] = []
         self.answered: list[int] = []  # the seeds
         self._lock = threading.Lock()
+        self.protocol = SimpleNamespace(
+            score=lambda question, k: ('', lambda: self._score(question), None),
+            answer=lambda question, options, seed, stop_ids, k: ('', lambda: self._answer(question, options, seed, stop_ids[0]), None),
+        )
 
     def _spend(self) -> None:
         with self._lock:
@@ -98,17 +104,17 @@ class FakeServer(TeacherServer):
             if self.left is not None:
                 self.left -= 1
 
-    def score(self, question) -> Scores:
-        if not question.positions:
-            return Scores.empty(0, TOPK)
+    def _ask(self, method, path, payload, parse, retry_seconds=None):
         self._spend()
+        return payload()
+
+    def _score(self, question) -> Scores:
         self.scored.append(question.ids)
         return self._scores([question.ids[position] for position in question.positions])
 
-    def answer(self, question, options, seed, stop_ids):
-        self._spend()
+    def _answer(self, question, options, seed, ending: int):
         self.answered.append(seed)
-        response = respond(f'teacher {question.ids} {seed}', options.max_tokens, stop_ids[0])
+        response = respond(f'teacher {question.ids} {seed}', options.max_tokens, ending)
         return response, self._scores(response.token_ids) if self.scores_with_answers else None
 
     @staticmethod
@@ -145,6 +151,7 @@ class FakeBackend(Backend):
         looked_at: Rows of each call of the local teacher.
         nan: Numbers of rows whose loss is none.
         slow: What the engine waits for before it answers.
+        plan: How the local teacher groups rows; None as the student does.
     """
 
     step = 0
@@ -158,6 +165,7 @@ class FakeBackend(Backend):
         self.nan: set[int] = set()
         self.saved: list[str] = []
         self.slow: threading.Event | None = None
+        self.plan: TeacherBatches | None = None
         self.conductor: Conductor | None = None
         self.save_all = None
 
@@ -175,7 +183,9 @@ class FakeBackend(Backend):
             return [self.template.encode(one)['input_ids'] for one in inputs]
 
     def generate(self, source, prompts, seeds, options) -> list[Response]:
-        return self._answers(source, self._prompts(prompts), seeds, options.max_tokens, self.weights.sum().item())
+        ids = [prompt.encoded['input_ids'] for prompt in prompts]
+        assert ids == self._prompts([prompt.inputs for prompt in prompts])
+        return self._answers(source, ids, seeds, options.max_tokens, self.weights.sum().item())
 
     def _answers(self, source, prompts, seeds, limit, weights) -> list[Response]:
         if self.slow is not None:
@@ -206,10 +216,12 @@ class FakeBackend(Backend):
             sample.generated, sample.response = inner, response
 
     def roll_out_ahead(self, samples) -> None:
-        if self.ranks.anywhere(len(samples)):
-            self.ahead.begin(self._answers, *self._request(samples, ahead=True))
+        self.ahead.begin(self._answers, *self._request(samples, ahead=True))
 
     # -- what a micro-batch says ---------------------------------------------------------------------------------------------------
+
+    def teacher_batches(self, batches) -> TeacherBatches | None:
+        return self.plan
 
     def signals(self, batches):
         self.looked_at.append([[sample.row.number for sample in batch.samples] for batch in batches])
@@ -243,7 +255,7 @@ class FakeBackend(Backend):
 
     def run(self, batches) -> None:
         for batch in batches:
-            self.look(batch)
+            self.look(self.conductor.before_forward(batch))
 
     def whole(self, parts: torch.Tensor) -> torch.Tensor:
         if self.ranks.sharers > 1:
@@ -255,10 +267,6 @@ class FakeBackend(Backend):
     @property
     def last_checkpoint(self) -> str | None:
         return self.saved[-1] if self.saved else None
-
-    @property
-    def checkpoint(self) -> str:
-        return os.path.join(self.args.output_dir, f'checkpoint-{self.step}')
 
     def is_complete(self, checkpoint: str) -> bool:
         return os.path.isfile(os.path.join(checkpoint, 'weights.pt'))
@@ -311,7 +319,7 @@ class FakeRun:
         self.share = {'rank': rank, 'world_size': world_size}
         self.backend = FakeBackend(args, ranks or Ranks(CPU), template)
         remote = None if server is None else remote_teacher(server)
-        who = {None: None, 'local': SimpleNamespace(description='a table'), 'server': remote}[teacher]
+        who = {None: None, 'local': SimpleNamespace(description='a table', host_copy=None), 'server': remote}[teacher]
         options = LossOptions(Divergence(), args.gkd_loss_weight, args.sft_alpha, 'bucket', None)
         self.conductor = self.backend.conductor = Conductor(self.backend, template, options, who, remote)
         self.steps: list[list[list[dict[str, Any]]]] = []
@@ -328,7 +336,7 @@ class FakeRun:
             skip = self.backend.step * per_step
             stream = self.rows(self.dataset, args.per_device_train_batch_size, args.seed, skip=skip, num_workers=0, endless=True)
             yield iter(stream), 10**9
-        how = {'num_samples': args.gkd_num_samples}
+        how = {'draw': Draw.of(args), 'epochs': args.epochs, 'prepare': self.conductor.cycle.prepared}
         whole = len(self.rows(self.dataset, args.per_device_train_batch_size, args.seed, **how))
         first, skipped = divmod(self.backend.step, -(-whole // per_step))
         for epoch in itertools.count(first):
@@ -358,7 +366,7 @@ class FakeRun:
         backend, conductor = self.backend, self.conductor
         batches = conductor.next_step(rows, num_batches, self.args.steps_per_generation)
         assert len(batches) == conductor.num_batches == num_batches
-        sums = torch.stack([backend.look(batch) for batch in batches]).sum(0)
+        sums = torch.stack([backend.look(conductor.before_forward(batch)) for batch in batches]).sum(0)
         conductor.before_update()
         if dist.is_initialized():
             dist.all_reduce(sums)

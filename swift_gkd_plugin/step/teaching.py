@@ -1,0 +1,89 @@
+"""A local teacher's own micro-batches. It keeps nothing for a backward pass, so it can look at more rows at a time than the student.
+
+All responses of a step are known before its first forward. Their rows are sorted by length over all micro-batches of the step, looked at in
+few, full batches without much padding, and what the teacher says goes back to the micro-batches in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..teachers import Signal, joined, split
+from .ranks import Ranks
+from .samples import MicroBatch, SampleEncoder
+
+# What may be kept of a teacher at a time, in bytes of each rank; a step of more tokens takes several visits.
+KEPT_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class TeacherBatches:
+    """How large they are.
+
+    Attributes:
+        rows: At most, ``--gkd_teacher_batch_size``; None for as many as there are tokens for.
+        tokens: At most, padding included, where ``rows`` is None; a longer row is alone.
+        lockstep: Ranks share the weights, so that all of them run the same number of batches.
+        at_least: As many batches are wanted, to fill a pipeline or to give each of several replicas some.
+        multiple: The number of batches has to be one of this.
+        bytes_per_token: Of what is kept, where a step may take several visits; None where it has to be one.
+    """
+
+    rows: int | None
+    tokens: int
+    lockstep: bool = False
+    at_least: int = 1
+    multiple: int = 1
+    bytes_per_token: int | None = None
+
+    def grouped(self, lengths: list[int]) -> list[list[int]]:
+        """Places of rows of these lengths, the longest first, in groups."""
+        most = min(self.rows or len(lengths), -(-len(lengths) // self.at_least))
+        groups: list[list[int]] = []
+        for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+            # The first of a group is its longest.
+            fits = groups and len(groups[-1]) < most
+            if fits and (self.rows is not None or (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= self.tokens):
+                groups[-1].append(place)
+            else:
+                groups.append([place])
+        return groups
+
+    def per_visit(self, batches: list[MicroBatch], ranks: Ranks) -> int:
+        """How many of a step's micro-batches one visit is for. A collective call in lockstep."""
+        if self.bytes_per_token is None:
+            return max(len(batches), 1)
+        largest = max((batch.num_tokens for batch in batches), default=0)
+        largest = ranks.at_most(largest) if self.lockstep else largest
+        return max(KEPT_BYTES // max(largest * self.bytes_per_token, 1), 1)
+
+    def taught(
+        self,
+        batches: list[MicroBatch],
+        encoder: SampleEncoder,
+        ranks: Ranks,
+        look: Callable[[list[MicroBatch]], list[Signal | None]],
+    ) -> tuple[list[Signal | None], int]:
+        """What the teacher says about each micro-batch, and how many batches of its own that took. A collective call in lockstep.
+
+        Args:
+            look: Runs the teacher.
+        """
+        samples = [sample for batch in batches for sample in batch.samples]
+        trained = [place for place, length in enumerate(n for batch in batches for n in batch.lengths) if length]
+        groups = [[samples[trained[i]] for i in group] for group in self.grouped([encoder.teacher_length(samples[i]) for i in trained])]
+        wanted = ranks.at_most(len(groups)) if self.lockstep else len(groups)
+        wanted = -(-max(wanted, 1) // self.multiple) * self.multiple
+        filled = groups + (groups[-1:] or [samples[:1]]) * (wanted - len(groups))
+        theirs = [encoder.teacher_batch(group) for group in filled]
+        found = look(theirs)
+        if found and found[0] is None:  # nothing of the output head is on this rank
+            return [None] * len(batches), wanted
+        parts = {
+            id(sample): part
+            for group, batch, signal in zip(groups, theirs, found, strict=False)
+            for sample, part in zip(group, split(signal, batch.lengths), strict=True)
+        }
+        nothing = split(found[0], [0, *theirs[0].lengths])[0]
+        return [joined([parts.get(id(sample), nothing) for sample in batch.samples]) for batch in batches], wanted
