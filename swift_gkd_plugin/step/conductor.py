@@ -161,6 +161,7 @@ class Conductor:
         self._numbers = random_numbers(self.ranks.device) if self._asks_along else None
         if self._resumed is not None:
             state, self._resumed = self._resumed, None
+            self._cycles = state['cycles']
             kept = list(itertools.islice(rows, len(state['micro_batches'])))
             self._ready.extend(self._with_responses(lambda: cycles.restored(self.cycle, state, kept)))
         while len(self._ready) < num_batches:
@@ -240,16 +241,16 @@ class Conductor:
         """
         if self.ranks.sharers == 1:
             return
-        digests = [_digest(batch) for batch in batches]
+        samples = [sample for batch in batches for sample in batch.samples]
+        digests = [_digest(sample) for sample in samples]
         whole = int.from_bytes(hashlib.blake2b(repr(digests).encode(), digest_size=7).digest(), 'big')
         largest, smallest = self.ranks.largest([whole, -whole])
         if largest == -smallest:
             return
-        names = [', '.join(map(str, batch.samples)) for batch in batches]
-        everyone = self.ranks.among_sharers(list(zip(digests, names, strict=True)))
-        different = [part for parts in zip(*everyone, strict=False) if len(set(parts)) > 1 for _, part in parts]
+        everyone = self.ranks.among_sharers(list(zip(digests, map(str, samples), strict=True)))
+        different = [row for rows in zip(*everyone, strict=False) if len(set(rows)) > 1 for _, row in rows]
         raise RuntimeError(
-            f'Step {self.backend.step + 1}: ranks with the same rows encoded them differently ({"; ".join(dict.fromkeys(different))}), '
+            f'Step {self.backend.step + 1}: ranks with the same rows encoded them differently ({", ".join(dict.fromkeys(different))}), '
             'compare the data, images and package versions of the machines.'
         )
 
@@ -471,6 +472,7 @@ class Conductor:
             FloatingPointError: On every rank, if the loss is not finite on one: no weight and no checkpoint takes part in it.
         """
         self._stop_without_server()
+        self._cycles = 0
         if self.args.log_completions:
             self._write_completions()
         self._stop_on_nan()
@@ -629,11 +631,12 @@ class Conductor:
 
     def save(self, checkpoint: str) -> None:
         """Write this rank's responses in flight. Before the rest: a checkpoint that looks complete has to be."""
-        cycles.save(checkpoint, list(self._ready))
+        cycles.save(checkpoint, list(self._ready), self._cycles)
 
     def _leave(self) -> None:
         """A checkpoint of the last finished step, with the responses that exist. A collective call."""
-        self._begun = []  # the run that goes on begins it again, from the same weights
+        if self._begun:  # the run that goes on begins it again, from the same weights and under the same key
+            self._begun, self._cycles = [], self._cycles - 1
         checkpoint = self.backend.checkpoint
         if not self.ranks.anywhere(int(self.backend.is_complete(checkpoint))):
             self.backend.save()
@@ -646,16 +649,11 @@ def _sum(values: torch.Tensor) -> torch.Tensor:
     return values.double().sum()
 
 
-def _digest(batch: MicroBatch) -> str:
-    """Of what the models of a micro-batch see: rows, sources, token ids and the shapes of everything else."""
-    seen = hashlib.blake2b(digest_size=7)
-    for sample in batch.samples:
-        seen.update(repr((sample.row.key, sample.row.counts, sample.source)).encode())
-    for inputs in (batch.student_inputs, batch.teacher_inputs or {}):
-        for name in sorted(inputs):
-            value = inputs[name]
-            seen.update(f'{name} {tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__}'.encode())
-        if 'input_ids' in inputs:
-            seen.update(inputs['input_ids'].cpu().numpy().tobytes())
-    seen.update(batch.labels.numpy().tobytes())
+def _digest(sample: Sample) -> str:
+    """Of what the models see of a sample: row, source, token ids and the shapes of everything else."""
+    seen = hashlib.blake2b(repr((sample.row.key, sample.row.counts, sample.source)).encode(), digest_size=7)
+    for view in sample.views:
+        for name, value in sorted((view or {}).items()):
+            text = tuple(value.shape) if isinstance(value, torch.Tensor) else value if isinstance(value, list) else type(value).__name__
+            seen.update(f'{name} {text}'.encode())
     return seen.hexdigest()

@@ -29,7 +29,7 @@ from .samples import Sample, SampleEncoder
 logger = get_logger()
 
 MAX_REPLACEMENTS = 50
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 # What ms-swift's rollout sets in its samples.
 FROM_ROLLOUT = ('messages', 'response_token_ids', 'response_loss_mask', 'finish_reason', 'add_eos')
@@ -75,12 +75,9 @@ class Cycle:
             micro_batches: The rows of this rank.
             cycle_key: (optimizer step, number of the cycle in it), for ``--gkd_source_per batch``.
         """
-        found = [[self._begun(row, source) for row, source in self._kept(rows, cycle_key)] for rows in micro_batches]
-        return self.checked([[sample for sample, _ in part] for part in found], [[attempt for _, attempt in part] for part in found])
-
-    @staticmethod
-    def _begun(row: Row, source: Source) -> tuple[Sample, int | None]:
-        return row.prepared or (Sample(row, row.content, source), None)
+        return self.checked(
+            [[row.prepared or Sample(row, row.content, source) for row, source in self._kept(rows, cycle_key)] for rows in micro_batches]
+        )
 
     def prepared(self, row: Row) -> Row:
         """The row with its sample: drawn, replaced if it can't be encoded, and encoded as far as that can be done without a response. Rows
@@ -89,12 +86,12 @@ class Cycle:
             return row
         sample = Sample(row, row.content, self._source(row, (0, 0)))
         try:
-            attempt = self._attempts(sample)
+            self._attempts(sample, 0)
         except OptionError:  # said where all ranks hear of it
             return row
         if sample.source == DATASET:
             self.encoder.views(sample)
-        return replace(row, prepared=(sample, attempt))
+        return replace(row, prepared=sample)
 
     def answer(self, micro_batches: list[list[Sample]]) -> list[list[Sample]]:
         """Responses for the samples that have none. Every rank calls it, for an answer may be a collective call.
@@ -124,27 +121,27 @@ class Cycle:
             return DATASET
         return self.draw.source(row.epoch, row.number) if self.draw.per_sample else self.draw.source(*cycle_key, purpose='cycle')
 
-    def checked(self, micro_batches: list[list[Sample]], attempts: list[list[int | None]] | None = None) -> list[list[Sample]]:
+    def checked(self, micro_batches: list[list[Sample]]) -> list[list[Sample]]:
         """The samples with content that can be encoded for their sources: their own, or another row's. A collective call.
 
         What one of the ranks with the same rows can't encode (an image whose host does not answer it, say), none of them trains on.
-
-        Args:
-            attempts: What :meth:`_attempts` said of each sample; None for one that it was not asked about.
         """
-        known = attempts or [[None] * len(samples) for samples in micro_batches]
-        attempts = [
-            [self._attempts(sample) if attempt is None else attempt for sample, attempt in zip(*both, strict=True)]
-            for both in zip(micro_batches, known, strict=True)
-        ]
-        while (agreed := _like(attempts, self.ranks.largest(list(itertools.chain.from_iterable(attempts))))) != attempts:
+        attempts = [[s.attempt if s.fits else self._attempts(s, s.attempt) for s in samples] for samples in micro_batches]
+        while (agreed := self._most_attempts(attempts)) is not None:
             attempts = [
                 [mine if mine == most else self._attempts(sample, most) for sample, mine, most in zip(*both, strict=True)]
                 for both in zip(micro_batches, attempts, agreed, strict=True)
             ]
         return micro_batches
 
-    def _attempts(self, sample: Sample, attempt: int = 0) -> int:
+    def _most_attempts(self, attempts: list[list[int]]) -> list[list[int]] | None:
+        """The largest of each number over the ranks with the same rows; None, on each of them, if they have the same numbers."""
+        flat = list(itertools.chain.from_iterable(attempts))
+        found = self.ranks.largest([*flat, *(-number for number in flat)])
+        most, least = found[: len(flat)], [-number for number in found[len(flat) :]]
+        return None if most == least else _like(attempts, most)
+
+    def _attempts(self, sample: Sample, attempt: int) -> int:
         """Find content for the sample: its own (attempt 0) or another row's (1, 2, …), the first from this attempt on that fits.
 
         Returns:
@@ -153,7 +150,7 @@ class Cycle:
         Raises:
             OptionError: None fits.
         """
-        error: Exception | str = 'another rank cannot'
+        error: Exception | str = 'on another rank, or when it was drawn'
         for number in range(attempt, MAX_REPLACEMENTS + 1):
             if number and not hasattr(self.dataset, '__len__'):
                 logger.warning(f'{sample} is left out, it cannot be encoded: {error}')
@@ -162,7 +159,7 @@ class Cycle:
                 row = sample.row
                 other = sources.replacement_row(self.args.seed, row.epoch, row.number, number - 1, len(self.dataset))
                 logger.info(f'{sample} cannot be encoded, row {other} stands in: {error}')
-                sample.content, sample.views = self.dataset[other], None
+                sample.content, sample.attempt, sample.views = self.dataset[other], number, None
             if not sample.row.counts:
                 return number
             try:
@@ -195,12 +192,18 @@ def dated(micro_batches: list[list[Sample]], step: int, student_at: int | None =
     return new
 
 
-def state_of(ready: list[list[Sample]]) -> dict[str, Any]:
-    """What a checkpoint keeps of the micro-batches that wait for their optimizer step."""
+def state_of(ready: list[list[Sample]], drawn: int) -> dict[str, Any]:
+    """What a checkpoint keeps of the micro-batches that wait for their optimizer step.
+
+    Args:
+        drawn: Cycles that this step has drawn already, for the numbers of the next ones.
+    """
 
     def one(sample: Sample) -> dict[str, Any]:
         number, epoch, repeat = sample.row.key
         state = {'row': number, 'epoch': epoch, 'repeat': repeat, 'counts': sample.row.counts, 'source': sample.source}
+        if sample.attempt:
+            state['attempt'] = sample.attempt
         if sample.response is not None:
             state['token_ids'], state['finish_reason'] = sample.response.token_ids, sample.response.finish_reason
             state['generated_at'] = sample.generated_at
@@ -211,7 +214,8 @@ def state_of(ready: list[list[Sample]]) -> dict[str, Any]:
             state['generated'] = {name: getattr(sample.generated, name) for name in (*FROM_ROLLOUT, *media)}
         return state
 
-    return {'version': STATE_VERSION, 'world_size': world_size(), 'micro_batches': [list(map(one, samples)) for samples in ready]}
+    micro_batches = [list(map(one, samples)) for samples in ready]
+    return {'version': STATE_VERSION, 'world_size': world_size(), 'cycles': drawn, 'micro_batches': micro_batches}
 
 
 def _packed(scores: Scores) -> dict[str, Any]:
@@ -244,7 +248,11 @@ def restored(cycle: Cycle, state: dict[str, Any], micro_batches: list[list[Row]]
         )
     result = cycle.checked(
         [
-            [Sample(row if one['counts'] else row.filler(), row.content, one['source']) for row, one in zip(rows, kept, strict=True)]
+            [
+                # What stood in for a row still does, even if the row could be encoded now: the response belongs to it.
+                Sample(row if one['counts'] else row.filler(), row.content, one['source'], attempt=one.get('attempt', 0))
+                for row, one in zip(rows, kept, strict=True)
+            ]
             for rows, kept in zip(found_rows, state['micro_batches'], strict=True)
         ]
     )
@@ -268,14 +276,14 @@ def _path(checkpoint: str) -> str:
     return os.path.join(checkpoint, f'gkd_cycle_rank{this_rank()}.json')
 
 
-def save(checkpoint: str, ready: list[list[Sample]]) -> None:
+def save(checkpoint: str, ready: list[list[Sample]], drawn: int) -> None:
     """Write this rank's part of the cycle in flight, if there is one."""
     if not ready:
         return
     os.makedirs(checkpoint, exist_ok=True)
     path = _path(checkpoint)
     with open(f'{path}.part', 'w', encoding='utf-8') as file:
-        json.dump(state_of(ready), file)
+        json.dump(state_of(ready, drawn), file)
     os.replace(f'{path}.part', path)
 
 
@@ -290,6 +298,8 @@ def load(checkpoint: str) -> dict[str, Any] | None:
         return None
     with open(path, encoding='utf-8') as file:
         state = json.load(file)
+    if state['version'] == 2:  # which kept neither the number of cycles nor which row stood in
+        state |= {'version': STATE_VERSION, 'cycles': 0}
     for name, value in (('version', STATE_VERSION), ('world_size', world_size())):
         if state[name] != value:
             raise OptionError(

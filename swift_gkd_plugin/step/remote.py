@@ -20,7 +20,7 @@ from ..responses import SamplingOptions
 from ..sources import TEACHER
 from ..teachers import TopK
 from ..teachers.engine import TeacherEngine, name_of_device
-from ..teachers.server import Question, Scores, ServerOptions, TeacherServer, TeacherServerError, TeacherServers
+from ..teachers.server import Question, Scores, ServerOptions, TeacherServerError, TeacherServers
 from .cycle import stop_together
 from .ranks import Ranks, this_rank
 from .samples import MicroBatch, Sample
@@ -162,7 +162,7 @@ class RemoteTeacher:
         """
         for sample in samples:
             if sample.asked is None and self._known(sample) is None:
-                sample.asked = self.servers.begin(TeacherServer.score, sample.question, sample.question)
+                sample.asked = self.servers.begin(lambda server, question: server.score(question), sample.question, sample.question)
 
     def ask(self, batches: list[MicroBatch]) -> None:
         """Give each micro-batch its signal.
