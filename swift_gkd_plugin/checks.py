@@ -254,6 +254,12 @@ def _directory(args: Any, teacher: str) -> str:
     )
 
 
+def teacher_is_start(args: Any) -> bool:
+    """Whether a separate teacher is a frozen copy of the weights that full training starts from; a LoRA-like tuner would share them."""
+    separate = args.teacher_model is not None and not getattr(args, 'teacher_adapters', None)
+    return separate and args.tuner_type == 'full' and args.teacher_quant_method in (None, 'none') and same_weights(args, args.teacher_model)
+
+
 def teaches_as_base(args: Any, teacher: str | None, can_switch_off: bool) -> bool:
     """Whether the teacher is the student's base with its adapter off.
 

@@ -13,6 +13,11 @@ def teacher_is_silent(args: Any) -> bool:
     return not args.seq_kd and args.gkd_eval_source != 'teacher'
 
 
+def nobody_generates(args: Any) -> bool:
+    student = (args.lmbda > 0 or args.gkd_eval_source == 'student') and not args.use_vllm
+    return not student and (teacher_is_silent(args) or args.teacher_model_server is not None or args.gkd_teacher_engine == 'vllm')
+
+
 # With both back ends; each has a table of its own beside it.
 NOT_USED: tuple[Entry, ...] = (
     ('packing', lambda a: True, 'responses change with every step, so rows are not packed beforehand; it works as --padding_free'),
@@ -27,6 +32,8 @@ NOT_USED: tuple[Entry, ...] = (
     ('gkd_teacher_max_completion_length', teacher_is_silent, 'the teacher answers with --seq_kd or --gkd_eval_source teacher'),
     ('gkd_teacher_engine_args', lambda a: a.gkd_teacher_engine != 'vllm', 'it belongs to --gkd_teacher_engine vllm'),
     ('gkd_save_teacher_responses', lambda a: not a.seq_kd, 'the teacher answers with --seq_kd'),
+    ('gkd_teacher_batch_size', lambda a: a.teacher_model is None, 'the teacher is the student itself, or elsewhere'),
+    ('gkd_generation_tokens', nobody_generates, 'nobody generates in the training processes'),
     ('gkd_prefetch', lambda a: a.lmbda == 0, 'at --lmbda 0 the student answers nothing'),
     ('gkd_num_samples', lambda a: a.lmbda == 0 and not a.seq_kd, 'a response of the dataset is there once'),
     ('offload_teacher_model', lambda a: a.teacher_model is None, 'the teacher is the student itself and stays where it is'),

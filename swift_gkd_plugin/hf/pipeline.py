@@ -179,14 +179,11 @@ class GKDPipeline(SwiftRLHF):
 
     def _get_trainer_kwargs(self) -> dict[str, Any]:
         args = self.args
-        # A frozen copy of the weights that full training starts from; a LoRA-like tuner would share them.
-        is_start = args.teacher_model is not None and not args.teacher_adapters and checks.same_weights(args, args.teacher_model)
         return {
             **super()._get_trainer_kwargs(),
             'tokenizer_lengths': self._tokens,
             'teacher_path': args.teacher_model,
-            'teacher_is_start': self._adapter_is_start()
-            or (is_start and args.tuner_type == 'full' and args.teacher_quant_method in (None, 'none')),
+            'teacher_is_start': self._adapter_is_start() or checks.teacher_is_start(args),
         }
 
 

@@ -273,7 +273,7 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix='eval'):
         model = self._prepared_for_evaluation()
         try:
-            found = self.conductor.evaluate(dataloader, at_once=1)
+            found = self.conductor.evaluate(dataloader, at_once=self.args.gradient_accumulation_steps)
         finally:
             for module in model.modules():
                 if isinstance(module, FSDPModule):

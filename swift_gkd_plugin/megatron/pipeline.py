@@ -49,7 +49,13 @@ class GKDPipeline(MegatronRLHF):
         return super().run()
 
     def prepare_trainer(self) -> GKDTrainer:
-        return GKDTrainer(self.args, self.template, vllm_client=self._prepare_vllm_client(), tokenizer_lengths=self._tokens)
+        return GKDTrainer(
+            self.args,
+            self.template,
+            vllm_client=self._prepare_vllm_client(),
+            tokenizer_lengths=self._tokens,
+            teacher_is_start=checks.teacher_is_start(self.args),
+        )
 
     def _get_dataset(self):
         args = self.args

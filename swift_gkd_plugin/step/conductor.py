@@ -241,16 +241,16 @@ class Conductor:
         """
         if self.ranks.sharers == 1:
             return
-        digests = [_digest(batch) for batch in batches]
+        samples = [sample for batch in batches for sample in batch.samples]
+        digests = [_digest(sample) for sample in samples]
         whole = int.from_bytes(hashlib.blake2b(repr(digests).encode(), digest_size=7).digest(), 'big')
         largest, smallest = self.ranks.largest([whole, -whole])
         if largest == -smallest:
             return
-        names = [', '.join(map(str, batch.samples)) for batch in batches]
-        everyone = self.ranks.among_sharers(list(zip(digests, names, strict=True)))
-        different = [part for parts in zip(*everyone, strict=False) if len(set(parts)) > 1 for _, part in parts]
+        everyone = self.ranks.among_sharers(list(zip(digests, map(str, samples), strict=True)))
+        different = [row for rows in zip(*everyone, strict=False) if len(set(rows)) > 1 for _, row in rows]
         raise RuntimeError(
-            f'Step {self.backend.step + 1}: ranks with the same rows encoded them differently ({"; ".join(dict.fromkeys(different))}), '
+            f'Step {self.backend.step + 1}: ranks with the same rows encoded them differently ({", ".join(dict.fromkeys(different))}), '
             'compare the data, images and package versions of the machines.'
         )
 
@@ -649,16 +649,11 @@ def _sum(values: torch.Tensor) -> torch.Tensor:
     return values.double().sum()
 
 
-def _digest(batch: MicroBatch) -> str:
-    """Of what the models of a micro-batch see: rows, sources, token ids and the shapes of everything else."""
-    seen = hashlib.blake2b(digest_size=7)
-    for sample in batch.samples:
-        seen.update(repr((sample.row.key, sample.row.counts, sample.source)).encode())
-    for inputs in (batch.student_inputs, batch.teacher_inputs or {}):
-        for name in sorted(inputs):
-            value = inputs[name]
-            seen.update(f'{name} {tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__}'.encode())
-        if 'input_ids' in inputs:
-            seen.update(inputs['input_ids'].cpu().numpy().tobytes())
-    seen.update(batch.labels.numpy().tobytes())
+def _digest(sample: Sample) -> str:
+    """Of what the models see of a sample: row, source, token ids and the shapes of everything else."""
+    seen = hashlib.blake2b(repr((sample.row.key, sample.row.counts, sample.source)).encode(), digest_size=7)
+    for view in sample.views:
+        for name, value in sorted((view or {}).items()):
+            text = tuple(value.shape) if isinstance(value, torch.Tensor) else value if isinstance(value, list) else type(value).__name__
+            seen.update(f'{name} {text}'.encode())
     return seen.hexdigest()

@@ -75,12 +75,9 @@ class Cycle:
             micro_batches: The rows of this rank.
             cycle_key: (optimizer step, number of the cycle in it), for ``--gkd_source_per batch``.
         """
-        found = [[self._begun(row, source) for row, source in self._kept(rows, cycle_key)] for rows in micro_batches]
-        return self.checked([[sample for sample, _ in part] for part in found], [[attempt for _, attempt in part] for part in found])
-
-    @staticmethod
-    def _begun(row: Row, source: Source) -> tuple[Sample, int | None]:
-        return row.prepared or (Sample(row, row.content, source), None)
+        return self.checked(
+            [[row.prepared or Sample(row, row.content, source) for row, source in self._kept(rows, cycle_key)] for rows in micro_batches]
+        )
 
     def prepared(self, row: Row) -> Row:
         """The row with its sample: drawn, replaced if it can't be encoded, and encoded as far as that can be done without a response. Rows
@@ -89,12 +86,12 @@ class Cycle:
             return row
         sample = Sample(row, row.content, self._source(row, (0, 0)))
         try:
-            attempt = self._attempts(sample)
+            self._attempts(sample, 0)
         except OptionError:  # said where all ranks hear of it
             return row
         if sample.source == DATASET:
             self.encoder.views(sample)
-        return replace(row, prepared=(sample, attempt))
+        return replace(row, prepared=sample)
 
     def answer(self, micro_batches: list[list[Sample]]) -> list[list[Sample]]:
         """Responses for the samples that have none. Every rank calls it, for an answer may be a collective call.
@@ -124,19 +121,12 @@ class Cycle:
             return DATASET
         return self.draw.source(row.epoch, row.number) if self.draw.per_sample else self.draw.source(*cycle_key, purpose='cycle')
 
-    def checked(self, micro_batches: list[list[Sample]], attempts: list[list[int | None]] | None = None) -> list[list[Sample]]:
+    def checked(self, micro_batches: list[list[Sample]]) -> list[list[Sample]]:
         """The samples with content that can be encoded for their sources: their own, or another row's. A collective call.
 
         What one of the ranks with the same rows can't encode (an image whose host does not answer it, say), none of them trains on.
-
-        Args:
-            attempts: What :meth:`_attempts` said of each sample; None for one that it was not asked about.
         """
-        known = attempts or [[None] * len(samples) for samples in micro_batches]
-        attempts = [
-            [self._attempts(sample, sample.attempt) if attempt is None else attempt for sample, attempt in zip(*both, strict=True)]
-            for both in zip(micro_batches, known, strict=True)
-        ]
+        attempts = [[s.attempt if s.fits else self._attempts(s, s.attempt) for s in samples] for samples in micro_batches]
         while (agreed := self._most_attempts(attempts)) is not None:
             attempts = [
                 [mine if mine == most else self._attempts(sample, most) for sample, mine, most in zip(*both, strict=True)]
@@ -151,7 +141,7 @@ class Cycle:
         most, least = found[: len(flat)], [-number for number in found[len(flat) :]]
         return None if most == least else _like(attempts, most)
 
-    def _attempts(self, sample: Sample, attempt: int = 0) -> int:
+    def _attempts(self, sample: Sample, attempt: int) -> int:
         """Find content for the sample: its own (attempt 0) or another row's (1, 2, …), the first from this attempt on that fits.
 
         Returns:
@@ -308,6 +298,8 @@ def load(checkpoint: str) -> dict[str, Any] | None:
         return None
     with open(path, encoding='utf-8') as file:
         state = json.load(file)
+    if state['version'] == 2:  # which kept neither the number of cycles nor which row stood in
+        state |= {'version': STATE_VERSION, 'cycles': 0}
     for name, value in (('version', STATE_VERSION), ('world_size', world_size())):
         if state[name] != value:
             raise OptionError(

@@ -20,7 +20,7 @@ from ..responses import SamplingOptions
 from ..sources import TEACHER
 from ..teachers import TopK
 from ..teachers.engine import TeacherEngine, name_of_device
-from ..teachers.server import Question, Scores, ServerOptions, TeacherServer, TeacherServerError, TeacherServers
+from ..teachers.server import Question, Scores, ServerOptions, TeacherServerError, TeacherServers
 from .cycle import stop_together
 from .ranks import Ranks, this_rank
 from .samples import MicroBatch, Sample
@@ -95,7 +95,8 @@ def teacher_that_answers(
         TeacherServerError: A server or an engine can't be reached.
     """
     engine, topk, answers = None, args.gkd_logits_topk or 0, args.seq_kd or args.gkd_eval_source == TEACHER
-    if url is None:
+    elsewhere = url is not None
+    if not elsewhere:
         scores = engine_scores(args) and args.gkd_loss_weight > 0
         if args.gkd_teacher_engine != 'vllm' or not (scores or answers):
             return None
@@ -109,9 +110,9 @@ def teacher_that_answers(
             engine.sleep()
 
     asked_once(connect, lambda: None, lambda _: None, ranks, step() + 1)
-    if engine is None and args.seq_kd and ranks.asks and not servers.sends_scores_with_answers:
+    if elsewhere and args.seq_kd and ranks.asks and not servers.sends_scores_with_answers:
         logger.info('swift deploy sends no log-probabilities with its answers: each of them takes a second, scoring request.')
-    return RemoteTeacher(servers, topk, engine.awake if engine is not None else nullcontext)
+    return RemoteTeacher(servers, topk, engine.awake if engine is not None else nullcontext, elsewhere)
 
 
 def _engine(args, ranks: Ranks, model: str, dtype: torch.dtype) -> tuple[TeacherEngine | None, str]:
@@ -139,19 +140,15 @@ class RemoteTeacher:
         servers: Connected.
         topk: Log-probabilities per token.
         awake: A context in which the servers can answer.
+        is_free: Whether they may be asked at any time, because they share no device with the student; the same on every rank.
     """
 
     adapter = True
     model = bare = None
 
-    def __init__(self, servers: TeacherServers, topk: int, awake: Callable[[], AbstractContextManager] = nullcontext):
-        self.servers, self.topk, self.awake = servers, topk, awake
+    def __init__(self, servers: TeacherServers, topk: int, awake: Callable[[], AbstractContextManager] = nullcontext, is_free: bool = True):
+        self.servers, self.topk, self.awake, self.is_free = servers, topk, awake, is_free
         self.description = ' and '.join(f'the server {server.url}' for server in servers.servers)
-
-    @property
-    def is_free(self) -> bool:
-        """Whether it may be asked at any time, because it does not share a device with the student."""
-        return self.awake is nullcontext
 
     def begin(self, samples: Iterable[Sample]) -> None:
         """Have the questions about samples on their way; :meth:`ask` waits for what is said. What a server said while it answered is not
@@ -162,7 +159,7 @@ class RemoteTeacher:
         """
         for sample in samples:
             if sample.asked is None and self._known(sample) is None:
-                sample.asked = self.servers.begin(TeacherServer.score, sample.question, sample.question)
+                sample.asked = self.servers.begin(lambda server, question: server.score(question), sample.question, sample.question)
 
     def ask(self, batches: list[MicroBatch]) -> None:
         """Give each micro-batch its signal.

@@ -91,9 +91,9 @@ class Sample:
         generated_at: Number of optimizer steps that were done when the response was generated.
         divergence: [2], sum and number over its trained tokens on this rank, once their loss was computed.
         scores: What the teacher's server said about each token of the response while it answered.
-        attempt: 0 for the row's own content, n for that of the n-th row that was drawn in its place.
         question: What it is asked about the trained tokens; None without a server.
         asked: What it will say about them, where the question is on its way.
+        attempt: 0 for the row's own content, n for that of the n-th row that was drawn in its place.
     """
 
     row: Row
@@ -107,9 +107,14 @@ class Sample:
     generated_at: int | None = None
     divergence: torch.Tensor | None = field(default=None, repr=False)
     scores: Scores | None = field(default=None, repr=False)
-    attempt: int = 0
     question: Question | None = field(default=None, repr=False)
     asked: Future | None = field(default=None, repr=False)
+    attempt: int = 0
+
+    @property
+    def fits(self) -> bool:
+        """Whether it was encoded as far as its source needs."""
+        return not self.row.counts or self.encoded is not None or self.prompt is not None
 
     def leave_out(self) -> None:
         """Make it a filler, which keeps the ranks in step and weighs nothing."""

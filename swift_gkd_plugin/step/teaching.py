@@ -39,7 +39,7 @@ class TeacherBatches:
 
     def grouped(self, lengths: list[int]) -> list[list[int]]:
         """Places of rows of these lengths, the longest first, in groups."""
-        most = min(self.rows or len(lengths), -(-len(lengths) // self.at_least))
+        most = min(self.rows or len(lengths), max(len(lengths) // self.at_least, 1))
         groups: list[list[int]] = []
         for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
             # The first of a group is its longest.

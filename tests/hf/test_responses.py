@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from swift_gkd_plugin.responses import SamplingOptions, budget
-from swift_gkd_plugin.responses.local import LocalGenerator, evaluation_mode
+from swift_gkd_plugin.responses import Prompt, SamplingOptions, budget
+from swift_gkd_plugin.responses.local import LocalGenerator, evaluation_mode, inference_template
 
 GREEDY = SamplingOptions(max_tokens=12, temperature=0)
 PROMPTS = [{'messages': [{'role': 'user', 'content': text}]} for text in ('what is 1 plus 2 ?', '5', 'what is 31 plus 27 and one more ?')]
@@ -28,10 +28,22 @@ def tiny(tiny_models):
     return model, template
 
 
+def generator(model, template, tokens=None):
+    """Of responses to inputs of ``template.encode``."""
+    answer = LocalGenerator(template, lambda: nullcontext(model), torch.device('cpu'), tokens=tokens)
+
+    def generate(inputs, seeds, options):
+        with inference_template(template):
+            prompts = [Prompt(one, template.encode(one)) for one in inputs]
+        return answer(prompts, seeds, options)
+
+    return generate
+
+
 @pytest.fixture
 def generate(tiny):
     model, template = tiny
-    return LocalGenerator(template, lambda: nullcontext(model), torch.device('cpu'))
+    return generator(model, template)
 
 
 def decode_without_cache(model, template, prompt, limit):
@@ -92,7 +104,7 @@ def test_prompts_that_do_not_fit_wait_and_are_answered_the_same(tiny, generate, 
     def answers(tokens: int):
         seen.clear()
         with model.register_forward_hook(look, with_kwargs=True):
-            return LocalGenerator(template, lambda: nullcontext(model), torch.device('cpu'), tokens=tokens)(prompts, seeds, options)
+            return generator(model, template, tokens)(prompts, seeds, options)
 
     together = generate(prompts, seeds, options)
     assert answers(tokens) == together

@@ -36,6 +36,7 @@ def uninterrupted(run_jobs, dataset):
         {
             'first': {**COMMON, 'dataset': dataset, 'max_steps': 1},
             'whole': {**COMMON, 'dataset': dataset},
+            'workers': {**COMMON, 'dataset': dataset, 'dataloader_num_workers': 2},
             'killed': {**COMMON, 'dataset': dataset, 'stop_at': 7, 'callbacks': 'stop_at'},
         }
     )
@@ -48,13 +49,19 @@ def test_killed_run_agrees_up_to_the_kill(uninterrupted):
     assert killed.losses == whole.losses[: len(killed.losses)]
 
 
+def test_rows_that_worker_processes_encode_are_the_same(uninterrupted):
+    whole, workers = (uninterrupted[name].ok() for name in ('whole', 'workers'))
+    assert workers.losses == whole.losses
+    assert [line['completion'] for line in workers.completions] == [line['completion'] for line in whole.completions]
+
+
 @pytest.fixture(scope='module')
 def resumed(uninterrupted, run_jobs, dataset):
     whole, killed = uninterrupted['whole'].output_dir, uninterrupted['killed'].output_dir
     return run_jobs(
         {
             'from 3': {**COMMON, 'dataset': dataset, 'resume_from_checkpoint': whole / 'checkpoint-3'},
-            'from 6': {**COMMON, 'dataset': dataset, 'resume_from_checkpoint': killed / 'checkpoint-6'},
+            'from 6': {**COMMON, 'dataset': dataset, 'resume_from_checkpoint': killed / 'checkpoint-6', 'dataloader_num_workers': 1},
             'from 9': {**COMMON, 'dataset': dataset, 'resume_from_checkpoint': whole / 'checkpoint-9'},
             'other data': {**COMMON, 'dataset': dataset, 'resume_from_checkpoint': whole / 'checkpoint-3', 'data_seed': 7},
         }

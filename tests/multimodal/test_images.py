@@ -43,7 +43,7 @@ def runs_with_servers(run_jobs, vllm_server, text_server, deploy_server):
             'a server for text': {**STEP, **asks(text_server)},
             'mixed': MIXED,
             'mixed, greedy': {**MIXED, 'temperature': 0, 'gkd_temperature': 1},
-            'mixed, greedy, vllm': {**MIXED, 'temperature': 0, 'gkd_temperature': 1, **asks(vllm_server)},
+            'mixed, greedy, vllm': {**MIXED, 'temperature': 0, 'gkd_temperature': 1, 'dataloader_num_workers': 1, **asks(vllm_server)},
             'mixed, greedy, deploy': {**MIXED, 'temperature': 0, 'gkd_temperature': 1, **asks(deploy_server)},
         },
         timeout=900,

@@ -66,7 +66,6 @@ def arguments(output_dir: Path, **changed: Any) -> SimpleNamespace:
         'gradient_accumulation_steps': 2,
         'steps_per_generation': 2,  # micro-batches, as in ms-swift
         'max_steps': 4,
-        'epochs': 1,  # that the run is meant to last, where responses are counted
         'save_steps': 0,
     }
     assert not changed.keys() - defaults.keys()
@@ -92,10 +91,6 @@ class FakeServer(TeacherServer):
         self.scored: list[list[int]] = []
         self.answered: list[int] = []  # the seeds
         self._lock = threading.Lock()
-        self.protocol = SimpleNamespace(
-            score=lambda question, k: ('', lambda: self._score(question), None),
-            answer=lambda question, options, seed, stop_ids, k: ('', lambda: self._answer(question, options, seed, stop_ids[0]), None),
-        )
 
     def _spend(self) -> None:
         with self._lock:
@@ -104,17 +99,17 @@ class FakeServer(TeacherServer):
             if self.left is not None:
                 self.left -= 1
 
-    def _ask(self, method, path, payload, parse, retry_seconds=None):
+    def score(self, question) -> Scores:
+        if not question.positions:
+            return Scores.empty(0, TOPK)
         self._spend()
-        return payload()
-
-    def _score(self, question) -> Scores:
         self.scored.append(question.ids)
         return self._scores([question.ids[position] for position in question.positions])
 
-    def _answer(self, question, options, seed, ending: int):
+    def answer(self, question, options, seed, stop_ids):
+        self._spend()
         self.answered.append(seed)
-        response = respond(f'teacher {question.ids} {seed}', options.max_tokens, ending)
+        response = respond(f'teacher {question.ids} {seed}', options.max_tokens, stop_ids[0])
         return response, self._scores(response.token_ids) if self.scores_with_answers else None
 
     @staticmethod
@@ -151,7 +146,7 @@ class FakeBackend(Backend):
         looked_at: Rows of each call of the local teacher.
         nan: Numbers of rows whose loss is none.
         slow: What the engine waits for before it answers.
-        plan: How the local teacher groups rows; None as the student does.
+        kept_bytes: Of each token that the local teacher has looked at; None for nothing.
     """
 
     step = 0
@@ -165,9 +160,8 @@ class FakeBackend(Backend):
         self.nan: set[int] = set()
         self.saved: list[str] = []
         self.slow: threading.Event | None = None
-        self.plan: TeacherBatches | None = None
+        self.kept_bytes: int | None = None
         self.conductor: Conductor | None = None
-        self.save_all = None
 
     @property
     def is_last_step(self) -> bool:
@@ -220,8 +214,8 @@ class FakeBackend(Backend):
 
     # -- what a micro-batch says ---------------------------------------------------------------------------------------------------
 
-    def teacher_batches(self, batches) -> TeacherBatches | None:
-        return self.plan
+    def teacher_batches(self, batches) -> TeacherBatches:
+        return TeacherBatches(self.args.gkd_teacher_batch_size, tokens=10**6, bytes_per_token=self.kept_bytes)
 
     def signals(self, batches):
         self.looked_at.append([[sample.row.number for sample in batch.samples] for batch in batches])
@@ -235,6 +229,7 @@ class FakeBackend(Backend):
 
     def look(self, batch) -> torch.Tensor:
         """[513] The gradient of the loss, and the loss, summed over the tokens of this rank; it is booked."""
+        batch = self.conductor.before_forward(batch)
         labels = self.part(batch.labels)
         weights = self.weights[labels].requires_grad_()
         cross_entropy = (weights - 1) ** 2
@@ -255,7 +250,7 @@ class FakeBackend(Backend):
 
     def run(self, batches) -> None:
         for batch in batches:
-            self.look(self.conductor.before_forward(batch))
+            self.look(batch)
 
     def whole(self, parts: torch.Tensor) -> torch.Tensor:
         if self.ranks.sharers > 1:
@@ -295,6 +290,7 @@ class FakeRun:
         teacher: 'local', a server, or None for nobody.
         server: The server that answers, and scores if ``teacher`` is 'server'.
         rank, world_size: Of the owners of rows.
+        prepares: Rows are encoded where they are read.
         endless: The rows go on behind an epoch and every step has all its micro-batches, as in Megatron; else as in transformers.
 
     Attributes:
@@ -314,8 +310,9 @@ class FakeRun:
         rank: int = 0,
         world_size: int = 1,
         endless: bool = False,
+        prepares: bool = True,
     ):
-        self.args, self.dataset, self.server, self.endless = args, dataset, server, endless
+        self.args, self.dataset, self.server, self.endless, self.prepares = args, dataset, server, endless, prepares
         self.share = {'rank': rank, 'world_size': world_size}
         self.backend = FakeBackend(args, ranks or Ranks(CPU), template)
         remote = None if server is None else remote_teacher(server)
@@ -336,7 +333,7 @@ class FakeRun:
             skip = self.backend.step * per_step
             stream = self.rows(self.dataset, args.per_device_train_batch_size, args.seed, skip=skip, num_workers=0, endless=True)
             yield iter(stream), 10**9
-        how = {'draw': Draw.of(args), 'epochs': args.epochs, 'prepare': self.conductor.cycle.prepared}
+        how = {'draw': Draw.of(args), 'prepare': self.conductor.cycle.prepared if self.prepares else None}
         whole = len(self.rows(self.dataset, args.per_device_train_batch_size, args.seed, **how))
         first, skipped = divmod(self.backend.step, -(-whole // per_step))
         for epoch in itertools.count(first):
@@ -366,7 +363,7 @@ class FakeRun:
         backend, conductor = self.backend, self.conductor
         batches = conductor.next_step(rows, num_batches, self.args.steps_per_generation)
         assert len(batches) == conductor.num_batches == num_batches
-        sums = torch.stack([backend.look(conductor.before_forward(batch)) for batch in batches]).sum(0)
+        sums = torch.stack([backend.look(batch) for batch in batches]).sum(0)
         conductor.before_update()
         if dist.is_initialized():
             dist.all_reduce(sums)

@@ -1,0 +1,184 @@
+"""A local teacher's own micro-batches, and a teacher server that is asked while something trains."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fake_backend import FakeServer, flat
+
+from swift_gkd_plugin.step import teaching
+from swift_gkd_plugin.step.teaching import TeacherBatches
+from swift_gkd_plugin.teachers import HiddenStates, TopK, joined, split
+
+# -- how rows are grouped ------------------------------------------------------------------------------------------------------------------
+
+LENGTHS = [5, 90, 7, 30, 31, 8, 8, 60, 1]
+
+
+@pytest.mark.parametrize('plan', [TeacherBatches(None, 64), TeacherBatches(4, 1), TeacherBatches(None, 10**6, at_least=4)])
+def test_every_row_is_looked_at_once_longest_first(plan):
+    groups = plan.grouped(LENGTHS)
+    assert sorted(place for group in groups for place in group) == list(range(len(LENGTHS)))
+    assert [LENGTHS[place] for group in groups for place in group] == sorted(LENGTHS, reverse=True)
+
+
+def test_limits_of_a_batch():
+    for group in TeacherBatches(None, 64).grouped(LENGTHS):
+        assert len(group) == 1 or len(group) * max(LENGTHS[place] for place in group) <= 64
+    assert list(map(len, TeacherBatches(4, tokens=1).grouped(LENGTHS))) == [4, 4, 1]  # rows, whatever their lengths
+    assert len(TeacherBatches(None, 10**6, at_least=4).grouped(LENGTHS)) >= 4
+    assert TeacherBatches(None, 64).grouped([]) == []
+
+
+def test_what_is_split_can_be_joined():
+    signal = TopK(torch.rand(6, 2), torch.arange(12).view(6, 2), temperature=1.0)
+    parts = split(signal, [1, 0, 5])
+    assert [len(part.ids) for part in parts] == [1, 0, 5]
+    again = joined(parts)
+    assert torch.equal(again.logprobs, signal.logprobs) and torch.equal(again.ids, signal.ids) and again.temperature == 1
+    head = object()
+    assert joined(split(HiddenStates(torch.rand(3, 4), head), [2, 1])).head is head
+
+
+# -- in a run ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(make):
+    return make(seq_kd=True, per_device_train_batch_size=2, gradient_accumulation_steps=3, steps_per_generation=3).train()
+
+
+@pytest.mark.parametrize('size', [1, 2, 4, 100])
+def test_the_same_step_for_any_batch_of_the_teacher(make, run, size):
+    other = make(
+        seq_kd=True, per_device_train_batch_size=2, gradient_accumulation_steps=3, steps_per_generation=3, gkd_teacher_batch_size=size
+    ).train()
+    assert flat(other) == flat(run) and other.losses == pytest.approx(run.losses, rel=1e-12)
+    assert all(len(batch) <= size for visit in other.backend.looked_at for batch in visit)
+    for log, step in zip(other.logs, other.steps, strict=True):
+        rows = sum(one['counts'] for batch in step for one in batch)
+        assert log['teacher/batches'] == -(-rows // size)
+
+
+def test_by_default_the_teacher_looks_at_a_step_at_once(run):
+    assert all(len(visit) == 1 for visit in run.backend.looked_at) and len(run.backend.looked_at) == len(run.steps)
+
+
+def test_a_step_of_too_many_tokens_takes_several_visits(make, run, monkeypatch):
+    monkeypatch.setattr(teaching, 'KEPT_BYTES', 60)
+    other = make(seq_kd=True, per_device_train_batch_size=2, gradient_accumulation_steps=3, steps_per_generation=3)
+    other.backend.kept_bytes = 2
+    visits = []
+    look = other.backend.look
+
+    def watched(batch):
+        gradient = look(batch)
+        visits.append(len(other.backend.looked_at))
+        return gradient
+
+    other.backend.look = watched
+    assert other.train().losses == pytest.approx(run.losses, rel=1e-12)
+    assert len(other.backend.looked_at) > len(other.steps) and visits[0] < visits[2]  # not all of them before the first forward
+
+
+def test_ranks_that_share_weights_run_the_same_number_of_batches(template, rows, make):
+    """This one has two rows, another rank has enough for four batches."""
+    run = make(lmbda=0, max_steps=1).train()
+    batches = [run.conductor.encoder.micro_batch(samples) for samples in run.conductor._step]
+    ranks, looked = SimpleNamespace(at_most=lambda number: max(number, 4)), []
+
+    def look(theirs):
+        looked.append(len(theirs))
+        return [TopK(batch.labels[:, None].float(), batch.labels[:, None]) for batch in theirs]
+
+    signals, count = TeacherBatches(100, 1, lockstep=True).taught(batches, run.conductor.encoder, ranks, look)
+    assert looked == [4] and count == 4
+    assert all(torch.equal(signal.ids[:, 0], batch.labels) for signal, batch in zip(signals, batches, strict=True))
+
+
+# -- rows that come prepared ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('options', [{}, {'gkd_source_per': 'batch'}, {'gkd_num_samples': 3}, {'seq_kd': True}], ids=str)
+def test_rows_may_be_encoded_where_they_are_read(make, options):
+    ahead, now = make(**options), make(**options)
+    now.prepares = False
+    assert flat(ahead.train()) == flat(now.train()) and ahead.losses == now.losses
+
+
+# -- a server ------------------------------------------------------------------------------------------------------------------------------
+
+
+class Watched(FakeServer):
+    """Tells when it has been asked often enough."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = threading.Condition()
+
+    def score(self, question):
+        found = super().score(question)
+        with self.asked:
+            self.asked.notify_all()
+        return found
+
+    def wait_for(self, number: int) -> bool:
+        with self.asked:
+            return self.asked.wait_for(lambda: len(self.scored) >= number, timeout=10)
+
+
+def test_a_server_is_asked_about_the_next_step_while_this_one_trains(make):
+    server = Watched()
+    run = make('server', server, lmbda=0, max_steps=2)
+    look, waited = run.backend.look, []
+
+    def watched(batch):
+        gradient = look(batch)
+        waited.append(server.wait_for(8))
+        return gradient
+
+    run.backend.look = watched
+    run.train()
+    assert all(waited) and len(server.scored) == 8  # each row once, and none of a step that does not come
+
+
+def test_a_server_is_asked_about_later_micro_batches_while_the_first_trains(make):
+    server = Watched()
+    run = make('server', server, lmbda=1, max_steps=2)
+    look, waited = run.backend.look, []
+
+    def watched(batch):
+        gradient = look(batch)
+        waited.append(server.wait_for(4 * (run.backend.step + 1)))
+        return gradient
+
+    run.backend.look = watched
+    run.train()
+    assert all(waited) and len(server.scored) == 8
+
+
+def test_a_server_that_shares_the_students_device_is_asked_when_its_turn_is(make):
+    server = Watched()
+    run = make('server', server, lmbda=0, max_steps=2)
+    awake = []
+
+    class Awake:
+        def __enter__(self):
+            awake.append(True)
+
+        def __exit__(self, *error):
+            awake.append(False)
+
+    run.conductor.teacher.awake, run.conductor.teacher.is_free = Awake, False
+    score = server.score
+
+    def only_awake(question):
+        assert awake[-1]
+        return score(question)
+
+    server.score = only_awake
+    run.train()
+    assert awake == [True, False] * 2 and len(server.scored) == 8
