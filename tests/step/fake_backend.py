@@ -50,6 +50,7 @@ def arguments(output_dir: Path, **changed: Any) -> SimpleNamespace:
         'seq_kd': False,
         'sft_alpha': 0.0,
         'use_vllm': False,
+        'multi_turn_scheduler': None,
         'temperature': 1.0,
         'top_k': -1,
         'top_p': 1.0,
@@ -205,8 +206,14 @@ class FakeBackend(Backend):
                 responses = self._answers(*self._request(samples, ahead=False))
         for sample, response in zip(samples, responses, strict=True):
             inner = self.conductor.encoder.inner(sample)
-            inner.messages[-1] = {'role': 'assistant', 'content': self.template.safe_decode(response.token_ids)}
-            inner.response_token_ids, inner.finish_reason, inner.add_eos = [response.token_ids], response.finish_reason, False
+            turns = [response.token_ids]
+            if self.args.multi_turn_scheduler and len(response.token_ids) > 1:
+                turns = [response.token_ids[:1], response.token_ids[1:]]
+            inner.messages.pop()
+            for turn in turns:
+                inner.messages += [{'role': 'assistant', 'content': self.template.safe_decode(turn)}, {'role': 'user', 'content': 'sure ?'}]
+            inner.messages.pop()
+            inner.response_token_ids, inner.finish_reason, inner.add_eos = turns, response.finish_reason, False
             sample.generated, sample.response = inner, response
 
     def roll_out_ahead(self, samples) -> None:

@@ -24,9 +24,12 @@ def test_each_sample_has_the_source_of_its_own_coin(make, lmbda, seq_kd):
         assert (one['response'] is None) == (one['source'] == 'dataset')
 
 
-def test_one_coin_for_a_cycle(make):
+@pytest.mark.parametrize('server', [False, True], ids=['local', 'server, which is asked ahead'])
+def test_one_coin_for_a_cycle(make, server):
     """Of two micro-batches: --gkd_source_per batch."""
-    run = make(gkd_source_per='batch', max_steps=8, gradient_accumulation_steps=4, steps_per_generation=2, per_device_train_batch_size=1)
+    teacher = {'teacher': 'server', 'server': FakeServer()} if server else {}
+    sizes = {'gradient_accumulation_steps': 4, 'steps_per_generation': 2, 'per_device_train_batch_size': 1}
+    run = make(gkd_source_per='batch', max_steps=8, **sizes, **teacher)
     drawn = set()
     for step, batches in enumerate(run.train().steps):
         for cycle, both in enumerate(zip(batches[::2], batches[1::2], strict=True)):
@@ -180,6 +183,19 @@ def test_several_responses_per_prompt_and_one_of_the_dataset(make, seq_kd):
 
 
 def test_a_filler_is_kept_where_all_responses_of_a_micro_batch_are_there_already(make):
-    run = make(gkd_num_samples=4, lmbda=0, per_device_train_batch_size=2, max_steps=3).train()
-    assert all(batch for step in run.steps for batch in step)
+    """--gkd_source_per batch tells too late for the order of the rows that a response of the dataset comes once."""
+    run = make(gkd_num_samples=4, gkd_source_per='batch', per_device_train_batch_size=2, max_steps=8).train()
+    batches = [batch for step in run.steps for batch in step]
+    assert {one['source'] for one in flat(run)} == {'student', 'dataset'} and all(batches)
+    assert all(one['key'][2] == 0 for one in flat(run) if one['source'] == 'dataset')
+    assert any(not one['counts'] for batch in batches for one in batch)
     assert len(flat(run)) == len({str(one['key']) for one in flat(run)})
+
+
+def test_a_filler_weighs_nothing(make):
+    run = make(gkd_num_samples=4, gkd_source_per='batch', per_device_train_batch_size=2, max_steps=8).train()
+    for step, log in zip(run.steps, run.logs, strict=True):
+        counted = [one for batch in step for one in batch if one['counts']]
+        assert (log['tokens/trained'] > 0) == bool(counted)
+        generated = sum(len(one['response'][0]) for one in counted if one['response'])
+        assert log['tokens/trained'] == generated or any(one['source'] == 'dataset' for one in counted)
