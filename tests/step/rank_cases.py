@@ -5,6 +5,7 @@ Every case runs in every layout of ranks, by processes that are parted after the
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -101,6 +103,12 @@ def training(rank: Rank) -> dict[str, Any]:
 def local_teacher(rank: Rank) -> dict[str, Any]:
     run = rank.run('local', sft_alpha=0.3, max_steps=4).train()
     return {**summary(run), 'looked_at': run.backend.looked_at}
+
+
+def speed(rank: Rank) -> list[float]:
+    """Every look at the clock is a second later than the one before."""
+    with mock.patch('swift_gkd_plugin.metrics.time.perf_counter', itertools.count().__next__):
+        return [log['generation/tokens_per_second'] for log in rank.run('speed', lmbda=1, max_steps=3).train().logs]
 
 
 def empty_shares(rank: Rank) -> dict[str, Any]:
@@ -231,6 +239,7 @@ def another_encoding(rank: Rank) -> dict[str, Any] | None:
 CASES = [
     training,
     local_teacher,
+    speed,
     empty_shares,
     prefetch,
     gone_while_scoring,

@@ -89,6 +89,12 @@ def test_a_server_is_asked_once_for_ranks_with_the_same_rows(found, layout):
 
 
 @pytest.mark.parametrize('layout', SEVERAL)
+def test_a_response_counts_once_for_ranks_with_the_same_rows(found, layout):
+    for speeds in found.ranks(layout, 'speed'):
+        assert speeds == pytest.approx(found.alone('speed'), rel=1e-9)
+
+
+@pytest.mark.parametrize('layout', SEVERAL)
 def test_the_engine_is_asked_by_all_ranks_or_by_none(found, layout):
     ranks = found.ranks(layout, 'empty_shares')
     shares = list(zip(*(one['students'] for one in ranks), strict=True))
