@@ -7,6 +7,7 @@ import json
 import logging
 
 import pytest
+from datasets import Dataset
 from fake_backend import FakeRun, arguments
 from rank_cases import tiny_template
 
@@ -23,8 +24,6 @@ def rows(tiny_models):
 
 @pytest.fixture(scope='session')
 def dataset(rows):
-    from datasets import Dataset
-
     return Dataset.from_list(rows[:10])
 
 

@@ -50,6 +50,7 @@ def arguments(output_dir: Path, **changed: Any) -> SimpleNamespace:
         'seq_kd': False,
         'sft_alpha': 0.0,
         'use_vllm': False,
+        'multi_turn_scheduler': None,
         'temperature': 1.0,
         'top_k': -1,
         'top_p': 1.0,
@@ -162,7 +163,6 @@ class FakeBackend(Backend):
         self.slow: threading.Event | None = None
         self.kept_bytes: int | None = None
         self.conductor: Conductor | None = None
-        self.save_all = None
 
     @property
     def is_last_step(self) -> bool:
@@ -178,9 +178,9 @@ class FakeBackend(Backend):
             return [self.template.encode(one)['input_ids'] for one in inputs]
 
     def generate(self, source, prompts, seeds, options) -> list[Response]:
-        return self._answers(
-            source, [prompt.encoded['input_ids'] for prompt in prompts], seeds, options.max_tokens, self.weights.sum().item()
-        )
+        ids = [prompt.encoded['input_ids'] for prompt in prompts]
+        assert ids == self._prompts([prompt.inputs for prompt in prompts])
+        return self._answers(source, ids, seeds, options.max_tokens, self.weights.sum().item())
 
     def _answers(self, source, prompts, seeds, limit, weights) -> list[Response]:
         if self.slow is not None:
@@ -206,8 +206,14 @@ class FakeBackend(Backend):
                 responses = self._answers(*self._request(samples, ahead=False))
         for sample, response in zip(samples, responses, strict=True):
             inner = self.conductor.encoder.inner(sample)
-            inner.messages[-1] = {'role': 'assistant', 'content': self.template.safe_decode(response.token_ids)}
-            inner.response_token_ids, inner.finish_reason, inner.add_eos = [response.token_ids], response.finish_reason, False
+            turns = [response.token_ids]
+            if self.args.multi_turn_scheduler and len(response.token_ids) > 1:
+                turns = [response.token_ids[:1], response.token_ids[1:]]
+            inner.messages.pop()
+            for turn in turns:
+                inner.messages += [{'role': 'assistant', 'content': self.template.safe_decode(turn)}, {'role': 'user', 'content': 'sure ?'}]
+            inner.messages.pop()
+            inner.response_token_ids, inner.finish_reason, inner.add_eos = turns, response.finish_reason, False
             sample.generated, sample.response = inner, response
 
     def roll_out_ahead(self, samples) -> None:
@@ -263,10 +269,6 @@ class FakeBackend(Backend):
     @property
     def last_checkpoint(self) -> str | None:
         return self.saved[-1] if self.saved else None
-
-    @property
-    def checkpoint(self) -> str:
-        return os.path.join(self.args.output_dir, f'checkpoint-{self.step}')
 
     def is_complete(self, checkpoint: str) -> bool:
         return os.path.isfile(os.path.join(checkpoint, 'weights.pt'))

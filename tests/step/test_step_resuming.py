@@ -25,6 +25,7 @@ KINDS = {
     'ahead, cycles shorter than a step': {'use_vllm': True, 'gkd_prefetch': True, 'steps_per_generation': 1, 'lmbda': 0.4, 'seq_kd': True},
     'ahead, cycles across steps': {'use_vllm': True, 'gkd_prefetch': True, 'steps_per_generation': 3, 'gkd_source_per': 'batch'},
     'several responses': {'gkd_num_samples': 3, 'steps_per_generation': 4},
+    'engine with a scheduler': {'use_vllm': True, 'steps_per_generation': 4, 'multi_turn_scheduler': 'asks once more', 'lmbda': 1},
     'endless': {'endless': True, 'steps_per_generation': 4},
 }
 STEPS = 7  # of 3 in an epoch
@@ -70,8 +71,12 @@ def test_what_is_in_flight_is_neither_generated_nor_asked_for_again(make):
     'kind',
     ['responses of all three', 'cycles longer than a step', 'ahead, cycles shorter than a step', 'three cycles of a step', 'ahead, three'],
 )
-@pytest.mark.parametrize('scores_with_answers', [True, False], ids=['one request', 'two requests'])
-def test_resumed_after_any_request_that_failed_the_rest_is_the_same(make, kind, scores_with_answers):
+@pytest.mark.parametrize(
+    ('scores_with_answers', 'is_free'),
+    [(True, True), (False, True), (False, False)],
+    ids=['one request', 'two requests', 'two requests before the step'],
+)
+def test_resumed_after_any_request_that_failed_the_rest_is_the_same(make, kind, scores_with_answers, is_free):
     three = {'gradient_accumulation_steps': 3, 'steps_per_generation': 1, 'use_vllm': True, 'gkd_source_per': 'batch'}
     options = {
         'max_steps': 3,
@@ -84,6 +89,7 @@ def test_resumed_after_any_request_that_failed_the_rest_is_the_same(make, kind, 
     whole = make('server', server, **options).train()
     for dies_after in range(len(server.scored) + len(server.answered)):
         run = make('server', FakeServer(dies_after, scores_with_answers), **options, save_steps=2)
+        run.conductor.teacher.is_free = is_free
         with pytest.raises(TeacherServerError, match='is gone'):
             run.train()
         done, checkpoint = run.backend.step, run.backend.checkpoint

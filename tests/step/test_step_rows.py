@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+from datasets import Dataset
 from fake_backend import FakeServer, flat
 from rank_cases import Stream
 
@@ -23,9 +24,12 @@ def test_each_sample_has_the_source_of_its_own_coin(make, lmbda, seq_kd):
         assert (one['response'] is None) == (one['source'] == 'dataset')
 
 
-def test_one_coin_for_a_cycle(make):
+@pytest.mark.parametrize('server', [False, True], ids=['local', 'server, which is asked ahead'])
+def test_one_coin_for_a_cycle(make, server):
     """Of two micro-batches: --gkd_source_per batch."""
-    run = make(gkd_source_per='batch', max_steps=8, gradient_accumulation_steps=4, steps_per_generation=2, per_device_train_batch_size=1)
+    teacher = {'teacher': 'server', 'server': FakeServer()} if server else {}
+    sizes = {'gradient_accumulation_steps': 4, 'steps_per_generation': 2, 'per_device_train_batch_size': 1}
+    run = make(gkd_source_per='batch', max_steps=8, **sizes, **teacher)
     drawn = set()
     for step, batches in enumerate(run.train().steps):
         for cycle, both in enumerate(zip(batches[::2], batches[1::2], strict=True)):
@@ -131,6 +135,10 @@ def test_a_step_does_not_wait_for_the_cycle_that_it_has_begun(make):
     assert [one['generated_at'] for one in flat(run)] == [0] * 8
 
 
+def too_long(row: dict) -> dict:
+    return {'messages': [row['messages'][0], {'role': 'assistant', 'content': 'very ' * 200}]}
+
+
 def test_a_stream_goes_round_and_leaves_out_what_does_not_fit(make, rows, said):
     rows = [
         {'messages': [rows[i]['messages'][0], {'role': 'assistant', 'content': 'very ' * 200}]} if i == 2 else rows[i] for i in range(7)
@@ -141,8 +149,6 @@ def test_a_stream_goes_round_and_leaves_out_what_does_not_fit(make, rows, said):
 
 
 def test_another_row_stands_in_for_one_that_does_not_fit(make, rows, said):
-    from datasets import Dataset
-
     rows = [
         {'messages': [rows[i]['messages'][0], {'role': 'assistant', 'content': 'very ' * 200}]} if i == 2 else rows[i] for i in range(10)
     ]
@@ -153,9 +159,7 @@ def test_another_row_stands_in_for_one_that_does_not_fit(make, rows, said):
 
 
 def test_a_dataset_of_which_nothing_fits_is_said(make, rows):
-    from datasets import Dataset
-
-    rows = [{'messages': [row['messages'][0], {'role': 'assistant', 'content': 'very ' * 200}]} for row in rows[:10]]
+    rows = [too_long(row) for row in rows[:10]]
     with pytest.raises(OptionError, match=r'50 other rows cannot be encoded .*raise --max_length'):
         make(dataset=Dataset.from_list(rows), lmbda=0).train()
 
@@ -179,6 +183,19 @@ def test_several_responses_per_prompt_and_one_of_the_dataset(make, seq_kd):
 
 
 def test_a_filler_is_kept_where_all_responses_of_a_micro_batch_are_there_already(make):
-    run = make(gkd_num_samples=4, lmbda=0, per_device_train_batch_size=2, max_steps=3).train()
-    assert all(batch for step in run.steps for batch in step)
+    """--gkd_source_per batch tells too late for the order of the rows that a response of the dataset comes once."""
+    run = make(gkd_num_samples=4, gkd_source_per='batch', per_device_train_batch_size=2, max_steps=8).train()
+    batches = [batch for step in run.steps for batch in step]
+    assert {one['source'] for one in flat(run)} == {'student', 'dataset'} and all(batches)
+    assert all(one['key'][2] == 0 for one in flat(run) if one['source'] == 'dataset')
+    assert any(not one['counts'] for batch in batches for one in batch)
     assert len(flat(run)) == len({str(one['key']) for one in flat(run)})
+
+
+def test_a_filler_weighs_nothing(make):
+    run = make(gkd_num_samples=4, gkd_source_per='batch', per_device_train_batch_size=2, max_steps=8).train()
+    for step, log in zip(run.steps, run.logs, strict=True):
+        counted = [one for batch in step for one in batch if one['counts']]
+        assert (log['tokens/trained'] > 0) == bool(counted)
+        generated = sum(len(one['response'][0]) for one in counted if one['response'])
+        assert log['tokens/trained'] == generated or any(one['source'] == 'dataset' for one in counted)
