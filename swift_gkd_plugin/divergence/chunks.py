@@ -32,7 +32,7 @@ _COMPILED_VOCABULARY = 1 << 15
 
 @dataclass
 class Call:
-    """One call of an operator, checked. Columns are those of this rank, `columns` of them from the id `first_id` on."""
+    """One call of an operator, checked. Columns are those of this rank, from the id `first_id` on."""
 
     divergence: Divergence
     student: LinearHead | ReadyLogits
@@ -46,6 +46,7 @@ class Call:
     chunk: int | None  # tokens, or None to choose
     reduce: Reduce
     first_id: int
+    widest: int  # columns of the rank that has most
     stats: TokenStats | None
 
     @property
@@ -58,7 +59,8 @@ class Call:
 
 
 def chunk_tokens(columns: int, itemsize: int, device: str, buffers: bool = False) -> int:
-    """How many tokens' logits exist at a time, from the shape and the device: a multiple of 64, and at least 64. buffers:
+    """How many tokens' logits exist at a time, from the shape and the device: a multiple of 64, and at least 64. Every chunk
+    has its reductions over a group, so there `columns` are those of the widest rank, for all to choose alike. buffers:
     whether elementwise buffers as large as the chunk come with them."""
     budget = _CHUNK_BYTES['cpu' if device == 'cpu' else 'cuda'] // (4 if buffers else 1)
     return max(64, budget // (2 * itemsize * columns) // 64 * 64)
@@ -72,7 +74,7 @@ def run(call: Call, gradients: HeadGradients | ReadyGradients | None) -> Tensor:
     loss = torch.zeros(call.tokens, dtype=dtype, device=device)
     kernels = kernels_for(call)
     buffers = call.reduce.group is not None and kernels is None
-    chunk = min(call.chunk or chunk_tokens(width, dtype.itemsize, device.type, buffers), max(call.tokens, 1))
+    chunk = min(call.chunk or chunk_tokens(call.widest, dtype.itemsize, device.type, buffers), max(call.tokens, 1))
     elementwise = _block if kernels is None else partial(_kernel_block, kernels)
     # The kernels need no buffers, and the reductions over a group are per chunk: in both cases a block is a whole
     # chunk.

@@ -146,11 +146,10 @@ def linear_divergence(
         widths = shard_widths(vocab_group, student_vocab, teacher_vocab, student_hidden.device)
         student_vocab, teacher_vocab = (sum(side) for side in zip(*widths, strict=False))
     vocab_size = _common_vocab(vocab_size, student_vocab, teacher_vocab)
-    columns_here = vocab_size
+    columns_here = widest = vocab_size
     if vocab_group is not None:
         want, have = (spans(list(side), vocab_size) for side in zip(*widths, strict=False))
-        first_id, last = local_span([width for width, _ in widths], vocab_size, vocab_group)
-        columns_here = last - first_id
+        first_id, columns_here, widest = local_span([width for width, _ in widths], vocab_size, vocab_group)
     student = LinearHead(
         student_hidden,
         student_weight,
@@ -187,6 +186,7 @@ def linear_divergence(
         chunk_tokens,
         Reduce(vocab_group),
         first_id,
+        widest,
         stats,
     )
 
@@ -250,12 +250,11 @@ def topk_divergence(
     if vocab_group is not None:
         widths = [s for s, _ in shard_widths(vocab_group, student_vocab, 0, student_hidden.device)]
         student_vocab = sum(widths)
-    vocab_size = columns_here = _common_vocab(vocab_size, student_vocab, student_vocab)
+    vocab_size = columns_here = widest = _common_vocab(vocab_size, student_vocab, student_vocab)
     if topk_ids.shape[1] > vocab_size:
         raise ValueError(f'k = {topk_ids.shape[1]} is larger than the vocabulary of {vocab_size}')
     if vocab_group is not None:
-        first_id, last = local_span(widths, vocab_size, vocab_group)
-        columns_here = last - first_id
+        first_id, columns_here, widest = local_span(widths, vocab_size, vocab_group)
     if student_weight is None:
         student = ReadyLogits(student_hidden, columns_here, topk_temperature)
     else:
@@ -274,6 +273,7 @@ def topk_divergence(
         chunk_tokens,
         Reduce(vocab_group),
         first_id,
+        widest,
         stats,
     )
 
@@ -321,6 +321,7 @@ def logits_divergence(
         chunk_tokens,
         Reduce(None),
         0,
+        vocab_size,
         stats,
     )
 
@@ -348,6 +349,7 @@ def _apply(
     chunk_tokens,
     reduce,
     first_id,
+    widest,
     stats,
 ) -> Tensor:
     """Checks what all operators share, and calls autograd."""
@@ -380,6 +382,7 @@ def _apply(
         chunk_tokens,
         reduce,
         first_id,
+        widest,
         stats,
     )
     return _Operator.apply(call, reduction, torch.is_grad_enabled(), *student.tensors)
