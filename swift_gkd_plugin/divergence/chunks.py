@@ -18,7 +18,7 @@ from .heads import LOWEST_LOGIT, HeadGradients, LinearHead, ReadyGradients, Read
 from .kinds import Divergence, Scratch, columns
 from .sharding import Reduce
 from .stats import TokenStats
-from .topk import TopKTeacher, bucket_divergence, log_tail
+from .topk import TopKTeacher, bucket_divergence, nearest_tail
 
 _HAS_TRITON = importlib.util.find_spec('triton') is not None
 # Two buffers of a chunk's logits take about this much. Larger chunks do not make the matrix products faster.
@@ -181,7 +181,10 @@ def _block(call: Call, rows: slice, zs: Tensor, zt: Tensor | None, buffers: _Buf
     if call.difference:
         zt = torch.add(zs, zt, out=buffers['teacher logits'])
     sides = [(zs, student)] + ([] if zt is None else [(zt, buffers['teacher'])])
-    norms = _normalise(sides, call.reduce)
+    listed = None if call.topk is None else _Listed.of(call, rows)
+    # The student's tail has a normaliser of its own: its share of the whole may be too small for a number.
+    tail = [] if listed is None or call.topk.tail != 'bucket' else [(listed.without(zs, buffers['e']), buffers['h'])]
+    norms = _normalise(sides + tail, call.reduce)
     label = None if call.labels is None else _Label.of(call, rows)
     if call.stats is not None and call.stats.detail:
         _detail(call, rows, sides, norms, label, buffers, record)
@@ -197,7 +200,7 @@ def _block(call: Call, rows: slice, zs: Tensor, zt: Tensor | None, buffers: _Buf
             label_gradient = weights * slope
     if call.has_teacher:
         if zt is None:
-            value, gradient, factor = _topk_value_and_gradient(call, rows, zs, student, norms[0], label, buffers, record, want_gradient)
+            value, gradient, factor = _topk_value_and_gradient(call, rows, zs, listed, norms, label, buffers, record, want_gradient)
         else:
             if not call.difference:
                 log_ratio.sub_(zs)
@@ -251,38 +254,35 @@ def _topk_value_and_gradient(
     call: Call,
     rows: slice,
     zs: Tensor,
-    student: Tensor,
-    norm,
+    listed: '_Listed',
+    norms,
     label: '_Label | None',
     buffers: _Buffers,
     record: _Record,
     want_gradient: bool,
 ) -> tuple[Tensor, Tensor | None, float]:
-    """The same against a top-k teacher; `topk.py` has the mathematics."""
-    teacher, ids, present = call.topk.entries(rows, call.vocab_size)
-    column = ids - call.first_id
-    here = present & (column >= 0) & (column < call.student.columns)
-    column = column.masked_fill(~here, 0)
-    logprobs = zs.gather(1, column) - norm[1]  # the buckets are few, so their arithmetic is in fp64
-    outside = buffers['e'].copy_(student)
-    # The tail's mass is a sum without the ids, not a difference of two sums.
-    outside.scatter_reduce_(1, column, (~here).to(zs.dtype), 'prod')
-    sums = call.reduce.sum(torch.cat([logprobs.masked_fill(~here, 0), outside.sum(-1, keepdim=True, dtype=torch.float64)], 1))
-    student_buckets, tail = sums[:, :-1].masked_fill(~present, LOWEST_LOGIT), sums[:, -1:]
+    """The same against a top-k teacher; `topk.py` has the mathematics. buffers['h']: the distribution within the student's
+    tail, if that is a bucket."""
+    teacher, ids, present = listed.logprobs, listed.ids, listed.present
+    column, here = listed.column, listed.here
+    logprobs = zs.gather(1, column) - norms[0][1]  # the buckets are few, so their arithmetic is in fp64
+    logprobs = call.reduce.sum(logprobs.masked_fill_(~here, 0))
+    student = logprobs.masked_fill(~present, LOWEST_LOGIT)
+    sharpening = call.topk.temperature / call.divergence.temperature
     with_tail = call.topk.tail == 'bucket'
     if with_tail:
-        student_buckets = torch.cat([student_buckets, tail.log().clamp_min(LOWEST_LOGIT)], 1)
-        teacher = torch.cat([teacher, log_tail(teacher)], 1)
+        student = torch.cat([student, norms[1][1] - norms[0][1]], 1)
+        teacher = torch.cat([teacher, nearest_tail(student, teacher, *call.topk.tail_range(rows, teacher, present), sharpening)], 1)
     detail = call.stats is not None and call.stats.detail
-    found = bucket_divergence(call.divergence, student_buckets, teacher, call.topk.temperature / call.divergence.temperature, detail)
+    found = bucket_divergence(call.divergence, student, teacher, sharpening, detail)
     if detail:
         record(
             rows,
             forward_kl=found.kls[0],
             reverse_kl=found.kls[1],
             teacher_entropy=found.teacher_entropy,
-            student_mass_on_topk=sums[:, :-1].exp().mul_(present).sum(-1),
-            top1_agreement=_top1(call, zs, norm[0]) == ids.gather(1, teacher[:, : ids.shape[1]].argmax(-1, keepdim=True))[:, 0],
+            student_mass_on_topk=logprobs.exp().mul_(present).sum(-1),
+            top1_agreement=_top1(call, zs, norms[0][0]) == ids.gather(1, teacher[:, : ids.shape[1]].argmax(-1, keepdim=True))[:, 0],
         )
         if label is not None:
             hit = present & (ids == call.labels[rows][:, None])
@@ -291,11 +291,38 @@ def _topk_value_and_gradient(
         return found.value.to(zs.dtype), None, 0.0
     per_id = found.gradient[:, : ids.shape[1]].masked_fill(~here, 0)
     if with_tail:
-        per_mass = found.gradient[:, -1:] / tail.clamp_min(torch.finfo(tail.dtype).tiny)
-        gradient = outside.mul_(per_mass.to(zs.dtype))
+        # Where all columns are listed (or masked) the student has no tail, and no columns to give its gradient to.
+        per_tail = found.gradient[:, -1:].masked_fill(student[:, -1:] < LOWEST_LOGIT / 2, 0)
+        gradient = buffers['h'].mul_(per_tail.to(zs.dtype))
     else:
-        gradient = outside.zero_()
+        gradient = buffers['h'].zero_()
     return found.value.to(zs.dtype), gradient.scatter_add_(1, column, per_id.to(zs.dtype)), 1.0
+
+
+@dataclass
+class _Listed:
+    """A block's top-k entries, as `TopKTeacher.entries` gives them.
+
+    column: [rows, k], of this rank, 0 where the entry is elsewhere or does not count. here: [rows, k], whether it is here.
+    """
+
+    logprobs: Tensor
+    ids: Tensor
+    present: Tensor
+    column: Tensor
+    here: Tensor
+
+    @classmethod
+    def of(cls, call: Call, rows: slice) -> '_Listed':
+        logprobs, ids, present = call.topk.entries(rows, call.vocab_size)
+        column = ids - call.first_id
+        here = present & (column >= 0) & (column < call.student.columns)
+        return cls(logprobs, ids, present, column.masked_fill(~here, 0), here)
+
+    def without(self, zs: Tensor, out: Tensor) -> Tensor:
+        """The logits of what is not listed; LOWEST_LOGIT in the columns that are."""
+        lowest = zs.new_full(self.here.shape, torch.inf).masked_fill_(self.here, LOWEST_LOGIT)
+        return out.copy_(zs).scatter_reduce_(1, self.column, lowest, 'amin')
 
 
 @dataclass
@@ -429,7 +456,7 @@ def _detail(call: Call, rows: slice, sides, norms, label: _Label | None, buffers
     """Entropies, top-1 agreement and the teacher's probability of the label, from logits and probabilities."""
     entropies = call.reduce.sum(
         torch.stack(
-            [-torch.sub(z, norm.to(z.dtype), out=buffers['e']).mul_(p).sum(-1) for (z, p), (_, norm) in zip(sides, norms, strict=True)]
+            [-torch.sub(z, norm.to(z.dtype), out=buffers['e']).mul_(p).sum(-1) for (z, p), (_, norm) in zip(sides, norms, strict=False)]
         )
     )
     record(rows, student_entropy=entropies[0])
