@@ -17,6 +17,10 @@ KINDS = [
     Divergence('skew_forward_kl'),
     Divergence('skew_reverse_kl', skew=0.3),
     Divergence('tvd'),
+    Divergence(beta=1e-5),
+    Divergence(beta=1 - 1e-5),
+    Divergence('skew_forward_kl', skew=1e-6),
+    Divergence('skew_reverse_kl', skew=1e-6),
 ]
 
 

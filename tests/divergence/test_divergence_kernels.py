@@ -49,6 +49,7 @@ def test_triton_kernels_compile_for_a_gpu():
     numbers = {
         'temperature': 'fp32',
         'w': 'fp32',
+        'rest': 'fp32',
         'softcap': 'fp32',
         'columns': 'i32',
         'rows': 'i32',
@@ -67,9 +68,10 @@ def test_triton_kernels_compile_for_a_gpu():
         assert code(_triton._normalise_kernel, ADD=add, LABELS=not add, BEST=True)
     for kind in _triton._KINDS.values():
         for difference in (False, True):
-            assert code(_triton._value_kernel, DIFFERENCE=difference, KIND=kind, DETAIL=not difference)
-            assert code(_triton._gradient_kernel, DIFFERENCE=difference, KIND=kind, LABELS=difference, SOFTCAP=not difference)
-        assert code(_triton._gradient_kernel, '*bf16', DIFFERENCE=False, KIND=kind, LABELS=True, SOFTCAP=True)
+            which = dict(DIFFERENCE=difference, KIND=kind, SMALL=2 * difference)
+            assert code(_triton._value_kernel, **which, DETAIL=not difference)
+            assert code(_triton._gradient_kernel, **which, LABELS=difference, SOFTCAP=not difference)
+        assert code(_triton._gradient_kernel, '*bf16', DIFFERENCE=False, KIND=kind, SMALL=1, LABELS=True, SOFTCAP=True)
 
 
 def test_large_vocabularies_are_compiled_on_a_cpu(monkeypatch, caplog):

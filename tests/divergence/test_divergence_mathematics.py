@@ -211,6 +211,27 @@ def test_accuracy_from_hidden_states(divergence, distance, dtype, one_head):
         assert relative(one, right) < bound and relative(two, right) < bound
 
 
+@pytest.mark.parametrize('spread', [0.3, 2.0, 8.0])
+@pytest.mark.parametrize(
+    'divergence',
+    [Divergence(beta=beta) for beta in (1e-6, 1e-5, 1e-3, 0.03, 0.97, 1 - 1e-3, 1 - 1e-5, 1 - 1e-6)]
+    + [Divergence(kind, skew=skew) for kind in ('skew_forward_kl', 'skew_reverse_kl') for skew in (1e-6, 1e-4, 1e-2)],
+    ids=by_name,
+)
+def test_mixtures_with_a_small_weight(divergence, spread):
+    """Nothing cancels where the mixture is all but one of the two, for which a weight of 1e-6 is all that is left."""
+    torch.manual_seed(8)
+    student = (torch.randn(32, 2000) * spread).requires_grad_()
+    teacher = torch.randn(32, 2000) * spread
+    exact = student.detach().double().requires_grad_()
+    expected = reference.divergence_of_logits(divergence, exact, teacher.double())
+    (gradient,) = torch.autograd.grad(expected.sum(), exact)
+    found = logits_divergence(student, teacher, divergence)
+    (found_gradient,) = torch.autograd.grad(found.sum(), student)
+    assert relative(found, expected) < 1e-5
+    assert relative(found_gradient, gradient) < 1e-5
+
+
 # ---- columns of -inf ----
 
 
