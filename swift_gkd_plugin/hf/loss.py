@@ -63,7 +63,8 @@ class DistillationLoss:
         common = dict(
             token_weights=weights * options.weight,
             labels=batch.labels.to(device),
-            label_weights=weights * batch.imitated.to(device) * options.alpha,
+            # Labels without weights are for the logged cross-entropy; without a teacher they would weigh 1.
+            label_weights=weights * batch.imitated.to(device) * options.alpha if options.alpha or signal is None else None,
             reduction='sum',
             stats=stats,
         )

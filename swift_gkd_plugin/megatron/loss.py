@@ -55,7 +55,8 @@ class DistillationLoss:
         common = dict(
             token_weights=weights * options.weight,
             labels=labels,
-            label_weights=weights * imitated * options.alpha,
+            # Labels without weights are for the logged cross-entropy; without a teacher they would weigh 1.
+            label_weights=weights * imitated * options.alpha if options.alpha or signal is None else None,
             reduction='sum',
             student_bias=head.bias,
             vocab_size=options.vocab_size,

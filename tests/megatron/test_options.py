@@ -6,6 +6,7 @@ from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from swift_gkd_plugin.arguments import GKDOptions, OptionError
 from swift_gkd_plugin.megatron.options import (
@@ -230,3 +231,20 @@ def test_layout_of_the_teacher_follows_the_student():
     assert not teacher_arguments(
         options(tensor_model_parallel_size=2, sequence_parallel=True, teacher_tensor_model_parallel_size=1)
     ).sequence_parallel
+
+
+@pytest.mark.parametrize('alpha, taught, weighed', [(0.0, True, False), (0.5, True, True), (0.5, False, True)])
+def test_no_gradient_of_a_cross_entropy_that_nobody_asked_for(monkeypatch, alpha, taught, weighed):
+    """The labels are there all the same, for the cross-entropy that is logged."""
+    loss = pytest.importorskip('swift_gkd_plugin.megatron.loss', reason='needs megatron-core')
+    given = []
+    monkeypatch.setattr(loss, 'linear_divergence', lambda *args, **extra: given.append(extra))
+    monkeypatch.setattr(loss.mpu, 'get_tensor_model_parallel_world_size', lambda: 1)
+    head = SimpleNamespace(tensors=lambda *adapter: SimpleNamespace(weight=torch.ones(5, 2), bias=None))
+    ones = torch.ones(3)
+    batch = SimpleNamespace(labels=ones.long(), weights=ones, imitated=ones)
+    signal = SimpleNamespace(head=head, hidden=torch.ones(3, 2)) if taught else None
+    options = SimpleNamespace(weight=1.0, alpha=alpha, divergence=None, vocab_size=5)
+    distillation = loss.DistillationLoss(options, head)
+    distillation._sum(torch.ones(3, 2), batch, SimpleNamespace(of=lambda x: x), signal, None)
+    assert (given[0]['label_weights'] is not None) == weighed and given[0]['labels'] is not None
