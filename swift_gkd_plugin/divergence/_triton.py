@@ -6,8 +6,14 @@
 
 The centre needs a whole row before the first column of its gradient can be written, hence a sweep of its own; a group's
 reductions sit between the sweeps. One program per row (per row and block of columns in the last one), fp32 throughout.
+Rows lie `stride` numbers apart, on a GPU a multiple of 64 (`memory.Rows`). What is there beyond the columns is read and
+written too, and counts for nothing: masks that end at an odd column would make one load of four numbers four loads.
+The kernels are started on the device of their tensors, which need not be the current one.
 The mathematics is that of `kinds.py`, whose notation is used here, column by column instead of pass by pass.
 """
+
+import functools
+import logging
 
 import torch
 import triton
@@ -15,6 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .kinds import MAX_LOG_RATIO, Divergence
+
+logger = logging.getLogger(__name__)
 
 _KINDS = {'forward_kl': 0, 'reverse_kl': 1, 'jsd': 2, 'skew_forward_kl': 3, 'skew_reverse_kl': 4, 'tvd': 5}
 # Eight columns a thread: the sweeps of a JSD take at most 52 registers (ptxas, sm_90), so that four rows are in flight on
@@ -112,6 +120,7 @@ def _normalise_kernel(
     label_total,
     best,
     columns,
+    stride,
     temperature,
     ADD: tl.constexpr,
     LABELS: tl.constexpr,
@@ -119,17 +128,18 @@ def _normalise_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
-    start = row.to(tl.int64) * columns
+    start = row.to(tl.int64) * stride
     offsets = tl.arange(0, BLOCK)
     m = tl.full((), -3e38, tl.float32)
     s = tl.full((), 0.0, tl.float32)
     at_one = tl.full((), 0.0, tl.float32)
     index = tl.full((), 0, tl.int32)
     for first in range(0, columns, BLOCK):
-        mask = first + offsets < columns
-        x = tl.load(z + start + first + offsets, mask=mask, other=-3e38)
+        place = first + offsets
+        x = tl.load(z + start + place, mask=place < stride, other=0.0)
         if ADD:
-            x += tl.load(base + start + first + offsets, mask=mask, other=0.0)
+            x += tl.load(base + start + place, mask=place < stride, other=0.0)
+        x = tl.where(place < columns, x, -3e38)
         block_m = tl.max(x, 0)
         if BEST:
             index = tl.where(block_m > m, first + tl.argmax(x, 0), index)
@@ -166,6 +176,7 @@ def _value_kernel(
     out,
     rows,
     columns,
+    stride,
     w,
     rest,
     DIFFERENCE: tl.constexpr,
@@ -175,7 +186,7 @@ def _value_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
-    start = row.to(tl.int64) * columns
+    start = row.to(tl.int64) * stride
     offsets = tl.arange(0, BLOCK)
     lse_s, lse_t, c = tl.load(norm_s + row), tl.load(norm_t + row), tl.load(shift + row)
     value = tl.zeros((BLOCK,), tl.float32)
@@ -186,7 +197,7 @@ def _value_kernel(
     entropy_t = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, columns, BLOCK):
         mask = first + offsets < columns
-        s, t, d = _both(zs, zt, start + first + offsets, mask, DIFFERENCE)
+        s, t, d = _both(zs, zt, start + first + offsets, first + offsets < stride, DIFFERENCE)
         d -= c
         student, column, slope = _column(s - lse_s, t - lse_t, d, w, rest, KIND, SMALL)
         value += tl.where(mask, column, 0.0)
@@ -221,6 +232,7 @@ def _gradient_kernel(
     label_column,
     out,
     columns,
+    stride,
     w,
     rest,
     temperature,
@@ -234,9 +246,9 @@ def _gradient_kernel(
 ):
     row = tl.program_id(0)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = place < columns
-    start = row.to(tl.int64) * columns
-    s, t, d = _both(zs, zt, start + place, mask, DIFFERENCE)
+    inside = place < stride
+    start = row.to(tl.int64) * stride
+    s, t, d = _both(zs, zt, start + place, inside, DIFFERENCE)
     student, _, slope = _column(s - tl.load(norm_s + row), t - tl.load(norm_t + row), d - tl.load(shift + row), w, rest, KIND, SMALL)
     c = tl.load(centre + row)
     gradient = (slope - student * c if KIND == 0 else student * (slope - c)) * tl.load(weight + row)
@@ -246,7 +258,21 @@ def _gradient_kernel(
     if SOFTCAP:
         tanh = s * (temperature / softcap)
         gradient *= 1 - tanh * tanh
-    tl.store(out + start + place, gradient.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + start + place, gradient.to(out.dtype.element_ty), mask=inside)
+
+
+@functools.cache
+def works(device: torch.device) -> bool:
+    """Whether the kernels can be compiled and started on a device; a warning, once, where they can't."""
+    reason = 'a kernel gives wrong numbers'
+    try:
+        logits = torch.zeros(1, 3, device=device)
+        if float(normalise(logits, logits, False, 1.0, False, False)[0][1]) == 3:
+            return True
+    except Exception as error:  # whatever a compiler, Python's headers or a driver can lack
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+    logger.warning('Triton does not work here (%s): the divergence is computed without it, right but slower', reason)
+    return False
 
 
 def normalise(zs: Tensor, zt: Tensor, difference: bool, temperature: float, labels: bool, best: bool) -> list[tuple[Tensor, ...]]:
@@ -258,9 +284,10 @@ def normalise(zs: Tensor, zt: Tensor, difference: bool, temperature: float, labe
         top, total, at_one = torch.empty(3, len(z), dtype=torch.float32, device=z.device)
         index = torch.empty(len(z), dtype=torch.int32, device=z.device)
         add = difference and z is zt
-        which = (add, labels and not out, best, _BLOCK)
-        _normalise_kernel[(len(z),)](z, zs, top, total, at_one, index, z.shape[1], temperature, *which, num_warps=_WARPS)
-        out.append((top, total, at_one, index.long()))
+        which = (add, labels and temperature != 1 and not out, best, _BLOCK)
+        with torch.cuda.device_of(z):
+            _normalise_kernel[(len(z),)](z, zs, top, total, at_one, index, z.shape[1], z.stride(0), temperature, *which, num_warps=_WARPS)
+        out.append((top, total, at_one if which[1] else total, index.long()))
     return out
 
 
@@ -271,7 +298,9 @@ def sums(
     kind, w = divergence.form
     out = torch.empty(6 if detail else 2, len(zs), dtype=torch.float32, device=zs.device)
     which = (difference, _KINDS[kind], _small(w), detail, _BLOCK)
-    _value_kernel[(len(zs),)](zs, zt, norm_s, norm_t, shift, out, len(zs), zs.shape[1], w, 1 - w, *which, num_warps=_WARPS)
+    widths = zs.shape[1], zs.stride(0)
+    with torch.cuda.device_of(zs):
+        _value_kernel[(len(zs),)](zs, zt, norm_s, norm_t, shift, out, len(zs), *widths, w, 1 - w, *which, num_warps=_WARPS)
     return out
 
 
@@ -296,31 +325,33 @@ def gradient(
     kind, w = divergence.form
     label_norm, label_weight, label_column = labels or (weight, weight, weight)
     grid = (len(zs), triton.cdiv(zs.shape[1], _BLOCK))
-    _gradient_kernel[grid](
-        zs,
-        zt,
-        norm_s,
-        norm_t,
-        shift,
-        centre,
-        weight,
-        label_norm,
-        label_weight,
-        label_column,
-        out,
-        zs.shape[1],
-        w,
-        1 - w,
-        temperature,
-        softcap or 1.0,
-        difference,
-        _KINDS[kind],
-        _small(w),
-        labels is not None,
-        bool(softcap),
-        _BLOCK,
-        num_warps=_WARPS,
-    )
+    with torch.cuda.device_of(zs):
+        _gradient_kernel[grid](
+            zs,
+            zt,
+            norm_s,
+            norm_t,
+            shift,
+            centre,
+            weight,
+            label_norm,
+            label_weight,
+            label_column,
+            out,
+            zs.shape[1],
+            zs.stride(0),
+            w,
+            1 - w,
+            temperature,
+            softcap or 1.0,
+            difference,
+            _KINDS[kind],
+            _small(w),
+            labels is not None,
+            bool(softcap),
+            _BLOCK,
+            num_warps=_WARPS,
+        )
 
 
 assert MAX_LOG_RATIO == 10000.0, 'the kernels spell this number out'

@@ -5,6 +5,7 @@ for each chunk of tokens      logits of both sides (matrix products, fp32)
     gradient of the chunk     to the hidden states, and to the head where it is trained
 """
 
+import functools
 import importlib.util
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from torch import Tensor
 from . import memory
 from .heads import LOWEST_LOGIT, HeadGradients, LinearHead, ReadyGradients, ReadyLogits
 from .kinds import Divergence, Scratch, columns
-from .sharding import Reduce
+from .sharding import Reduce, on_all_ranks
 from .stats import TokenStats
 from .topk import TopKTeacher, bucket_divergence, nearest_tail
 
@@ -80,17 +81,17 @@ def run(call: Call, gradients: HeadGradients | ReadyGradients | None) -> Tensor:
     # chunk.
     block = chunk if kernels is not None or call.reduce.group is not None else max(1, min(chunk, _BLOCK_ELEMENTS[kind] // max(width, 1)))
     scratch = _Buffers(block, width, dtype, device)
-    student_logits = memory.empty(chunk * width, dtype=dtype, device=device)
-    teacher_logits = memory.empty(chunk * width, dtype=dtype, device=device) if call.teacher else None
+    student_logits = memory.Rows(chunk, width, dtype, device)
+    teacher_logits = memory.Rows(chunk, width, dtype, device) if call.teacher else None
     record = _Record(call, loss)
     for start in range(0, call.tokens, chunk):
         rows = slice(start, min(start + chunk, call.tokens))
         n = rows.stop - rows.start
-        zs = student_logits[: n * width].view(n, width)
+        zs = student_logits[0:n]
         student.logits(rows, zs)
         zt = None
         if call.teacher:
-            zt = teacher_logits[: n * width].view(n, width)
+            zt = teacher_logits[0:n]
             for first, head in call.teacher:
                 head.logits(rows, zt if head.columns == width else zt[:, first : first + head.columns])
         into = None if gradients is None else zs if kernels is None else gradients.place(rows, zs)
@@ -420,16 +421,25 @@ def kernels_for(call: Call) -> ModuleType | None:
     """The module whose kernels do this call's elementwise work; None: `_block` does it."""
     if not call.teacher or call.student.dtype != torch.float32:
         return None
-    if call.student.hidden.is_cuda and _HAS_TRITON:
-        from . import _triton
-
-        return _triton
+    if call.student.hidden.is_cuda:
+        return _triton_kernels(call.student.hidden.device, call.reduce.group)
     # Not over a group: its ranks must agree, and only some of them might have a compiler.
     if call.student.hidden.device.type == 'cpu' and call.vocab_size >= _COMPILED_VOCABULARY and call.reduce.group is None:
         from . import _compiled
 
         return _compiled if _compiled.works() else None
     return None
+
+
+@functools.cache
+def _triton_kernels(device: torch.device, group) -> ModuleType | None:
+    """`_triton`, where its kernels run: on every rank of the group, for the ranks must make the same reductions."""
+    works = False
+    if _HAS_TRITON:
+        from . import _triton
+
+        works = _triton.works(device)
+    return _triton if on_all_ranks(group, works, device) else None
 
 
 def _cross_entropy(call: Call, label: _Label, zs: Tensor, student: Tensor, norm, buffers: _Buffers):

@@ -6,6 +6,7 @@ teacher's head that lie on another rank are sent there once per call. Weights mo
 the tokens.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,13 @@ def shard_widths(group, student: int, teacher: int, device: torch.device) -> lis
         dist.all_gather(everyone, mine, group=group)
         _widths[key] = [tuple(pair) for pair in torch.stack(everyone).tolist()]
     return _widths[key]
+
+
+@functools.cache
+def on_all_ranks(group, here: bool, device: torch.device) -> bool:
+    """Whether something that is true or not of this process for good is true of all in the group: asked once, then
+    remembered, as the widths are."""
+    return bool(Reduce(group).min(torch.tensor(int(here), device=device))) if group is not None else here
 
 
 def spans(widths: list[int], vocab_size: int) -> list[tuple[int, int]]:
