@@ -114,6 +114,7 @@ class Conductor:
         """Start on a dataset, or go on where the responses in flight of a checkpoint were left."""
         self.cycle = Cycle(self.args, dataset, self.encoder, self.answers, self.ranks)
         self._ready.clear()
+        self._begun, self._ahead = [], []
         self._resumed = None if checkpoint is None else cycles.load(checkpoint)
 
     def warn_if_nothing_to_learn(self, dataset, is_student: bool) -> None:
