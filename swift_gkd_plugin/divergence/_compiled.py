@@ -9,6 +9,7 @@ Each combination of options has kernels of its own, compiled in some seconds at 
 
 import functools
 import logging
+import types
 
 import torch
 from torch import Tensor
@@ -22,8 +23,19 @@ def _compile(function):
     # One kernel for any number of rows, and no other to be made at the same time. The options are in the closure, so that
     # a process may use any number of them; what is left to compile again for, a single row or inference mode, stays far
     # below the limit, beyond which torch would fail.
-    options = {'compile_threads': 1}
-    return torch.compile(function, fullgraph=True, dynamic=True, isolate_recompiles=True, recompile_limit=64, options=options)
+    common = dict(fullgraph=True, dynamic=True, options={'compile_threads': 1})
+    if torch.__version__ >= (2, 13):
+        return torch.compile(function, isolate_recompiles=True, recompile_limit=64, **common)
+    # Older ones count by code, whatever its closure: hence a copy of the code.
+    own = types.FunctionType(function.__code__.replace(), function.__globals__, closure=function.__closure__)
+    own.__defaults__ = function.__defaults__
+    compiled = torch.compile(own, **common)
+
+    def limited(*args):
+        with torch._dynamo.config.patch(recompile_limit=64):
+            return compiled(*args)
+
+    return limited
 
 
 @functools.cache
@@ -42,7 +54,7 @@ def works() -> bool:
 def normalise(zs: Tensor, zt: Tensor, difference: bool, temperature: float, labels: bool, best: bool) -> list[tuple[Tensor, ...]]:
     """As `_triton.normalise`, the sums in fp64."""
     teacher = (zt, zs) if difference else (zt,)
-    return [_normaliser(temperature if labels else None, best)(zs), _normaliser(None, best)(*teacher)]
+    return [_normaliser(temperature if labels and temperature != 1 else None, best)(zs), _normaliser(None, best)(*teacher)]
 
 
 def sums(

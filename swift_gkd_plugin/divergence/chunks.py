@@ -5,6 +5,7 @@ for each chunk of tokens      logits of both sides (matrix products, fp32)
     gradient of the chunk     to the hidden states, and to the head where it is trained
 """
 
+import functools
 import importlib.util
 from dataclasses import dataclass
 from functools import partial
@@ -16,9 +17,9 @@ from torch import Tensor
 from . import memory
 from .heads import LOWEST_LOGIT, HeadGradients, LinearHead, ReadyGradients, ReadyLogits
 from .kinds import Divergence, Scratch, columns
-from .sharding import Reduce
+from .sharding import Reduce, on_all_ranks
 from .stats import TokenStats
-from .topk import TopKTeacher, bucket_divergence, log_tail
+from .topk import TopKTeacher, bucket_divergence, nearest_tail
 
 _HAS_TRITON = importlib.util.find_spec('triton') is not None
 # Two buffers of a chunk's logits take about this much. Larger chunks do not make the matrix products faster.
@@ -32,7 +33,7 @@ _COMPILED_VOCABULARY = 1 << 15
 
 @dataclass
 class Call:
-    """One call of an operator, checked. Columns are those of this rank, `columns` of them from the id `first_id` on."""
+    """One call of an operator, checked. Columns are those of this rank, from the id `first_id` on."""
 
     divergence: Divergence
     student: LinearHead | ReadyLogits
@@ -46,6 +47,7 @@ class Call:
     chunk: int | None  # tokens, or None to choose
     reduce: Reduce
     first_id: int
+    widest: int  # columns of the rank that has most
     stats: TokenStats | None
 
     @property
@@ -58,7 +60,8 @@ class Call:
 
 
 def chunk_tokens(columns: int, itemsize: int, device: str, buffers: bool = False) -> int:
-    """How many tokens' logits exist at a time, from the shape and the device: a multiple of 64, and at least 64. buffers:
+    """How many tokens' logits exist at a time, from the shape and the device: a multiple of 64, and at least 64. Every chunk
+    has its reductions over a group, so there `columns` are those of the widest rank, for all to choose alike. buffers:
     whether elementwise buffers as large as the chunk come with them."""
     budget = _CHUNK_BYTES['cpu' if device == 'cpu' else 'cuda'] // (4 if buffers else 1)
     return max(64, budget // (2 * itemsize * columns) // 64 * 64)
@@ -72,23 +75,23 @@ def run(call: Call, gradients: HeadGradients | ReadyGradients | None) -> Tensor:
     loss = torch.zeros(call.tokens, dtype=dtype, device=device)
     kernels = kernels_for(call)
     buffers = call.reduce.group is not None and kernels is None
-    chunk = min(call.chunk or chunk_tokens(width, dtype.itemsize, device.type, buffers), max(call.tokens, 1))
+    chunk = min(call.chunk or chunk_tokens(call.widest, dtype.itemsize, device.type, buffers), max(call.tokens, 1))
     elementwise = _block if kernels is None else partial(_kernel_block, kernels)
     # The kernels need no buffers, and the reductions over a group are per chunk: in both cases a block is a whole
     # chunk.
     block = chunk if kernels is not None or call.reduce.group is not None else max(1, min(chunk, _BLOCK_ELEMENTS[kind] // max(width, 1)))
     scratch = _Buffers(block, width, dtype, device)
-    student_logits = memory.empty(chunk * width, dtype=dtype, device=device)
-    teacher_logits = memory.empty(chunk * width, dtype=dtype, device=device) if call.teacher else None
+    student_logits = memory.Rows(chunk, width, dtype, device)
+    teacher_logits = memory.Rows(chunk, width, dtype, device) if call.teacher else None
     record = _Record(call, loss)
     for start in range(0, call.tokens, chunk):
         rows = slice(start, min(start + chunk, call.tokens))
         n = rows.stop - rows.start
-        zs = student_logits[: n * width].view(n, width)
+        zs = student_logits[0:n]
         student.logits(rows, zs)
         zt = None
         if call.teacher:
-            zt = teacher_logits[: n * width].view(n, width)
+            zt = teacher_logits[0:n]
             for first, head in call.teacher:
                 head.logits(rows, zt if head.columns == width else zt[:, first : first + head.columns])
         into = None if gradients is None else zs if kernels is None else gradients.place(rows, zs)
@@ -179,7 +182,10 @@ def _block(call: Call, rows: slice, zs: Tensor, zt: Tensor | None, buffers: _Buf
     if call.difference:
         zt = torch.add(zs, zt, out=buffers['teacher logits'])
     sides = [(zs, student)] + ([] if zt is None else [(zt, buffers['teacher'])])
-    norms = _normalise(sides, call.reduce)
+    listed = None if call.topk is None else _Listed.of(call, rows)
+    # The student's tail has a normaliser of its own: its share of the whole may be too small for a number.
+    tail = [] if listed is None or call.topk.tail != 'bucket' else [(listed.without(zs, buffers['e']), buffers['h'])]
+    norms = _normalise(sides + tail, call.reduce)
     label = None if call.labels is None else _Label.of(call, rows)
     if call.stats is not None and call.stats.detail:
         _detail(call, rows, sides, norms, label, buffers, record)
@@ -195,7 +201,7 @@ def _block(call: Call, rows: slice, zs: Tensor, zt: Tensor | None, buffers: _Buf
             label_gradient = weights * slope
     if call.has_teacher:
         if zt is None:
-            value, gradient, factor = _topk_value_and_gradient(call, rows, zs, student, norms[0], label, buffers, record, want_gradient)
+            value, gradient, factor = _topk_value_and_gradient(call, rows, zs, listed, norms, label, buffers, record, want_gradient)
         else:
             if not call.difference:
                 log_ratio.sub_(zs)
@@ -249,38 +255,35 @@ def _topk_value_and_gradient(
     call: Call,
     rows: slice,
     zs: Tensor,
-    student: Tensor,
-    norm,
+    listed: '_Listed',
+    norms,
     label: '_Label | None',
     buffers: _Buffers,
     record: _Record,
     want_gradient: bool,
 ) -> tuple[Tensor, Tensor | None, float]:
-    """The same against a top-k teacher; `topk.py` has the mathematics."""
-    teacher, ids, present = call.topk.entries(rows, call.vocab_size)
-    column = ids - call.first_id
-    here = present & (column >= 0) & (column < call.student.columns)
-    column = column.masked_fill(~here, 0)
-    logprobs = zs.gather(1, column) - norm[1]  # the buckets are few, so their arithmetic is in fp64
-    outside = buffers['e'].copy_(student)
-    # The tail's mass is a sum without the ids, not a difference of two sums.
-    outside.scatter_reduce_(1, column, (~here).to(zs.dtype), 'prod')
-    sums = call.reduce.sum(torch.cat([logprobs.masked_fill(~here, 0), outside.sum(-1, keepdim=True, dtype=torch.float64)], 1))
-    student_buckets, tail = sums[:, :-1].masked_fill(~present, LOWEST_LOGIT), sums[:, -1:]
+    """The same against a top-k teacher; `topk.py` has the mathematics. buffers['h']: the distribution within the student's
+    tail, if that is a bucket."""
+    teacher, ids, present = listed.logprobs, listed.ids, listed.present
+    column, here = listed.column, listed.here
+    logprobs = zs.gather(1, column) - norms[0][1]  # the buckets are few, so their arithmetic is in fp64
+    logprobs = call.reduce.sum(logprobs.masked_fill_(~here, 0))
+    student = logprobs.masked_fill(~present, LOWEST_LOGIT)
+    sharpening = call.topk.temperature / call.divergence.temperature
     with_tail = call.topk.tail == 'bucket'
     if with_tail:
-        student_buckets = torch.cat([student_buckets, tail.log().clamp_min(LOWEST_LOGIT)], 1)
-        teacher = torch.cat([teacher, log_tail(teacher)], 1)
+        student = torch.cat([student, norms[1][1] - norms[0][1]], 1)
+        teacher = torch.cat([teacher, nearest_tail(student, teacher, *call.topk.tail_range(rows, teacher, present), sharpening)], 1)
     detail = call.stats is not None and call.stats.detail
-    found = bucket_divergence(call.divergence, student_buckets, teacher, call.topk.temperature / call.divergence.temperature, detail)
+    found = bucket_divergence(call.divergence, student, teacher, sharpening, detail)
     if detail:
         record(
             rows,
             forward_kl=found.kls[0],
             reverse_kl=found.kls[1],
             teacher_entropy=found.teacher_entropy,
-            student_mass_on_topk=sums[:, :-1].exp().mul_(present).sum(-1),
-            top1_agreement=_top1(call, zs, norm[0]) == ids.gather(1, teacher[:, : ids.shape[1]].argmax(-1, keepdim=True))[:, 0],
+            student_mass_on_topk=logprobs.exp().mul_(present).sum(-1),
+            top1_agreement=_top1(call, zs, norms[0][0]) == ids.gather(1, teacher[:, : ids.shape[1]].argmax(-1, keepdim=True))[:, 0],
         )
         if label is not None:
             hit = present & (ids == call.labels[rows][:, None])
@@ -289,11 +292,38 @@ def _topk_value_and_gradient(
         return found.value.to(zs.dtype), None, 0.0
     per_id = found.gradient[:, : ids.shape[1]].masked_fill(~here, 0)
     if with_tail:
-        per_mass = found.gradient[:, -1:] / tail.clamp_min(torch.finfo(tail.dtype).tiny)
-        gradient = outside.mul_(per_mass.to(zs.dtype))
+        # Where all columns are listed (or masked) the student has no tail, and no columns to give its gradient to.
+        per_tail = found.gradient[:, -1:].masked_fill(student[:, -1:] < LOWEST_LOGIT / 2, 0)
+        gradient = buffers['h'].mul_(per_tail.to(zs.dtype))
     else:
-        gradient = outside.zero_()
+        gradient = buffers['h'].zero_()
     return found.value.to(zs.dtype), gradient.scatter_add_(1, column, per_id.to(zs.dtype)), 1.0
+
+
+@dataclass
+class _Listed:
+    """A block's top-k entries, as `TopKTeacher.entries` gives them.
+
+    column: [rows, k], of this rank, 0 where the entry is elsewhere or does not count. here: [rows, k], whether it is here.
+    """
+
+    logprobs: Tensor
+    ids: Tensor
+    present: Tensor
+    column: Tensor
+    here: Tensor
+
+    @classmethod
+    def of(cls, call: Call, rows: slice) -> '_Listed':
+        logprobs, ids, present = call.topk.entries(rows, call.vocab_size)
+        column = ids - call.first_id
+        here = present & (column >= 0) & (column < call.student.columns)
+        return cls(logprobs, ids, present, column.masked_fill(~here, 0), here)
+
+    def without(self, zs: Tensor, out: Tensor) -> Tensor:
+        """The logits of what is not listed; LOWEST_LOGIT in the columns that are."""
+        lowest = zs.new_full(self.here.shape, torch.inf).masked_fill_(self.here, LOWEST_LOGIT)
+        return out.copy_(zs).scatter_reduce_(1, self.column, lowest, 'amin')
 
 
 @dataclass
@@ -391,16 +421,25 @@ def kernels_for(call: Call) -> ModuleType | None:
     """The module whose kernels do this call's elementwise work; None: `_block` does it."""
     if not call.teacher or call.student.dtype != torch.float32:
         return None
-    if call.student.hidden.is_cuda and _HAS_TRITON:
-        from . import _triton
-
-        return _triton
+    if call.student.hidden.is_cuda:
+        return _triton_kernels(call.student.hidden.device, call.reduce.group)
     # Not over a group: its ranks must agree, and only some of them might have a compiler.
     if call.student.hidden.device.type == 'cpu' and call.vocab_size >= _COMPILED_VOCABULARY and call.reduce.group is None:
         from . import _compiled
 
         return _compiled if _compiled.works() else None
     return None
+
+
+@functools.cache
+def _triton_kernels(device: torch.device, group) -> ModuleType | None:
+    """`_triton`, where its kernels run: on every rank of the group, for the ranks must make the same reductions."""
+    works = False
+    if _HAS_TRITON:
+        from . import _triton
+
+        works = _triton.works(device)
+    return _triton if on_all_ranks(group, works, device) else None
 
 
 def _cross_entropy(call: Call, label: _Label, zs: Tensor, student: Tensor, norm, buffers: _Buffers):
@@ -427,7 +466,7 @@ def _detail(call: Call, rows: slice, sides, norms, label: _Label | None, buffers
     """Entropies, top-1 agreement and the teacher's probability of the label, from logits and probabilities."""
     entropies = call.reduce.sum(
         torch.stack(
-            [-torch.sub(z, norm.to(z.dtype), out=buffers['e']).mul_(p).sum(-1) for (z, p), (_, norm) in zip(sides, norms, strict=True)]
+            [-torch.sub(z, norm.to(z.dtype), out=buffers['e']).mul_(p).sum(-1) for (z, p), (_, norm) in zip(sides, norms, strict=False)]
         )
     )
     record(rows, student_entropy=entropies[0])

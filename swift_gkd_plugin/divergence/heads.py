@@ -107,7 +107,7 @@ class LinearHead:
         return self.transform.scale
 
     def logits(self, rows: slice, out: Tensor) -> None:
-        """Fill out [rows, columns] (contiguous, `self.dtype`)."""
+        """Fill out [rows, columns] (of `self.dtype`, each row contiguous)."""
         x = self.hidden[rows].detach()
         alpha = self.transform.scale / (self.softcap or self.temperature)
         weight = self.weight.detach()
@@ -216,15 +216,13 @@ class HeadGradients:
             replaces_sum = self.want_weight and head.tensors[1].dtype == self.narrow
             shape, device = head.hidden.shape, head.hidden.device.type
             tokens = rows.stop if self.wide else tokens_per_product(*shape, rows.stop, device, replaces_sum)
-            self.kept = memory.empty(tokens * head.columns, dtype=self.narrow, device=head.hidden.device)
+            self.kept = memory.Rows(tokens, head.columns, self.narrow, head.hidden.device)
         if rows.start == self.room.stop:
-            self.room = slice(rows.start, min(rows.start + len(self.kept) // head.columns, len(head.hidden)))
+            self.room = slice(rows.start, min(rows.start + len(self.kept), len(head.hidden)))
         return self._kept(rows)
 
     def _kept(self, rows: slice) -> Tensor:
-        # Of flat memory, as a chunk's logits are: a compiled sweep is made for one relation of a view to its base.
-        start, stop = ((token - self.room.start) * self.head.columns for token in (rows.start, rows.stop))
-        return self.kept[start:stop].view(-1, self.head.columns)
+        return self.kept[slice(rows.start - self.room.start, rows.stop - self.room.start)]
 
     def _add_products(self, rows: slice, gradient: Tensor) -> None:
         """gradient: [rows, columns], in `narrow` if that is not None, else in `head.dtype`."""

@@ -13,16 +13,25 @@ it is, because both distributions sum to one, and makes the column p·log(p/q) -
 error of the normalisers then enters at second order too.
 
 **Why the larger probability is factored out.** With P = max(S, T), E = -|d|, y = expm1(E) in [-1, 0], everything else
-about a column is a function of y and E, bounded for any distance between the two. Let b be the weight in M of the
-smaller of the two (b = w where S >= T, 1-w where T > S) and h = log1p(b·y), so that M = P(1 + b·y) and log(M/P) = h.
-Then the larger one's column of KL(·‖M) is P·near, the smaller one's P·far:
+about a column is a function of d, bounded for any distance between the two: S = P·s and T = P·t with
+s = exp(min(-d, 0)) and t = exp(min(d, 0)), one of them 1. In the two plain KLs the larger one's column is P·near, where it is
+the first argument, or the smaller one's P·far:
 
-    near = b·y - h                              far = (1+y)(E - h) - (1-b)·y
+    near = y - E                                far = (1+y)·E - y
 
-Both are >= 0, and exactly 0 at d = 0. Where rounding of the last bit makes one negative (|d| below 1e-6) the column is
+With a mixture, l = log(M/S) and m = log(M/T) = l - d, and the columns of KL(T‖M) and KL(S‖M) are
+
+    P·((1-w)(s - t) - t·m)                      P·(w(t - s) - s·l)
+
+All are >= 0, and exactly 0 at d = 0. Where rounding of the last bit makes one negative (|d| below 1e-6) the column is
 read as 0.
 
-All functions work in place on blocks [rows, columns] of fp32 or fp64 that the caller owns.
+**Why the smaller weight.** M/S = 1 + w·expm1(d) = 1 - w + w·e^d, and M/T is the same with 1-w for w and -d for d. The one
+whose weight is at most ½ never cancels: neither where d is large nor where the weight is 1e-6 and the logarithm as small.
+
+All functions work in place on blocks [rows, columns] of fp32 or fp64 that the caller owns. Weights are factors of their own,
+never an `alpha` of add_ or sub_: the cache on disk of torch.compile (torch 2.13) takes kernels that differ in that alone for
+the same.
 """
 
 from dataclasses import dataclass
@@ -36,6 +45,9 @@ KINDS = ('jsd', 'forward_kl', 'reverse_kl', 'skew_forward_kl', 'skew_reverse_kl'
 # log(T/S) is limited to this many nats where a divergence is linear in it, so that a column to which one side gives
 # probability 0 (a logit of -inf) costs much, but not infinitely much.
 MAX_LOG_RATIO = 1e4
+
+# The largest exponent that is taken, also in fp32. A mixture's logarithm is linear from there on.
+_MAX_EXPONENT = 80.0
 
 
 @dataclass(frozen=True)
@@ -145,14 +157,14 @@ def _exponents(log_ratio: Tensor, scratch: Scratch) -> None:
 
 
 def _expm1(x: Tensor, out: Tensor) -> Tensor:
-    """exp(x) - 1, for x <= 0 and to the last bits near 0 too; `out` may be x. torch.compile would make it exp(x) - 1 (torch
+    """exp(x) - 1, to the last bits near 0 too; `out` may be x. torch.compile would make it exp(x) - 1 (torch
     2.13 on a CPU), where a d of 1e-7 is lost: there the series is spelled out."""
     if not torch.compiler.is_compiling():
         return torch.expm1(x, out=out)
     series = torch.ones_like(x)
     for n in range(8, 1, -1):
         series = 1 + x * (1 / n) * series
-    return out.copy_(torch.where(x > -0.35, x * series, x.exp() - 1))
+    return out.copy_(torch.where(x.abs() < 0.35, x * series, x.exp() - 1))
 
 
 def _teacher_larger(log_ratio: Tensor, out: Tensor) -> Tensor:
@@ -161,13 +173,7 @@ def _teacher_larger(log_ratio: Tensor, out: Tensor) -> Tensor:
 
 
 def _plain_near_and_far(scratch: Scratch) -> tuple[Tensor, Tensor]:
-    """The KL between S and T themselves. With M = one of the two, b is 1 on its side (h = E) and 0 on the other (h =
-    0):
-
-        the first argument is the larger one:  y - E         it is the smaller one:  (1+y)·E - y
-
-    near in `h`, far in `e`; `y` stays.
-    """
+    """near in `h`, far in `e`, as at the top of this file; `y` stays."""
     near = torch.sub(scratch.y, scratch.e, out=scratch.h)
     far = scratch.e.mul_(scratch.y).sub_(near)
     return near.relu_(), far.relu_()
@@ -208,69 +214,70 @@ def _reverse_kl(w: float, student: Tensor, larger: Tensor, log_ratio: Tensor, sc
     return Columns(value, log_ratio, scratch.dot(student, log_ratio, far), -1.0)
 
 
-def _jsd(w: float, student: Tensor, larger: Tensor, log_ratio: Tensor, scratch: Scratch) -> Columns:
-    """β·KL(T‖M) + (1-β)·KL(S‖M), w = β. The larger one's KL has the weight 1-b, the smaller one's b; the terms in y
-    cancel:
-
-        (1-b)·near + b·far = b·(1+y)(E - h) - (1-b)·h = b·((1+y)(E - h) + h) - h
-
-    Slope: ∂/∂S_v = -β(1-β)T/M + (1-β)(log(S/M) + 1 - (1-β)S/M) = (1-β)·log(S_v/M_v), and log(M/S) = h + max(d, 0).
-    """
-    e, y, h = scratch.e, scratch.y, scratch.h
-    b = w if w == 0.5 else _weight_of_smaller(w, log_ratio, scratch.b)
-    torch.mul(y, b, out=h).log1p_()
-    if not 1e-6 < w < 1 - 1e-6:  # 1 + b·y may round to 0; M is at least the smaller of the two, so h >= E
-        torch.maximum(h, e, out=h)
-    e.sub_(h)
-    y.mul_(e).add_(e).add_(h).mul_(b).sub_(h).relu_()
-    value = scratch.dot(larger, y, y)
-    slope = h.add_(log_ratio.relu_())
-    return Columns(value, slope, scratch.dot(student, slope, y), w - 1.0)
-
-
-def _weight_of_smaller(w: float, log_ratio: Tensor, out: Tensor) -> Tensor:
-    """b: w where S >= T, 1-w where T > S."""
-    return _teacher_larger(log_ratio, out).mul_(1 - 2 * w).add_(w)
-
-
-def _mixture_near_and_far(w: float, log_ratio: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
-    """near in `y` and far in `e`, as at the top of this file, and h in `h`."""
+def _log_mixture(w: float, log_ratio: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """l = log(M/S) and m = log(M/T), in `h` and `b` or the other way round; `e` and `y` are overwritten."""
     e, y, h, b = scratch.e, scratch.y, scratch.h, scratch.b
-    _weight_of_smaller(w, log_ratio, b)
-    torch.mul(y, b, out=h).log1p_()
-    e.sub_(h).addcmul_(e, y).sub_(y)
-    y.mul_(b)
-    e.add_(y)
-    return y.sub_(h).relu_(), e.relu_()
+    if w <= 0.5:  # e: d, as far as its exponential is a number; what is beyond is added to the logarithm
+        torch.clamp(log_ratio, max=_MAX_EXPONENT, out=e)
+        torch.sub(log_ratio, e, out=y)
+    else:
+        torch.neg(log_ratio, out=e).clamp_(max=_MAX_EXPONENT)
+        torch.add(log_ratio, e, out=y).neg_()
+    _expm1(e, out=h).mul_(min(w, 1 - w)).log1p_()
+    torch.sub(h, e, out=b)
+    h.add_(y)
+    return (h, b) if w <= 0.5 else (b, h)
+
+
+def _shares(log_ratio: Tensor, function, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """function(min(-d, 0)) and function(min(d, 0)), in `e` and `y`: s and t for exp, s - 1 and t - 1 for expm1."""
+    torch.neg(log_ratio, out=scratch.e).clamp_(max=0)
+    torch.clamp(log_ratio, max=0, out=scratch.y)
+    return function(scratch.e, out=scratch.e), function(scratch.y, out=scratch.y)
+
+
+def _jsd(w: float, student: Tensor, larger: Tensor, log_ratio: Tensor, scratch: Scratch) -> Columns:
+    """β·KL(T‖M) + (1-β)·KL(S‖M), w = β. The terms in s - t cancel: -P·(β·t·m + (1-β)·s·l).
+
+    Slope: ∂/∂S_v = -β(1-β)T/M + (1-β)(log(S/M) + 1 - (1-β)S/M) = (1-β)·log(S_v/M_v), so a = -(1-β)·l.
+    """
+    over_s, over_t = _log_mixture(w, log_ratio, scratch)
+    s, t = _shares(log_ratio, torch.exp, scratch)
+    column = t.mul_(over_t).mul_(-w).sub_(s.mul_(over_s).mul_(1 - w)).relu_()
+    value = scratch.dot(larger, column, column)
+    return Columns(value, over_s, scratch.dot(student, over_s, column), w - 1.0)
 
 
 def _skew_forward_kl(w: float, student: Tensor, larger: Tensor, log_ratio: Tensor, scratch: Scratch) -> Columns:
     """KL(T‖M), w = α.
 
     Slope: ∂/∂S_v = -(1-α)·T/M. From this its value at T = S is taken: -(1-α)(T/M - 1) = -(1-α)²(T-S)/M. With
-    l = log(M/S) = h + max(d, 0) and α(T-S) = M - S, (T-S)/M = (1 - e^-l)/α, so a = (1-α)²/α · expm1(-l).
+    α(T-S) = M - S, (T-S)/M = (1 - e^-l)/α, so a = (1-α)²/α · expm1(-l).
     """
-    near, far = _mixture_near_and_far(w, log_ratio, scratch)
-    teacher_larger = _teacher_larger(log_ratio, scratch.b)
-    value = scratch.dot(larger, torch.lerp(far, near, teacher_larger, out=far), far)
-    slope = scratch.h.add_(log_ratio.relu_()).neg_()
+    over_s, over_t = _log_mixture(w, log_ratio, scratch)
+    less_s, less_t = _shares(log_ratio, _expm1, scratch)
+    column = less_s.sub_(less_t).mul_(1 - w)
+    t = torch.clamp(log_ratio, max=0, out=less_t).exp_()
+    value = scratch.dot(larger, column.sub_(t.mul_(over_t)).relu_(), column)
+    slope = over_s.neg_()
     _expm1(slope, out=slope)
-    return Columns(value, slope, scratch.dot(student, slope, far), (1 - w) ** 2 / w)
+    return Columns(value, slope, scratch.dot(student, slope, column), (1 - w) ** 2 / w)
 
 
 def _skew_reverse_kl(w: float, student: Tensor, larger: Tensor, log_ratio: Tensor, scratch: Scratch) -> Columns:
     """KL(S‖M), M = α·S + (1-α)·T, w = 1-α.
 
-    Slope: ∂/∂S_v = log(S/M) + 1 - α·S/M. From this its value at T = S is taken, with l = log(M/S) as above:
+    Slope: ∂/∂S_v = log(S/M) + 1 - α·S/M. From this its value at T = S is taken:
     a = -l - α(e^-l - 1) = -(l + α·expm1(-l)).
     """
-    near, far = _mixture_near_and_far(w, log_ratio, scratch)
-    teacher_larger = _teacher_larger(log_ratio, scratch.b)
-    value = scratch.dot(larger, torch.lerp(near, far, teacher_larger, out=far), far)
-    slope = scratch.h.add_(log_ratio.relu_())
-    step = torch.neg(slope, out=scratch.b)
-    slope.add_(_expm1(step, out=step), alpha=1 - w)
-    return Columns(value, slope, scratch.dot(student, slope, far), -1.0)
+    over_s, over_t = _log_mixture(w, log_ratio, scratch)
+    less_s, less_t = _shares(log_ratio, _expm1, scratch)
+    column = less_t.sub_(less_s).mul_(w)
+    s = torch.neg(log_ratio, out=less_s).clamp_(max=0).exp_()
+    value = scratch.dot(larger, column.sub_(s.mul_(over_s)).relu_(), column)
+    step = torch.neg(over_s, out=over_t)
+    slope = over_s.add_(_expm1(step, out=step).mul_(1 - w))
+    return Columns(value, slope, scratch.dot(student, slope, column), -1.0)
 
 
 def _tvd(w: float, student: Tensor, larger: Tensor, log_ratio: Tensor, scratch: Scratch) -> Columns:

@@ -24,3 +24,24 @@ def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         except OSError:  # a kernel without them, or no memory: torch's error names the size
             pass
     return torch.empty(shape, dtype=dtype, device=device)
+
+
+class Rows:
+    """Uninitialised memory of `rows` rows of `columns` numbers; a slice of it is a tensor [rows, columns].
+
+    On a GPU every row starts at a multiple of 64 numbers, so that of any width (151,665 columns, say) kernels load four at
+    a time and matrix products find their operands aligned.
+    """
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device):
+        self.rows, self.columns = rows, columns
+        self.stride = columns if device.type == 'cpu' else -(-columns // 64) * 64
+        self.flat = empty(rows * self.stride, dtype=dtype, device=device)
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        # Of flat memory: a compiled sweep is made for one relation of a view to its base.
+        found = self.flat[rows.start * self.stride : rows.stop * self.stride].view(-1, self.stride)
+        return found if self.stride == self.columns else found[:, : self.columns]

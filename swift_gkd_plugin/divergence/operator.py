@@ -146,11 +146,10 @@ def linear_divergence(
         widths = shard_widths(vocab_group, student_vocab, teacher_vocab, student_hidden.device)
         student_vocab, teacher_vocab = (sum(side) for side in zip(*widths, strict=False))
     vocab_size = _common_vocab(vocab_size, student_vocab, teacher_vocab)
-    columns_here = vocab_size
+    columns_here = widest = vocab_size
     if vocab_group is not None:
         want, have = (spans(list(side), vocab_size) for side in zip(*widths, strict=False))
-        first_id, last = local_span([width for width, _ in widths], vocab_size, vocab_group)
-        columns_here = last - first_id
+        first_id, columns_here, widest = local_span([width for width, _ in widths], vocab_size, vocab_group)
     student = LinearHead(
         student_hidden,
         student_weight,
@@ -187,6 +186,7 @@ def linear_divergence(
         chunk_tokens,
         Reduce(vocab_group),
         first_id,
+        widest,
         stats,
     )
 
@@ -200,6 +200,7 @@ def topk_divergence(
     *,
     tail: str = 'bucket',
     topk_temperature: float | None = None,
+    tail_logprobs: Tensor | None = None,
     token_weights: Tensor | None = None,
     reduction: str = 'none',
     student_bias: Tensor | None = None,
@@ -226,6 +227,10 @@ def topk_divergence(
         topk_temperature: the temperature at which topk_logprobs were taken; default: the divergence's. Where they
             differ (an inference server's log-probabilities are at 1) both sides are bucketed at topk_temperature, and
             the buckets are tempered to the divergence's.
+        tail_logprobs: [tokens] log of the teacher's mass on what is not listed, at topk_temperature, summed over just that;
+            -inf for none. None: it is 1 - Σ exp(topk_logprobs), which rounding leaves unknown by 3e-5 (by four units in
+            the last place from fp64); of the masses within that range the one nearest to the student's counts. Without
+            use where tail is 'renormalize'.
         vocab_size: default: the student's vocabulary.
         vocab_group: as in `linear_divergence`, every rank passing the same topk_logprobs and topk_ids (global ids).
             Collectives per chunk: 1 MAX, 2 SUM; labels and statistics as there.
@@ -238,6 +243,8 @@ def topk_divergence(
         raise ValueError('a vocab_group needs the student_weight of its ranks, ready logits are not sharded')
     if topk_logprobs.dim() != 2 or topk_logprobs.shape != topk_ids.shape:
         raise ValueError(f'topk_logprobs {list(topk_logprobs.shape)} and topk_ids {list(topk_ids.shape)} must both be [tokens, k]')
+    if tail_logprobs is not None and tail_logprobs.shape != topk_ids.shape[:1]:
+        raise ValueError(f'tail_logprobs {list(tail_logprobs.shape)} must be [tokens] like topk_ids {list(topk_ids.shape)}')
     if len(topk_ids) != len(student_hidden):
         raise ValueError(f'student_hidden has {len(student_hidden)} tokens, topk_ids {len(topk_ids)}')
     if tail not in ('bucket', 'renormalize'):
@@ -250,12 +257,11 @@ def topk_divergence(
     if vocab_group is not None:
         widths = [s for s, _ in shard_widths(vocab_group, student_vocab, 0, student_hidden.device)]
         student_vocab = sum(widths)
-    vocab_size = columns_here = _common_vocab(vocab_size, student_vocab, student_vocab)
+    vocab_size = columns_here = widest = _common_vocab(vocab_size, student_vocab, student_vocab)
     if topk_ids.shape[1] > vocab_size:
         raise ValueError(f'k = {topk_ids.shape[1]} is larger than the vocabulary of {vocab_size}')
     if vocab_group is not None:
-        first_id, last = local_span(widths, vocab_size, vocab_group)
-        columns_here = last - first_id
+        first_id, columns_here, widest = local_span(widths, vocab_size, vocab_group)
     if student_weight is None:
         student = ReadyLogits(student_hidden, columns_here, topk_temperature)
     else:
@@ -264,7 +270,7 @@ def topk_divergence(
         student,
         [],
         False,
-        TopKTeacher(topk_logprobs, topk_ids, tail, topk_temperature),
+        TopKTeacher(topk_logprobs, topk_ids, tail, topk_temperature, tail_logprobs),
         divergence,
         token_weights,
         reduction,
@@ -274,6 +280,7 @@ def topk_divergence(
         chunk_tokens,
         Reduce(vocab_group),
         first_id,
+        widest,
         stats,
     )
 
@@ -321,6 +328,7 @@ def logits_divergence(
         chunk_tokens,
         Reduce(None),
         0,
+        vocab_size,
         stats,
     )
 
@@ -348,6 +356,7 @@ def _apply(
     chunk_tokens,
     reduce,
     first_id,
+    widest,
     stats,
 ) -> Tensor:
     """Checks what all operators share, and calls autograd."""
@@ -380,6 +389,7 @@ def _apply(
         chunk_tokens,
         reduce,
         first_id,
+        widest,
         stats,
     )
     return _Operator.apply(call, reduction, torch.is_grad_enabled(), *student.tensors)

@@ -6,6 +6,7 @@ teacher's head that lie on another rank are sent there once per call. Weights mo
 the tokens.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +40,9 @@ _widths: dict[tuple, list[tuple[int, int]]] = {}
 
 def shard_widths(group, student: int, teacher: int, device: torch.device) -> list[tuple[int, int]]:
     """(student, teacher) rows on every rank of the group. Exchanged once per group and pair of local widths, then
-    remembered: reading them on the host is the only synchronisation of a sharded call, and only of the first."""
+    remembered: reading them on the host is the only synchronisation of a sharded call, and only of the first. So in one
+    group a rank's own widths must tell those of all others, as they do of heads that are cut evenly: a rank that remembers
+    does not wait for one that asks."""
     key = (group, student, teacher)
     if key not in _widths:
         mine = torch.tensor([student, teacher], device=device)
@@ -47,6 +50,13 @@ def shard_widths(group, student: int, teacher: int, device: torch.device) -> lis
         dist.all_gather(everyone, mine, group=group)
         _widths[key] = [tuple(pair) for pair in torch.stack(everyone).tolist()]
     return _widths[key]
+
+
+@functools.cache
+def on_all_ranks(group, here: bool, device: torch.device) -> bool:
+    """Whether something that is true or not of this process for good is true of all in the group: asked once, then
+    remembered, as the widths are."""
+    return bool(Reduce(group).min(torch.tensor(int(here), device=device))) if group is not None else here
 
 
 def spans(widths: list[int], vocab_size: int) -> list[tuple[int, int]]:
@@ -58,15 +68,17 @@ def spans(widths: list[int], vocab_size: int) -> list[tuple[int, int]]:
     return out
 
 
-def local_span(widths: list[int], vocab_size: int, group) -> tuple[int, int]:
-    """This rank's ids. The error for a rank without any is raised on all ranks, so that none waits for it."""
+def local_span(widths: list[int], vocab_size: int, group) -> tuple[int, int, int]:
+    """This rank's first id, its columns, and the columns of the rank that has most: what all ranks must choose alike is
+    chosen from that. The error for a rank without any is raised on all ranks, so that none waits for it."""
     out = spans(widths, vocab_size)
     for rank, (first, last) in enumerate(out):
         if first == last:
             raise ValueError(
                 f'rank {rank} of vocab_group holds the ids from {sum(widths[:rank])} on, none of the {vocab_size} that both sides have'
             )
-    return out[dist.get_rank(group)]
+    first, last = out[dist.get_rank(group)]
+    return first, last - first, max(last - first for first, last in out)
 
 
 def realigned(rows: Tensor, have: list[tuple[int, int]], want: list[tuple[int, int]], group) -> list[tuple[int, Tensor]]:

@@ -5,6 +5,11 @@ makes a divergence larger, so the value is a lower bound of the full one, and st
 a gradient. With `tail='renormalize'` there is no tail bucket: both sides are renormalised over the k ids, and the value
 and the gradient say nothing of the mass outside.
 
+**The teacher's tail.** Without `tail_logprobs` all that is known of its mass is 1 - Σ of the k probabilities, a difference
+that fp32 rounds: for a confident teacher it comes out as 0 or below, and a student's tail of 1e-4 would be 1e4 nats off in
+KL(S‖T). So the mass is taken to lie within `_SLACK` of that difference, and what counts is the mass in that range which is
+nearest to the student's. The value then stays a lower bound of the full one.
+
 **Temperature.** The log-probabilities were taken at a temperature τ, and the divergence is wanted at another one, T.
 The tail's mass at T cannot be known. So both sides are bucketed at τ, and the k+1 buckets are then tempered: p_i^(τ/T),
 renormalised. Without a tail this is softmax(z/T) over the k ids.
@@ -13,6 +18,8 @@ renormalised. Without a tail this is softmax(z/T) over the k ids.
 Then, with ∂B_i/∂(z_v/τ) = δ_iv - S_v for an id and [v in tail]·S_v/S_tail - S_v for the tail,
 
     ∂D/∂(z_v/τ) = g_i where v is the id i,        g_tail · S_v/S_tail where v is in the tail.
+
+S_v/S_tail is a softmax over the tail's logits, finite however small S_tail is.
 """
 
 from dataclasses import dataclass
@@ -24,15 +31,21 @@ from torch import Tensor
 from .heads import LOWEST_LOGIT
 from .kinds import Divergence, Scratch, columns
 
+# How far 1 - Σ of a teacher's k probabilities may be from its tail's mass. torch's log_softmax over 151,936 fp32 logits is off
+# by up to 2e-5 on a CPU: beside one large probability most of a tail is lost in the running sum.
+_SLACK = 2.0**-15
+
 
 @dataclass
 class TopKTeacher:
-    """logprobs, ids: [tokens, k]. An entry counts where its log-probability is finite and its id in [0, vocab_size)."""
+    """logprobs, ids: [tokens, k]. An entry counts where its log-probability is finite and its id in [0, vocab_size).
+    tail_logprobs: [tokens] log of the mass of what is not listed, or None."""
 
     logprobs: Tensor
     ids: Tensor
     tail: str
     temperature: float
+    tail_logprobs: Tensor | None
 
     def entries(self, rows: slice, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
         """([rows, k] log-probabilities in fp64, LOWEST_LOGIT where the entry does not count; ids; which count)."""
@@ -40,11 +53,18 @@ class TopKTeacher:
         present = (ids >= 0) & (ids < vocab_size) & (logprobs > -torch.inf)
         return logprobs.masked_fill(~present, LOWEST_LOGIT), ids, present
 
-
-def log_tail(logprobs: Tensor) -> Tensor:
-    """log(1 - Σ exp(logprobs)) along the last dimension, with LOWEST_LOGIT where rounding left nothing."""
-    inside = torch.logsumexp(logprobs, -1, keepdim=True)
-    return torch.log(-torch.expm1(inside.clamp_max(0))).clamp_min(LOWEST_LOGIT)
+    def tail_range(self, rows: slice, counted: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        """The least and the largest log-mass [rows, 1] that the tail can have, LOWEST_LOGIT for none. counted, present:
+        as `entries` gives them."""
+        if self.tail_logprobs is None:
+            mass = -torch.expm1(torch.logsumexp(counted, -1, keepdim=True))
+            eps = torch.finfo(self.logprobs.dtype).eps
+            slack = 4 * eps if self.logprobs.dtype == torch.float64 else max(_SLACK, 4 * eps)
+            return tuple(x.clamp(0, 1).log().clamp_min(LOWEST_LOGIT) for x in (mass - slack, mass.clamp_min(0) + slack))
+        elsewhere = self.logprobs[rows].double().masked_fill(present, -torch.inf)  # an id that the student lacks is tail, too
+        tail = torch.cat([self.tail_logprobs[rows, None].double(), elsewhere], -1).logsumexp(-1, keepdim=True)
+        tail = tail.clamp_min(LOWEST_LOGIT).masked_fill(~present.any(-1, keepdim=True), 0)
+        return tail, tail
 
 
 class Buckets(NamedTuple):
@@ -62,3 +82,12 @@ def bucket_divergence(divergence: Divergence, student: Tensor, teacher: Tensor, 
     scratch = Scratch(*(torch.empty_like(s) for _ in range(4)))
     found, kls = columns(divergence, s, t, log_t - log_s, scratch, kl_sums)
     return Buckets(found.value, found.gradient(s, found.centre) * (found.factor * sharpening), kls, entropy)
+
+
+def nearest_tail(student: Tensor, listed: Tensor, least: Tensor, largest: Tensor, sharpening: float) -> Tensor:
+    """The teacher's tail [rows, 1] whose share beside its `listed` buckets [rows, k] is nearest to that in the student's
+    buckets [rows, k + 1], tail last, once both are tempered."""
+    tempered = student * sharpening
+    odds = tempered[:, -1:] - torch.logsumexp(tempered[:, :-1], -1, keepdim=True)
+    same = (odds + torch.logsumexp(listed * sharpening, -1, keepdim=True)) / sharpening
+    return torch.minimum(torch.maximum(same, least), largest)

@@ -195,7 +195,8 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        return self._row_loader(dataset, self.args.eval_batch_size, seed=None, drop_last=False)
+        prepare = self.conductor.prepared_for_evaluation
+        return self._row_loader(dataset, self.args.eval_batch_size, seed=None, drop_last=False, prepare=prepare)
 
     def get_batch_samples(self, epoch_iterator: Iterator[list[Row]], num_batches: int, device) -> tuple[list[MicroBatch], None]:
         return self.conductor.next_step(epoch_iterator, num_batches, self.args.steps_per_generation), None

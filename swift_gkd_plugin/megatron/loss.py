@@ -46,7 +46,7 @@ class DistillationLoss(LossInForward):
         head = self.head.tensors()
         labels, weights, imitated = (view.of(x).to(device) for x in (batch.labels, batch.weights, batch.imitated))
         common = dict(
-            self._of_tokens(labels, weights, imitated, stats),
+            self._of_tokens(labels, weights, imitated, signal, stats),
             student_bias=head.bias,
             vocab_size=options.vocab_size,
             vocab_group=mpu.get_tensor_model_parallel_group() if mpu.get_tensor_model_parallel_world_size() > 1 else None,

@@ -172,7 +172,7 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
 
     def forward_step(self, data_iterator: Iterator[MicroBatch], model: nn.Module):
         """One micro-batch through one chunk of the student. The second value turns its output into the step's sums, on the last stage."""
-        batch = next(data_iterator)
+        batch = self.conductor.before_forward(next(data_iterator))
         chunk = self.unwrapped_models[self.wrapped_models.index(model)]
         stats = TokenStats(detail=self.args.gkd_detailed_metrics and self.teacher is not None)
         with self.conductor.metrics.seconds('seconds/student'):
@@ -200,7 +200,9 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
             model.eval()
         self.call_event('on_eval_begin')
         self._step, at_once = self.state.iteration, self.args.num_microbatches
-        found = self.conductor.evaluate(filled_up(self._row_loader(dataset, seed=None), at_once), at_once)
+        found = self.conductor.evaluate(
+            filled_up(self._row_loader(dataset, seed=None, prepare=self.conductor.prepared_for_evaluation), at_once), at_once
+        )
         metrics = {'n_steps': 1, **found}
         self.on_log(logs=metrics, prefix='eval_')
         self.call_event('on_eval_end')

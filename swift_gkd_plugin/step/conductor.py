@@ -14,6 +14,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -113,6 +114,7 @@ class Conductor:
         """Start on a dataset, or go on where the responses in flight of a checkpoint were left."""
         self.cycle = Cycle(self.args, dataset, self.encoder, self.answers, self.ranks)
         self._ready.clear()
+        self._begun, self._ahead = [], []
         self._resumed = None if checkpoint is None else cycles.load(checkpoint)
 
     def warn_if_nothing_to_learn(self, dataset, is_student: bool) -> None:
@@ -309,7 +311,7 @@ class Conductor:
             for sample, (response, scores) in zip(samples, answers, strict=True):
                 sample.response, sample.scores = response, scores
 
-        with self.metrics.seconds('seconds/generation'):
+        with self.metrics.seconds('seconds/generation'), self.metrics.seconds('seconds/sampling'):
             self._asked(lambda: self.answering.answer(samples, prompts, seeds, self._sampling_options(TEACHER), stop_ids), told, take)
 
     def _asked(self, ask: Callable[[], Any], told: Callable[[], Any], take: Callable[[Any], None]) -> None:
@@ -545,14 +547,14 @@ class Conductor:
 
     def _evaluated(self, rows: Iterator[list[Row]], at_once: int) -> list[int]:
         """Numbers of trained tokens, of rows and of rows that were left out, over all ranks."""
-        source: Source = self.args.gkd_eval_source
+        source = self.args.gkd_eval_source
         numbers = [0, 0, 0]
         for number in itertools.count():
             part = list(itertools.islice(rows, at_once))
             if not part:
                 return self.ranks.totals(numbers)
             self.cycle_key = -1, number  # the same at every evaluation
-            samples = [[Sample(row, row.content, source if row.counts else DATASET) for row in micro_batch] for micro_batch in part]
+            samples = [[row.prepared or self._eval_sample(row) for row in micro_batch] for micro_batch in part]
             counted = [sample for one in samples for sample in one if sample.row.counts]
             self._leave_out_what_does_not_fit(counted)
             answered = [sample for sample in counted if sample.row.counts]
@@ -566,12 +568,28 @@ class Conductor:
             found = sum(batch.num_tokens for batch in batches), len(answered), len(counted) - len(answered)
             numbers = [sum(pair) for pair in zip(numbers, found, strict=True)]
 
+    def _eval_sample(self, row: Row) -> Sample:
+        return Sample(row, row.content, self.args.gkd_eval_source if row.counts else DATASET)
+
+    def prepared_for_evaluation(self, row: Row) -> Row:
+        """As :meth:`Cycle.prepared`, for a row of the evaluation set."""
+        sample = self._eval_sample(row)
+        try:
+            if not sample.fits:
+                self.encoder.check(sample)
+        except Exception:  # see Cycle._attempts; said where all ranks hear of it
+            return row
+        if sample.encoded is not None:
+            self.encoder.views(sample)
+        return replace(row, prepared=sample)
+
     def _leave_out_what_does_not_fit(self, samples: list[Sample]) -> None:
         """No row stands in for another here: the set stays what it is."""
         failed = []
         for sample in samples:
             try:
-                self.encoder.check(sample)
+                if not sample.fits:
+                    self.encoder.check(sample)
             except Exception as error:  # see Cycle._attempts
                 logger.warning(f'evaluation: {sample} cannot be encoded: {error}')
                 failed.append(1)

@@ -11,7 +11,7 @@ from swift.utils import get_logger
 from .. import checks
 from ..arguments import OptionError
 from ..divergence import Divergence, TokenStats, topk_divergence
-from ..teachers import TopK
+from ..teachers import Signal, TopK
 
 logger = get_logger()
 
@@ -70,12 +70,15 @@ class LossInForward:
     def __init__(self, options: LossOptions, head: Any, teacher_adapter: bool = True):
         self.options, self.head, self.teacher_adapter = options, head, teacher_adapter
 
-    def _of_tokens(self, labels: torch.Tensor, weights: torch.Tensor, imitated: torch.Tensor, stats: TokenStats) -> dict[str, Any]:
+    def _of_tokens(
+        self, labels: torch.Tensor, weights: torch.Tensor, imitated: torch.Tensor, signal: Signal | None, stats: TokenStats
+    ) -> dict[str, Any]:
         """Arguments of every divergence: what is known of the tokens themselves, each [n], and where their values go."""
         return dict(
             token_weights=weights * self.options.weight,
             labels=labels,
-            label_weights=weights * imitated * self.options.alpha,
+            # Labels without weights are for the logged cross-entropy; without a teacher they would weigh 1.
+            label_weights=weights * imitated * self.options.alpha if self.options.alpha or signal is None else None,
             reduction='sum',
             stats=stats,
         )

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from divergence_reference import relative
 
-from swift_gkd_plugin.divergence import Divergence, LogitTransform, TokenStats, linear_divergence, topk_divergence
+from swift_gkd_plugin.divergence import Divergence, LogitTransform, TokenStats, chunks, linear_divergence, sharding, topk_divergence
 
 RANK, WORLD = int(sys.argv[1]), int(sys.argv[2])
 TOKENS, DIM, OTHER = 21, 16, 12
@@ -33,28 +33,30 @@ def close(found, expected, what):
     assert error < 1e-6, f'rank {RANK}: {what} is off by {error}'
 
 
-def compare(divergence, student_vocab, teacher_vocab, uneven, detail, dtype=torch.float32):
+def compare(divergence, student_vocab, teacher_vocab, uneven, detail, tokens=TOKENS, chunk=8, vocab_size=None):
+    sharding._widths.clear()  # a rank of equal widths in two cases would not ask again
     torch.manual_seed(0)
     x = {
-        'hidden': torch.randn(TOKENS, DIM),
+        'hidden': torch.randn(tokens, DIM),
         'weight': torch.randn(student_vocab, DIM) * 0.5,
         'bias': torch.randn(student_vocab),
         'a': torch.randn(3, DIM),
         'b': torch.randn(student_vocab, 3) * 0.1,
     }
     other, head, head_bias, head_a, head_b = (
-        torch.randn(TOKENS, OTHER),
+        torch.randn(tokens, OTHER),
         torch.randn(teacher_vocab, OTHER) * 0.5,
         torch.randn(teacher_vocab),
         torch.randn(3, OTHER),
         torch.randn(teacher_vocab, 3) * 0.1,
     )
-    labels = torch.randint(-1, min(student_vocab, teacher_vocab), (TOKENS,))
+    labels = torch.randint(-1, min(student_vocab, teacher_vocab), (tokens,))
     common = dict(
-        token_weights=torch.rand(TOKENS),
+        token_weights=torch.rand(tokens),
         labels=labels,
-        label_weights=torch.rand(TOKENS),
-        chunk_tokens=8,
+        label_weights=torch.rand(tokens),
+        chunk_tokens=chunk,
+        vocab_size=vocab_size,
         student_transform=LogitTransform(softcap=20.0),
     )
     student_cut, teacher_cut = cut(student_vocab, uneven), cut(teacher_vocab, False)
@@ -120,6 +122,7 @@ def main():
     for kind in ('reverse_kl', 'skew_forward_kl', 'skew_reverse_kl', 'tvd'):
         compare(Divergence(kind), 170, 150, uneven=True, detail=False)
     identical_models()
+    chunks_chosen_by_default()
     dist.barrier()
     # Every check has passed. gloo's threads may still talk to a peer that is gone already, and end a process that waits for them.
     os._exit(0)
@@ -140,6 +143,33 @@ def identical_models():
         vocab_group=dist.group.WORLD,
     )
     assert found.max() < 1e-10, f'identical models are {float(found.max())} apart'
+
+
+def chunks_chosen_by_default():
+    """Several chunks of a size that the operator chooses, where the common vocabulary cuts the last shard: its rank has fewer columns
+    than the others, and has to choose what they choose."""
+    choose, chosen = chunks.chunk_tokens, []
+
+    def on_every_rank(*args):
+        everyone = [None] * WORLD
+        dist.all_gather_object(everyone, choose(*args))
+        assert len(set(everyone)) == 1, f'the ranks choose chunks of {everyone} tokens'
+        chosen.append(everyone[0])
+        return everyone[0]
+
+    bytes_before = chunks._CHUNK_BYTES['cpu']
+    chunks.chunk_tokens = lambda *args: on_every_rank(*args) if args[-1] else choose(*args)  # the last: in a group
+    generator = torch.Generator().manual_seed(2)
+    for divergence, uneven in ((Divergence(temperature=0.9), True), (Divergence('forward_kl'), False)):
+        chunks._CHUNK_BYTES['cpu'] = 830_000 // WORLD
+        compare(divergence, 200, 210, uneven, detail=uneven, tokens=400, chunk=None, vocab_size=200 - 40 // (WORLD - 1))
+    assert max(chosen) < 400
+    for _ in range(8):
+        budget, tokens, cut_off = (int(torch.randint(*span, (), generator=generator)) for span in ((10**5, 3 * 10**6), (65, 600), (0, 30)))
+        chunks._CHUNK_BYTES['cpu'] = budget // WORLD
+        compare(Divergence(), 200, 200, True, False, tokens, None, 200 - cut_off)
+    assert len(set(chosen)) > 3
+    chunks.chunk_tokens, chunks._CHUNK_BYTES['cpu'] = choose, bytes_before
 
 
 main()

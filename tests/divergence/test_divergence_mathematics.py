@@ -9,7 +9,8 @@ from divergence_reference import relative
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from swift_gkd_plugin.divergence import Divergence, linear_divergence, logits_divergence
+from swift_gkd_plugin.divergence import Divergence, linear_divergence, logits_divergence, topk_divergence
+from swift_gkd_plugin.divergence.kinds import KINDS, MAX_LOG_RATIO
 
 DIVERGENCES = [
     Divergence('jsd', 0.5),
@@ -209,6 +210,112 @@ def test_accuracy_from_hidden_states(divergence, distance, dtype, one_head):
         torch.autograd.grad(total, (hs, weight)), torch.autograd.grad(found.sum(), (hs, weight)), gradients, strict=True
     ):
         assert relative(one, right) < bound and relative(two, right) < bound
+
+
+@pytest.mark.parametrize('spread', [0.3, 2.0, 8.0])
+@pytest.mark.parametrize(
+    'divergence',
+    [Divergence(beta=beta) for beta in (1e-6, 1e-5, 1e-3, 0.03, 0.97, 1 - 1e-3, 1 - 1e-5, 1 - 1e-6)]
+    + [Divergence(kind, skew=skew) for kind in ('skew_forward_kl', 'skew_reverse_kl') for skew in (1e-6, 1e-4, 1e-2)],
+    ids=by_name,
+)
+def test_mixtures_with_a_small_weight(divergence, spread):
+    """Nothing cancels where the mixture is all but one of the two, for which a weight of 1e-6 is all that is left."""
+    torch.manual_seed(8)
+    student = (torch.randn(32, 2000) * spread).requires_grad_()
+    teacher = torch.randn(32, 2000) * spread
+    exact = student.detach().double().requires_grad_()
+    expected = reference.divergence_of_logits(divergence, exact, teacher.double())
+    (gradient,) = torch.autograd.grad(expected.sum(), exact)
+    found = logits_divergence(student, teacher, divergence)
+    (found_gradient,) = torch.autograd.grad(found.sum(), student)
+    assert relative(found, expected) < 1e-5
+    assert relative(found_gradient, gradient) < 1e-5
+
+
+# ---- anything that two models may say, against float64 ----
+
+
+def exact_kl(log_p, log_q):
+    """KL(p‖q) with the limit that the operator sets to a log-ratio."""
+    return (log_p.exp() * (log_p - log_q).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)).sum(-1)
+
+
+def exact(divergence, student, teacher):
+    """The definition in float64, logits of -inf and log-ratios of any size included."""
+    log_s, log_t = (torch.log_softmax(z.clamp_min(-1e30) / divergence.temperature, -1) for z in (student, teacher))
+    kind, w = divergence.form
+    if kind == 'tvd':
+        return (log_s.exp() - log_t.exp()).abs().sum(-1) / 2
+    if kind == 'forward_kl':
+        return exact_kl(log_t, log_s)
+    if kind == 'reverse_kl':
+        return exact_kl(log_s, log_t)
+    log_m = torch.logaddexp(log_t + math.log(w), log_s + math.log(1 - w))
+    if kind == 'jsd':
+        return w * exact_kl(log_t, log_m) + (1 - w) * exact_kl(log_s, log_m)
+    return exact_kl(log_t if kind == 'skew_forward_kl' else log_s, log_m)
+
+
+WEIGHTS = st.sampled_from([1e-6, 1e-5, 1e-3, 0.1, 0.5, 0.9, 1 - 1e-3, 1 - 1e-5, 1 - 1e-6]) | st.floats(1e-6, 1 - 1e-6)
+MODELS = dict(
+    kind=st.sampled_from(KINDS),
+    beta=st.sampled_from([0.0, 1.0]) | WEIGHTS,
+    skew=st.just(0.0) | WEIGHTS,
+    temperature=st.floats(0.1, 4),
+    seed=st.integers(0, 2**20),
+    log_gap=st.floats(-7, 30),
+)
+
+
+@given(**MODELS, masked=st.sampled_from(['none', 'student', 'teacher', 'both']))
+@settings(max_examples=200, deadline=None)
+def test_any_two_models(kind, beta, skew, temperature, seed, log_gap, masked):
+    """Value and gradient from fp32 logits that differ by 1e-7 to 1e30 in one column, a little or a lot in the others.
+
+    What remains is that logits over T, and log-ratios, are rounded at 6e-8 of the largest.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    divergence = Divergence(kind, beta, temperature, skew)
+    student = torch.randn(4, 40, generator=generator)
+    teacher = student + torch.randn(4, 40, generator=generator) * torch.tensor([[0.0], [1e-3], [0.1], [3.0]])
+    teacher[:, 7] = student[:, 7] + (1 if seed % 2 else -1) * 10**log_gap
+    for side in (student, teacher):
+        if masked in ('both', 'student' if side is student else 'teacher'):
+            side[:, 3] = -math.inf
+    x, y = student.clone().requires_grad_(), student.double().clamp_min(-1e30).requires_grad_()
+    found, expected = logits_divergence(x, teacher, divergence), exact(divergence, y, teacher.double())
+    (gradient,), (right,) = (torch.autograd.grad(d.sum(), z) for d, z in ((found, x), (expected, y)))
+    assert (found >= 0).all() and found.isfinite().all() and gradient.isfinite().all()
+    rounded = 1e-7 * (5 + max(float(student.max()), float(teacher.max())) / temperature)
+    assert ((found - expected).abs() <= 2e-5 * expected + rounded).all()
+    if divergence.form[0] not in ('forward_kl', 'reverse_kl', 'tvd'):
+        # A plain KL's gradient goes on beyond the limit of its log-ratio, which autograd takes for a constant; a TVD's jumps where
+        # two probabilities are equal.
+        assert ((gradient - right).norm(dim=-1) <= 1e-5 * right.norm(dim=-1) + 2 * rounded / temperature).all()
+
+
+@given(**MODELS, k=st.integers(1, 12), log_tail=st.floats(-12, 0), given_tail=st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_top_k_is_never_above_the_whole(kind, beta, skew, temperature, seed, log_gap, k, log_tail, given_tail):
+    """Whatever the teacher's tail, and whether fp32 lets it be seen or not."""
+    generator = torch.Generator().manual_seed(seed)
+    divergence = Divergence(kind, beta, temperature, skew)
+    listed, rest = (torch.rand(4, n, generator=generator, dtype=torch.float64) for n in (k, 200))
+    tail = 10**log_tail * 0.999
+    listed, rest = listed / listed.sum(-1, keepdim=True) * (1 - tail), rest / rest.sum(-1, keepdim=True) * tail
+    teacher = torch.cat([listed, rest], -1).log() * temperature
+    student = (teacher + torch.randn(4, k + 200, generator=generator) * torch.tensor([[0.0], [1e-3], [1.0], [10.0]])).float()
+    student[:, 1] += min(10**log_gap, 1e30)
+    log_t = torch.log_softmax(teacher.float() / temperature, -1)
+    values, ids = log_t.topk(k)
+    tails = log_t.double().scatter(1, ids, -math.inf).logsumexp(-1) if given_tail else None
+    x = student.requires_grad_()
+    found = topk_divergence(x, None, values, ids, divergence, tail_logprobs=tails)
+    found.sum().backward()
+    whole = exact(divergence, student.detach().double(), teacher)
+    assert (found >= 0).all() and found.isfinite().all() and x.grad.isfinite().all()
+    assert (found <= whole * (1 + 1e-4) + 2e-6).all()
 
 
 # ---- columns of -inf ----

@@ -1,6 +1,7 @@
 """The operators around the mathematics: heads, weights, labels, vocabularies, partitions, memory, errors."""
 
 import copy
+import dataclasses
 import errno
 import io
 import math
@@ -414,6 +415,89 @@ def test_topk_of_an_equal_teacher_is_zero_also_when_taken_at_another_temperature
     assert (found >= 0).all() and found.max() < 1e-20 and hidden.grad.abs().max() < 1e-12
 
 
+def confident(true_tail, others=2000, tokens=64):
+    """A teacher [tokens, 6 + others] in float64, with `true_tail` of its mass on the others; its fp32 top 6; the exact tail."""
+    generator = torch.Generator().manual_seed(3)
+    listed = torch.rand(tokens, 6, generator=generator, dtype=torch.float64) * torch.tensor([1, 1e-2, 1e-3, 1e-4, 1e-4, 1e-4])
+    listed = listed / listed.sum(-1, keepdim=True) * (1 - true_tail)
+    spread = torch.rand(tokens, others, generator=generator, dtype=torch.float64)
+    logits = torch.cat([listed, spread / spread.sum(-1, keepdim=True) * true_tail], -1).log()
+    values, ids = logits.float().log_softmax(-1).topk(6)
+    rest = logits.scatter(1, ids, -math.inf)
+    return logits, values, ids, rest.logsumexp(-1)
+
+
+@pytest.mark.parametrize('divergence', [Divergence('reverse_kl'), Divergence(beta=1 - 1e-4), Divergence('skew_reverse_kl', skew=1e-6)])
+@pytest.mark.parametrize('true_tail', [1e-8, 2.5e-7, 1e-6, 1e-4])
+@pytest.mark.parametrize('distance', [0.0, 0.03, 8.0])
+def test_topk_tail_of_a_confident_teacher(divergence, true_tail, distance):
+    """fp32 log-probabilities that sum to 1 say that there is no tail. The student's is not compared with that: without the tail's
+    mass the value stays a lower bound, with it it is right."""
+    logits, values, ids, tail = confident(true_tail)
+    generator = torch.Generator().manual_seed(4)
+    student = logits + distance * torch.randn(logits.shape, generator=generator, dtype=torch.float64)
+    full = reference.divergence_of_logits(divergence, student, logits)
+    x = student.float().requires_grad_()
+    found = topk_divergence(x, None, values, ids, divergence)
+    found.sum().backward()
+    assert (found.double() <= full * (1 + 1e-4) + 1e-7).all()
+    assert x.grad.abs().max() < 10
+    log_s = torch.log_softmax(student, -1)
+    sides = (log_s, logits), (torch.scatter(log_s, 1, ids, -math.inf).logsumexp(-1), tail)
+    buckets = [torch.cat([side.gather(1, ids), rest[:, None]], -1) for side, rest in zip(*sides, strict=True)]
+    expected = reference.from_log_probs(divergence, *buckets)
+    exact = topk_divergence(student.float(), None, values, ids, divergence, tail_logprobs=tail.float())
+    assert torch.allclose(exact.double(), expected, rtol=1e-4, atol=1e-6)
+    if distance > 1:  # and no loose one
+        assert found.double().sum() > 0.5 * expected.sum()
+
+
+@pytest.mark.parametrize('temperature, lower', [(0.1, 12), (0.5, 60), (1.0, 200)])
+@pytest.mark.parametrize(
+    'divergence', [Divergence('forward_kl'), Divergence(), Divergence('reverse_kl'), Divergence('tvd')], ids=lambda d: d.kind
+)
+def test_topk_where_the_students_tail_underflows(case, divergence, temperature, lower):
+    """Its share of the whole is below the smallest number; its gradient is not."""
+    divergence = dataclasses.replace(divergence, temperature=temperature)
+    values, ids = torch.log_softmax(case['other'] @ case['head'][:VOCAB].t() / (4 * temperature), -1).topk(8)
+    student = (case['hidden'] @ case['weight'].t()) * 0.01
+    student = (student - lower).scatter(1, ids, student.gather(1, ids)).requires_grad_()
+    expected = reference.divergence_of_buckets(divergence, student, values, ids, 'bucket', temperature)
+    (gradient,) = torch.autograd.grad(expected.sum(), student)
+    x = student.detach().float().requires_grad_()
+    found = topk_divergence(x, None, values, ids, divergence)
+    found.sum().backward()
+    assert torch.allclose(found.double(), expected, rtol=1e-4)
+    assert (x.grad - gradient).norm() < 1e-4 * gradient.norm() + 1e-6  # a TVD may have none
+
+
+def test_topk_tail_logprobs_and_ids_that_the_student_lacks(case):
+    """Such an id is part of the tail also where the tail's mass is given, and a row without entries has no divergence."""
+    values, ids = entries(case, 1.0)
+    elsewhere = (ids < 0) | (ids >= VOCAB)
+    tail = torch.log1p(-values.exp().sum(-1))
+    hidden, weight = case['hidden'], case['weight']
+    found = topk_divergence(hidden, weight, values, ids, Divergence('reverse_kl'), tail_logprobs=tail)
+    assert torch.allclose(found, topk_divergence(hidden, weight, values, ids, Divergence('reverse_kl')), rtol=1e-6)
+    assert elsewhere.any() and found[4] == 0
+    tail[4] = -math.inf
+    assert topk_divergence(hidden, weight, values, ids, Divergence('reverse_kl'), tail_logprobs=tail)[4] == 0
+
+
+@pytest.mark.parametrize('given', [False, True])
+def test_topk_of_every_column(case, given):
+    """Neither side has a tail, whatever rounding leaves of the sum of all."""
+    values, ids = torch.log_softmax(case['other'] @ case['head'][:VOCAB].t(), -1).topk(VOCAB)
+    student = (case['hidden'] @ case['weight'].t()).float().requires_grad_()
+    tail = torch.full((TOKENS,), -math.inf) if given else None
+    found = topk_divergence(student, None, values.float() - 1e-6, ids, Divergence('forward_kl'), tail_logprobs=tail)
+    found.sum().backward()
+    exact = student.detach().double().requires_grad_()
+    expected = reference.divergence_of_logits(Divergence('forward_kl'), exact, case['other'] @ case['head'][:VOCAB].t())
+    expected.sum().backward()
+    assert relative(found, expected) < 1e-5 and relative(student.grad, exact.grad) < 1e-4
+
+
 def test_topk_statistics(case):
     values, ids = entries(case, 1.0)
     stats = TokenStats(detail=True)
@@ -452,6 +536,9 @@ def test_errors_name_both_numbers(case):
         r'k = 51 is larger than the vocabulary of 50': lambda: topk_divergence(hs, ws, torch.zeros(4, 51), torch.zeros(4, 51).long(), d),
         r'4 tokens, topk_ids 3': lambda: topk_divergence(hs, ws, torch.zeros(3, 5), torch.zeros(3, 5).long(), d),
         r'\[4, 5\] and topk_ids \[4, 6\]': lambda: topk_divergence(hs, ws, torch.zeros(4, 5), torch.zeros(4, 6).long(), d),
+        r'tail_logprobs \[4, 1\] .*\[4, 5\]': lambda: topk_divergence(
+            hs, ws, torch.zeros(4, 5), torch.zeros(4, 5).long(), d, tail_logprobs=torch.zeros(4, 1)
+        ),
         r"got 'drop'": lambda: topk_divergence(hs, ws, torch.zeros(4, 5), torch.zeros(4, 5).long(), d, tail='drop'),
         r'4 tokens, teacher_logits 5': lambda: logits_divergence(torch.zeros(4, 9), torch.zeros(5, 9), d),
         r'chunk_tokens must be at least 1, got 0': lambda: linear_divergence(hs, ws, ht, wt, d, chunk_tokens=0),

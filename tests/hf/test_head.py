@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from swift_gkd_plugin.divergence import Divergence, LogitTransform, TokenStats
+from swift_gkd_plugin.hf import loss as loss_module
 from swift_gkd_plugin.hf.head import POST_PROCESSING, HeadTensors, OutputHead
 from swift_gkd_plugin.hf.loss import DistillationLoss
 from swift_gkd_plugin.hf.teachers import LocalTeacher, TopKOptions
@@ -118,6 +119,25 @@ def test_family(family, batch, gradient_difference):
     dense_loss, dense_gradient = loss_and_gradient(student, teacher, batch, dense=True)
     assert loss == pytest.approx(dense_loss, rel=1e-5)
     assert gradient_difference(gradient, dense_gradient) < 1e-5
+
+
+@pytest.mark.parametrize('alpha, taught, weighed', [(0.0, True, False), (0.5, True, True), (0.5, False, True)])
+def test_no_gradient_of_a_cross_entropy_that_nobody_asked_for(batch, monkeypatch, alpha, taught, weighed):
+    """The labels are there all the same, for the cross-entropy that is logged."""
+    student, teacher = tiny('qwen3', 1).eval(), tiny('qwen3', 2).eval()
+    teacher = LocalTeacher(teacher, teacher)
+    signal = teacher.signals([batch], lambda model, inputs: model(**inputs))[0] if taught else None
+    given = []
+    operator = loss_module.linear_divergence
+    monkeypatch.setattr(loss_module, 'linear_divergence', lambda *args, **extra: given.append(extra) or operator(*args, **extra))
+    stats = TokenStats()
+    loss = DistillationLoss(LossOptions(Divergence(), 1.0, alpha, 'bucket', None), OutputHead(student))
+    total, _ = loss(lambda inputs: student(**inputs), batch, signal, stats)
+    assert (given[0]['label_weights'] is not None) == weighed and given[0]['labels'] is not None
+    logits = student(**batch.student_inputs).logits.flatten(0, 1)[batch.student_index]
+    assert torch.allclose(stats.cross_entropy, torch.nn.functional.cross_entropy(logits, batch.labels, reduction='none'), rtol=1e-4)
+    divergence = 0 if stats.divergence is None else stats.divergence.sum()
+    assert torch.allclose(total, divergence + alpha * stats.cross_entropy.sum(), rtol=1e-5)
 
 
 @pytest.mark.parametrize('language', ['en', 'zh'])

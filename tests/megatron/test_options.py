@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import runs
 
 from swift_gkd_plugin.arguments import GKDOptions, OptionError
 from swift_gkd_plugin.megatron.options import (
@@ -230,3 +235,32 @@ def test_layout_of_the_teacher_follows_the_student():
     assert not teacher_arguments(
         options(tensor_model_parallel_size=2, sequence_parallel=True, teacher_tensor_model_parallel_size=1)
     ).sequence_parallel
+
+
+LABELS = """
+from types import SimpleNamespace
+import torch
+import swift.megatron
+from swift_gkd_plugin.megatron import loss
+
+given, ones = [], torch.ones(3)
+loss.linear_divergence = lambda *args, **extra: given.append(extra)
+loss.mpu.get_tensor_model_parallel_world_size = lambda: 1
+head = SimpleNamespace(tensors=lambda *adapter: SimpleNamespace(weight=torch.ones(5, 2), bias=None))
+batch, view = SimpleNamespace(labels=ones.long(), weights=ones, imitated=ones), SimpleNamespace(of=lambda x: x)
+signal = SimpleNamespace(head=head, hidden=torch.ones(3, 2))
+for alpha, signal in (0.0, signal), (0.5, signal), (0.5, None):
+    options = SimpleNamespace(weight=1.0, alpha=alpha, divergence=None, vocab_size=5)
+    loss.DistillationLoss(options, head)._sum(torch.ones(3, 2), batch, view, signal, None)
+assert [extra['label_weights'] is None for extra in given] == [True, False, False]
+assert all(extra['labels'] is not None for extra in given)
+"""
+
+
+def test_no_gradient_of_a_cross_entropy_that_nobody_asked_for():
+    """The labels are there all the same, for the cross-entropy that is logged."""
+    path = os.pathsep.join([runs.CPU['PYTHONPATH'], str(Path(__file__).resolve().parents[2])])
+    done = subprocess.run(
+        [sys.executable, '-c', LABELS], env={**os.environ, **runs.CPU, 'PYTHONPATH': path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

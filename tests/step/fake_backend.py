@@ -383,7 +383,12 @@ class FakeRun:
             backend.save()
 
     def evaluate(self, dataset, batch_size: int = 2, at_once: int = 1) -> dict[str, float]:
-        return self.conductor.evaluate(filled_up(self.rows(dataset, batch_size, None), at_once), at_once)
+        return self.conductor.evaluate(
+            filled_up(
+                self.rows(dataset, batch_size, None, prepare=self.conductor.prepared_for_evaluation if self.prepares else None), at_once
+            ),
+            at_once,
+        )
 
     @property
     def completions(self) -> list[dict[str, Any]]:
