@@ -19,7 +19,7 @@ from ..step.ranks import Ranks
 from ..step.samples import MicroBatch, Sample
 from ..step.teaching import TeacherBatches
 from ..teachers import Signal
-from .zero3 import is_zero3
+from .zero3 import ranks_share_weights
 
 # Tokens in a batch of the teacher's, if the student's are not half as large already: of one whose weights are brought together for each
 # batch, and of one that is there anyway. A forward without a backward pass takes 0.2 to 0.3 MB per token of a 32B model.
@@ -52,9 +52,8 @@ class TransformersBackend(Backend):
     def generate(self, source: Source, prompts: list[Prompt], seeds: list[int], options: SamplingOptions) -> list[Response]:
         """Where ranks share the weights, all of them take part if one has a prompt."""
         trainer, asked = self.trainer, len(prompts)
-        # ZeRO-1 and 2 leave weights whole.
-        shared = trainer.is_fsdp_enabled or is_zero3(self.args.deepspeed) or trainer.is_teacher_ds3
-        lockstep = trainer.accelerator.num_processes > 1 and bool(shared)
+        answering = trainer.bare if source == STUDENT else trainer.teacher.bare
+        lockstep = trainer.accelerator.num_processes > 1 and ranks_share_weights(answering)
         if lockstep and not self.ranks.anywhere(asked):
             return []
         if lockstep and not asked:
@@ -105,7 +104,7 @@ class TransformersBackend(Backend):
     def run(self, batches: list[MicroBatch]) -> None:
         trainer = self.trainer
         for batch in batches:
-            batch = trainer.conductor.before_forward(batch).to(self.args.device)
+            batch = trainer._prepare_inputs(batch)
             with trainer.template.forward_context(trainer.model, batch.student_inputs):
                 trainer.sum_over_tokens(trainer.model_wrapped, batch)
 

@@ -51,6 +51,12 @@ class EngineRollout(RolloutTrainerMixin):
     def _requests(self, samples: list[Sample]) -> list[GKDSample]:
         return self._preprocess_inputs([self.conductor.encoder.inner(sample) for sample in samples])
 
+    def forget_requests(self) -> None:
+        """Of a training that ended while the server was generating."""
+        self._requested = None
+        if self._ahead:
+            self._ahead.collected()
+
     def roll_out_ahead(self, samples: list[Sample]) -> None:
         """Have the server generate, from the weights of now, while the trainer goes on. A collective call."""
         if self._last_loaded_step != self.state.global_step:

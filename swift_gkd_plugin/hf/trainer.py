@@ -202,7 +202,9 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         return self.conductor.next_step(epoch_iterator, num_batches, self.args.steps_per_generation), None
 
     def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
-        return self.conductor.before_forward(inputs).to(self.args.device)
+        here = self.conductor.before_forward(inputs).to(self.args.device)
+        inputs.signal = None  # transformers keeps the step's micro-batches until the next one's are there
+        return here
 
     # -- the loss --------------------------------------------------------------------------------------------------------------------
 
@@ -225,7 +227,8 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         stats = TokenStats(detail=self.args.gkd_detailed_metrics and self.teacher is not None)
         signal, just_ran, shared = batch.signal, False, None
         if signal is None and self.conductor.scored_locally:
-            (signal,) = self.signals([batch])
+            with self.conductor.visited(1 / self.conductor.num_batches):
+                (signal,) = self.signals([batch])
             just_ran, shared = self.teacher.model is self.model, self.teacher.shared_work
         with (
             self.conductor.metrics.seconds('seconds/student'),
@@ -315,6 +318,7 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         resume = None if self.args.resume_only_model else resume_from_checkpoint or self.args.resume_from_checkpoint
         self.resumes_from = resume or None
+        self.forget_requests()
         self.conductor.begin(self.train_dataset, None if self.args.ignore_data_skip else self.resumes_from)
         if self.aux_loss_enabled:
             HfConfigFactory.set_config_attr(self.bare.config, 'router_aux_loss_coef', self.aux_loss_coef)

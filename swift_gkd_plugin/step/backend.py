@@ -17,13 +17,14 @@ import torch
 from ..responses import Prompt, Response, SamplingOptions
 from ..sources import Source
 from ..teachers import Signal
+from .random_state import RandomState
 from .ranks import Ranks
 from .samples import MicroBatch, Sample
 from .teaching import TeacherBatches
 
 
 class Backend(ABC):
-    """Every method that is not a property is a collective call: all ranks make it, in the same order, some of them with nothing.
+    """Every abstract method that is not a property is a collective call: all ranks make it, in the same order, some of them with nothing.
 
     Attributes:
         args: ms-swift's arguments with the fields of :class:`~swift_gkd_plugin.arguments.GKDOptions`.
@@ -46,6 +47,10 @@ class Backend(ABC):
     @abstractmethod
     def is_last_step(self) -> bool:
         """Whether the run ends with the step that is under way."""
+
+    def random_state(self) -> RandomState:
+        """The random numbers of a training step, as they are now, with a method ``restore``."""
+        return RandomState(self.ranks.device)
 
     @abstractmethod
     def ending_ids(self) -> list[int]:

@@ -32,7 +32,7 @@ from .completions import Completions
 from .cycle import Answer, Cycle
 from .data import Row
 from .objective import LossOptions
-from .random_state import random_numbers, restore_numbers
+from .random_state import RandomState
 from .remote import RemoteTeacher, asked_once
 from .samples import MicroBatch, Sample, SampleEncoder, TeacherView
 from .teaching import TeacherBatches
@@ -87,7 +87,7 @@ class Conductor:
         args = self.args
         view = TeacherView(args.gkd_teacher_system, args.gkd_teacher_enable_thinking)
         tag_key = args.teacher_tag_key if isinstance(teacher, RemoteTeacher) else None
-        self.encoder = SampleEncoder(template, view, teacher is not None, tag_key)
+        self.encoder = SampleEncoder(template, view, teacher is not None, tag_key, engine=args.use_vllm)
         self.metrics = Metrics(self.ranks.device)
         self.completions = Completions(args, write_on_rank)
         if args.gkd_save_teacher_responses:
@@ -103,7 +103,7 @@ class Conductor:
         self._begun_at = 0
         self._ahead: list[list[Sample]] = []  # the next cycle without responses, drawn early to ask a server about it
         self._failure: TeacherServerError | None = None  # of this rank's server, in the middle of the step
-        self._numbers: Any = None  # random numbers as they were in front of it
+        self._numbers: RandomState | None = None  # as they were in front of it
         self._step: list[list[Sample]] = []  # of the step under way
         self.num_batches = 1
         self._losses: list[tuple[torch.Tensor, list[Sample]]] = []
@@ -114,7 +114,8 @@ class Conductor:
         """Start on a dataset, or go on where the responses in flight of a checkpoint were left."""
         self.cycle = Cycle(self.args, dataset, self.encoder, self.answers, self.ranks)
         self._ready.clear()
-        self._begun, self._ahead = [], []
+        self._begun, self._ahead, self._step, self._failure = [], [], [], None
+        self._visits.clear()
         self._resumed = None if checkpoint is None else cycles.load(checkpoint)
 
     def warn_if_nothing_to_learn(self, dataset, is_student: bool) -> None:
@@ -160,7 +161,7 @@ class Conductor:
             TeacherServerError: On every rank, after a checkpoint.
         """
         self._cycles = 0
-        self._numbers = random_numbers(self.ranks.device) if self._asks_along else None
+        self._numbers = self.backend.random_state() if self._asks_along else None
         if self._resumed is not None:
             state, self._resumed = self._resumed, None
             self._cycles = state['cycles']
@@ -363,14 +364,20 @@ class Conductor:
 
         self._visits.clear()
         if self._asks_along:
-            self.teacher.begin(sample for batch in batches for sample in batch.samples)
+            self.teacher.begin((sample for batch in batches for sample in batch.samples), again=True)
         elif self.scored_by_server:
+
+            def ask() -> None:
+                if self.teacher.is_free:
+                    self.teacher.begin((sample for batch in batches for sample in batch.samples), again=True)
+                self.teacher.ask(batches)
+
             with self.metrics.seconds('seconds/teacher'):
-                self._asked(lambda: self.teacher.ask(batches), lambda: [batch.signal for batch in batches], take)
+                self._asked(ask, lambda: [batch.signal for batch in batches], take)
         elif self.scored_locally and batches:
             plan = self.backend.teacher_batches(batches)
             if plan is None:
-                with self._visited(1.0):
+                with self.visited(1.0):
                     take(self.backend.signals(batches))
                 return
             size = plan.per_visit(batches, self.ranks)
@@ -381,19 +388,19 @@ class Conductor:
         """The local teacher looks at the next part of the step."""
         plan, batches = self._visits.popleft()
         share = len(batches) / self.num_batches
-        with self._visited(share):
+        with self.visited(share):
             signals, count = plan.taught(batches, self.encoder, self.ranks, self.backend.signals)
         for batch, signal in zip(batches, signals, strict=True):
             batch.signal = signal
         self.metrics.add('teacher/batches', count, share)
 
     @contextmanager
-    def _visited(self, share: float) -> Iterator[None]:
+    def visited(self, share: float) -> Iterator[None]:
         """Book the bytes that a teacher from the host moves for this share of a step."""
         host_copy = self.teacher.host_copy
         moved = host_copy.moved if host_copy else 0
         yield
-        if host_copy:
+        if host_copy and host_copy.moved > moved:
             self.metrics.add('teacher/moved_gib', (host_copy.moved - moved) / 2**30, share)
 
     @property
@@ -411,9 +418,12 @@ class Conductor:
         elif self._asks_along:
             with self.metrics.seconds('seconds/teacher'):
                 try:
-                    self.teacher.ask([batch])
-                except TeacherServerError as error:  # other ranks may be waiting for this one in the middle of the step
-                    self._failure, batch.signal = error, self.teacher.silence(batch)
+                    if self._failure is None:
+                        self.teacher.ask([batch])
+                except TeacherServerError as error:
+                    self._failure = error
+            if self._failure is not None:  # other ranks may be waiting for this one in the middle of the step, so it goes on to its end
+                batch.signal = self.teacher.silence(batch)
         return batch
 
     def _ask_ahead(self, rows: Iterator[list[Row]], num_batches: int, cycle_length: int) -> None:
@@ -491,7 +501,7 @@ class Conductor:
             cycles.stop_together(self._failure, self.ranks, self.backend.step + 1)
         except TeacherServerError:
             self._ready.extendleft(reversed(self._step))
-            restore_numbers(self._numbers)
+            self._numbers.restore()
             self._leave()
             raise
 
@@ -554,7 +564,7 @@ class Conductor:
             if not part:
                 return self.ranks.totals(numbers)
             self.cycle_key = -1, number  # the same at every evaluation
-            samples = [[row.prepared or self._eval_sample(row) for row in micro_batch] for micro_batch in part]
+            samples = [[self._eval_sample(row) for row in micro_batch] for micro_batch in part]
             counted = [sample for one in samples for sample in one if sample.row.counts]
             self._leave_out_what_does_not_fit(counted)
             answered = [sample for sample in counted if sample.row.counts]
@@ -569,6 +579,8 @@ class Conductor:
             numbers = [sum(pair) for pair in zip(numbers, found, strict=True)]
 
     def _eval_sample(self, row: Row) -> Sample:
+        if row.prepared is not None:
+            return row.prepared.leave_shared_memory()
         return Sample(row, row.content, self.args.gkd_eval_source if row.counts else DATASET)
 
     def prepared_for_evaluation(self, row: Row) -> Row:
@@ -653,6 +665,9 @@ class Conductor:
 
     def _leave(self) -> None:
         """A checkpoint of the last finished step, with the responses that exist. A collective call."""
+        for teacher in (self.teacher, self.answering):
+            if isinstance(teacher, RemoteTeacher):
+                teacher.servers.stop()
         if self._begun:  # the run that goes on begins it again, from the same weights and under the same key
             self._begun, self._cycles = [], self._cycles - 1
         checkpoint = self.backend.checkpoint

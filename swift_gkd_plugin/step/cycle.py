@@ -7,6 +7,7 @@ server said while it answered, and is neither generated nor asked for again.
 from __future__ import annotations
 
 import base64
+import contextlib
 import itertools
 import json
 import os
@@ -75,9 +76,11 @@ class Cycle:
             micro_batches: The rows of this rank.
             cycle_key: (optimizer step, number of the cycle in it), for ``--gkd_source_per batch``.
         """
-        return self.checked(
-            [[row.prepared or Sample(row, row.content, source) for row, source in self._kept(rows, cycle_key)] for rows in micro_batches]
-        )
+        return self.checked([[self._sample(row, source) for row, source in self._kept(rows, cycle_key)] for rows in micro_batches])
+
+    @staticmethod
+    def _sample(row: Row, source: Source) -> Sample:
+        return Sample(row, row.content, source) if row.prepared is None else row.prepared.leave_shared_memory()
 
     def prepared(self, row: Row) -> Row:
         """The row with its sample: drawn, replaced if it can't be encoded, and encoded as far as that can be done without a response. Rows
@@ -277,11 +280,13 @@ def _path(checkpoint: str) -> str:
 
 
 def save(checkpoint: str, ready: list[list[Sample]], drawn: int) -> None:
-    """Write this rank's part of the cycle in flight, if there is one."""
+    """Write this rank's part of the cycle in flight, if there is one, in the place of what an earlier run has left."""
+    path = _path(checkpoint)
     if not ready:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
         return
     os.makedirs(checkpoint, exist_ok=True)
-    path = _path(checkpoint)
     with open(f'{path}.part', 'w', encoding='utf-8') as file:
         json.dump(state_of(ready, drawn), file)
     os.replace(f'{path}.part', path)

@@ -5,13 +5,18 @@ from __future__ import annotations
 import torch
 
 
-def random_numbers(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The state of the CPU's generator and of a GPU's."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == 'cuda' else None
+class RandomState:
+    """The CPU's generator and that of a GPU.
 
+    Args:
+        device: The GPU, or another device.
+    """
 
-def restore_numbers(state: tuple[torch.Tensor, torch.Tensor | None]) -> None:
-    cpu, cuda = state
-    torch.set_rng_state(cpu)
-    if cuda is not None:
-        torch.cuda.set_rng_state(cuda)
+    def __init__(self, device: torch.device):
+        self.device, self.cpu = device, torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state(device) if device.type == 'cuda' else None
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, self.device)

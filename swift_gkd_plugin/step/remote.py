@@ -150,14 +150,17 @@ class RemoteTeacher:
         self.servers, self.topk, self.awake, self.is_free = servers, topk, awake, is_free
         self.description = ' and '.join(f'the server {server.url}' for server in servers.servers)
 
-    def begin(self, samples: Iterable[Sample]) -> None:
+    def begin(self, samples: Iterable[Sample], again: bool = False) -> None:
         """Have the questions about samples on their way; :meth:`ask` waits for what is said. What a server said while it answered is not
         asked for again.
 
         Args:
             samples: With their ``question``.
+            again: Also what a server has failed to say ahead of time, when nobody needed it yet.
         """
         for sample in samples:
+            if again and sample.asked is not None and sample.asked.done() and sample.asked.exception() is not None:
+                sample.asked = None
             if sample.asked is None and self._known(sample) is None:
                 sample.asked = self.servers.begin(lambda server, question: server.score(question), sample.question, sample.question)
 

@@ -116,6 +116,21 @@ class Sample:
         """Whether it was encoded as far as its source needs."""
         return not self.row.counts or self.encoded is not None or self.prompt is not None
 
+    def leave_shared_memory(self) -> Sample:
+        """Take over what a worker process has encoded. Its tensors keep a file descriptor each for as long as they live, in a
+        memory that is small in containers."""
+        copies: dict[int, torch.Tensor] = {}
+
+        def own(value: Any) -> Any:
+            if isinstance(value, torch.Tensor) and value.is_shared() and not value.is_cuda:
+                return copies.setdefault(id(value), value.clone())
+            if isinstance(value, dict):
+                return {name: own(one) for name, one in value.items()}
+            return tuple(map(own, value)) if isinstance(value, tuple) else value
+
+        self.encoded, self.prompt, self.views = own(self.encoded), own(self.prompt), own(self.views)
+        return self
+
     def leave_out(self) -> None:
         """Make it a filler, which keeps the ranks in step and weighs nothing."""
         self.row, self.content, self.source = self.row.filler(), self.row.content, DATASET
@@ -241,10 +256,12 @@ class SampleEncoder:
         teacher_view: How the teacher's view differs.
         needs_teacher: Whether any teacher looks at the samples.
         tag_key: The column that tells which of several teacher servers a row belongs to; None without a server.
+        engine: The student answers by an engine, which encodes prompts itself.
     """
 
-    def __init__(self, template, teacher_view: TeacherView, needs_teacher: bool = True, tag_key: str | None = None):
+    def __init__(self, template, teacher_view: TeacherView, needs_teacher: bool = True, tag_key: str | None = None, engine: bool = False):
         self.template, self.teacher_view, self.needs_teacher, self.tag_key = template, teacher_view, needs_teacher, tag_key
+        self.engine = engine
 
     @contextmanager
     def _limit(self, max_length: int | None) -> Iterator[None]:
@@ -266,7 +283,8 @@ class SampleEncoder:
             sample.encoded = self._encode(self.inner(sample))
         else:
             with inference_template(self.template) as template:
-                sample.prompt = template.encode(self.student_prompt(sample))
+                prompt = template.encode(self.student_prompt(sample))
+                sample.prompt = {} if self.engine else prompt
                 if sample.source != STUDENT:
                     sample.prompt = template.encode(self.teacher_prompt(sample))
 
@@ -351,11 +369,14 @@ class SampleEncoder:
         return student, teacher
 
     def _filler(self, inner: GKDSample) -> dict[str, Any]:
-        """A row's prompt with nothing to train on."""
+        """A row's prompt, or any if it can't be encoded, with nothing to train on."""
         remove_response(inner.messages)
         inner.messages.append({'role': 'assistant', 'content': ''})
         with self._limit(None):
-            encoded = self._encode(inner)
+            try:
+                encoded = self._encode(inner)
+            except Exception:  # see Cycle._attempts
+                encoded = self._encode(GKDSample.from_row({'messages': [{'role': 'user', 'content': 'a'}, inner.messages[-1]]}))
         return {**encoded, 'labels': [IGNORED] * len(encoded['labels'])}
 
     def _matching_labels(self, sample: Sample, student: list[int], teacher: list[int]) -> list[int]:

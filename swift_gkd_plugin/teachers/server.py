@@ -20,6 +20,7 @@ import base64
 import dataclasses
 import mimetypes
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -442,6 +443,7 @@ class TeacherServer:
         if key:
             self._session.headers['Authorization'] = f'Bearer {key}'
         self.protocol: _VLLM | _SwiftDeploy | None = None
+        self.stopped = threading.Event()
 
     # -- HTTP ------------------------------------------------------------------------------------------------------------------
 
@@ -489,7 +491,8 @@ class TeacherServer:
                 logger.warning(
                     f'Teacher server {self.url}, step {self.step()}: {problem}; next try in {pause:g} s ({waited:.0f} of {window:g} s).'
                 )
-                time.sleep(pause)
+                if self.stopped.wait(pause):
+                    raise self._error(f'{problem}; the run ends') from None
                 pause = min(2 * pause, LONGEST_PAUSE)
             else:
                 if failed_since is not None:
@@ -604,8 +607,15 @@ class TeacherServers:
         return all(isinstance(server.protocol, _VLLM) for server in self.servers)
 
     def begin(self, ask: Callable[[TeacherServer, Any], Any], question: Question, argument: Any) -> Future:
-        """``ask(server, argument)`` in a thread."""
-        return self._pool.submit(ask, self.server_for(question), argument)
+        """``ask(server, argument)`` in a thread; a question that no server is for fails there too."""
+        return self._pool.submit(lambda: ask(self.server_for(question), argument))
+
+    def stop(self) -> None:
+        """Ask nothing more. What is under way fails instead of being tried again: threads that wait for a server would keep a run from
+        its end."""
+        for server in self.servers:
+            server.stopped.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def each(self, ask: Callable[[TeacherServer, Any], Any], questions: Sequence[tuple[Question, Any]]) -> list[Any]:
         """``ask(server, argument)`` for each (question, argument), in order of the questions.

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import threading
+import time
+from concurrent.futures import wait
 from types import SimpleNamespace
 
 import pytest
 import torch
 from fake_backend import FakeServer, flat
 
+from swift_gkd_plugin.step import cycle as cycles
 from swift_gkd_plugin.step import teaching
+from swift_gkd_plugin.step.data import Row
+from swift_gkd_plugin.step.samples import Sample
 from swift_gkd_plugin.step.teaching import TeacherBatches
 from swift_gkd_plugin.teachers import HiddenStates, TopK, joined, split
+from swift_gkd_plugin.teachers.server import Question, ServerOptions, TeacherServerError, TeacherServers
 
 # -- how rows are grouped ------------------------------------------------------------------------------------------------------------------
 
@@ -182,3 +189,86 @@ def test_a_server_that_shares_the_students_device_is_asked_when_its_turn_is(make
     server.score = only_awake
     run.train()
     assert awake == [True, False] * 2 and len(server.scored) == 8
+
+
+class Flaky(Watched):
+    """Fails once on each question from the fifth on."""
+
+    def __init__(self):
+        super().__init__()
+        self.failed: set[str] = set()
+
+    def score(self, question):
+        if len(self.scored) >= 4 and str(question.ids) not in self.failed:
+            self.failed.add(str(question.ids))
+            with self.asked:
+                self.asked.notify_all()
+            raise TeacherServerError('the server starts again')
+        return super().score(question)
+
+
+def test_what_a_server_failed_to_say_ahead_of_time_is_asked_again_when_it_is_needed(make):
+    server = Flaky()
+    run = make('server', server, lmbda=0, max_steps=2)
+    look = run.backend.look
+
+    def watched(batch):
+        if run.backend.step == 0:
+            with server.asked:
+                assert server.asked.wait_for(lambda: len(server.failed) == 4, timeout=10)
+        return look(batch)
+
+    run.backend.look = watched
+    assert len(run.train().losses) == 2 and len(server.failed) == 4 and len(server.scored) == 8
+
+
+def question(tag=None):
+    return Question([1, 2], [1], [1, 2], {}, tag)
+
+
+def test_questions_that_wait_for_a_dead_server_do_not_keep_a_run_from_its_end():
+    servers = TeacherServers('http://127.0.0.1:9', ServerOptions(2, timeout=1, retry_seconds=600, in_flight=2))
+    servers.servers[0].protocol = SimpleNamespace(score=lambda question, k: ('/', {}, lambda reply: reply))
+    futures = [servers.begin(lambda server, one: server.score(one), question(), question()) for _ in range(6)]
+    time.sleep(0.5)
+    servers.stop()
+    done, waiting = wait(futures, timeout=10)
+    assert not waiting and sum(future.cancelled() for future in futures) == 4
+
+
+def test_a_question_that_no_server_is_for_fails_with_the_others():
+    two = [{'url': f'http://127.0.0.1:{port}', 'tags': [tag]} for port, tag in ((9, 'a'), (10, 'b'))]
+    servers = TeacherServers(json.dumps(two), ServerOptions(2, timeout=1, retry_seconds=0, in_flight=1))
+    failed = servers.begin(lambda server, one: server.score(one), question('c'), question('c'))
+    assert isinstance(failed.exception(timeout=10), TeacherServerError)
+
+
+# -- what is kept, and for how long --------------------------------------------------------------------------------------------------------
+
+
+def test_a_signal_is_let_go_once_its_micro_batch_has_been_used(run):
+    """transformers keeps the micro-batches of a step until those of the next are there."""
+    from swift_gkd_plugin.hf.trainer import GKDTrainer
+
+    batch = run.conductor.encoder.micro_batch(run.conductor._step[0])
+    signal = batch.signal = TopK(torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64))
+    trainer = SimpleNamespace(
+        conductor=SimpleNamespace(before_forward=lambda batch: batch), args=SimpleNamespace(device=torch.device('cpu'))
+    )
+    here = GKDTrainer._prepare_inputs(trainer, batch)
+    assert here.signal is signal and batch.signal is None
+
+
+def test_what_a_worker_process_has_encoded_leaves_its_memory(run):
+    pixels = torch.rand(3).share_memory_()
+    encoded = {'input_ids': [1], 'pixel_values': pixels}
+    sample = Sample(Row(0, 0, {}), {}, encoded=encoded, views=(dict(encoded), None)).leave_shared_memory()
+    kept = sample.encoded['pixel_values']
+    assert torch.equal(kept, pixels) and not kept.is_shared() and sample.views[0]['pixel_values'] is kept
+
+
+def test_nothing_in_flight_leaves_no_file_of_an_earlier_run(run, tmp_path):
+    cycles.save(str(tmp_path), run.conductor._step and [run.conductor._step[0]], 1)
+    assert cycles.load(str(tmp_path)) is not None
+    cycles.save(str(tmp_path), [], 1)
+    assert cycles.load(str(tmp_path)) is None
