@@ -115,6 +115,7 @@ class LocalTeacher:
         hidden = isinstance(found, HiddenStates)
         states = found.hidden if hidden else found.logits
         logprobs = states.new_empty(len(states), topk.k, dtype=torch.float32)
+        tail = states.new_empty(len(states), dtype=torch.float32)
         ids = torch.empty(len(states), topk.k, dtype=torch.int64, device=states.device)
         with self.head.gathered(self.adapter) if hidden else nullcontext():
             head = self.head.tensors(self.adapter) if hidden else None
@@ -123,7 +124,8 @@ class LocalTeacher:
                 logits = head.logits(states[rows].to(head.weight.device, head.weight.dtype)) if hidden else states[rows].float()
                 softened = torch.log_softmax(logits[:, : topk.vocab_size] / topk.temperature, -1)
                 logprobs[rows], ids[rows] = softened.topk(topk.k, dim=-1)
-        return TopK(logprobs, ids)
+                tail[rows] = softened.scatter_(-1, ids[rows], -torch.inf).logsumexp(-1)
+        return TopK(logprobs, ids, tail=tail)
 
 
 class SharedBase(LocalTeacher):

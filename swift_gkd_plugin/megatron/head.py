@@ -24,6 +24,7 @@ from megatron.core.tensor_parallel import (
 from torch import nn
 
 from ..arguments import OptionError
+from ..divergence import linear_logits
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class HeadTensors:
     bias: torch.Tensor | None
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, dim] -> [n, rows] in fp32, the plain way; for a few tokens."""
-        return torch.nn.functional.linear(hidden, self.weight, self.bias).float()
+        """[n, dim] -> [n, rows] in fp32 from inputs of any precision; for a few tokens, and without a gradient."""
+        return linear_logits(hidden, self.weight, bias=self.bias)
 
 
 def mark_shards(chunks: list[nn.Module]) -> None:

@@ -123,6 +123,7 @@ class LocalTeacher:
     def _reduced(self, hidden: torch.Tensor, topk: TopKOptions, chunk_tokens: int = 256) -> TopK:
         """The k largest log-probabilities over all vocabulary shards, a chunk of tokens at a time."""
         logprobs = hidden.new_empty(len(hidden), topk.k, dtype=torch.float32)
+        tail = hidden.new_empty(len(hidden), dtype=torch.float32)
         ids = torch.empty(len(hidden), topk.k, dtype=torch.int64, device=hidden.device)
         group, size = mpu.get_tensor_model_parallel_group(), mpu.get_tensor_model_parallel_world_size()
         head = self.loss_head.tensors(self.adapter)
@@ -147,7 +148,15 @@ class LocalTeacher:
             largest, place = torch.cat([x[:, :-1] for x in values], -1).topk(topk.k, dim=-1)
             logprobs[rows] = largest - mass[:, None]
             ids[rows] = torch.cat(value_ids, -1).gather(-1, place)
-        return TopK(logprobs, ids)
+            # What is not listed, of this shard and then of all.
+            listed = torch.where((ids[rows] >= first_id) & (ids[rows] < first_id + columns), ids[rows] - first_id, columns)
+            padded = torch.nn.functional.pad(softened, (0, 1), value=-torch.inf).scatter_(-1, listed, -torch.inf)
+            unlisted = [padded.logsumexp(-1)]
+            if size > 1:
+                unlisted = [torch.empty_like(mass) for _ in range(size)]
+                dist.all_gather(unlisted, padded.logsumexp(-1), group=group)
+            tail[rows] = torch.stack(unlisted).logsumexp(0) - mass
+        return TopK(logprobs, ids, tail=tail)
 
 
 class SharedBase(LocalTeacher):

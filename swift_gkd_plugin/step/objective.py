@@ -93,5 +93,6 @@ class LossInForward:
             self.options.divergence,
             tail=self.options.tail,
             topk_temperature=signal.temperature,
+            tail_logprobs=None if signal.tail is None else signal.tail.to(chosen.device),
             **common,
         )

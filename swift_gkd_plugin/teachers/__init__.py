@@ -39,11 +39,14 @@ class TopK:
     ids: [n, k] int64.
     temperature: At which they were taken; None for that of the divergence. A local teacher's are normalised over the common
         vocabulary, a server's (at 1) over its own.
+    tail: [n] float32, logarithm of the mass of what is not listed, summed over just that (1 minus the rest would be rounded); None from a
+        server.
     """
 
     logprobs: torch.Tensor
     ids: torch.Tensor
     temperature: float | None = None
+    tail: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,10 @@ import pytest
 import torch
 from helpers import write_rows
 from job_runs import IN_ORDER, ONE_STEP
+from transformers import AutoModelForCausalLM
+
+from swift_gkd_plugin.hf.teachers import LocalTeacher
+from swift_gkd_plugin.teachers import HiddenStates, TopKOptions
 
 STEP = {**ONE_STEP, **IN_ORDER, 'tuner_type': 'full'}
 LORA = {**STEP, 'tuner_type': 'lora', 'lora_dropout': 0}
@@ -186,3 +190,18 @@ def test_detailed_metrics(runs):
         'student_mass_on_topk',
     ):
         assert len(run.values(key)) == 1 and run.values(key)[0] >= 0, key
+
+
+def test_the_tail_of_a_local_teacher_is_summed_over_what_is_not_listed(tiny_models):
+    """Of a confident teacher, where 1 - Σ of the k probabilities is rounding alone."""
+    teacher = AutoModelForCausalLM.from_pretrained(tiny_models.teacher)
+    with torch.no_grad():
+        teacher.lm_head.weight[7] *= 300
+    local = LocalTeacher(teacher, teacher)
+    hidden = 10 * teacher.lm_head.weight[7].detach().sign().repeat(5, 1) * torch.rand(5, 1)
+    with torch.no_grad():
+        signal = local._reduced(HiddenStates(hidden, local.head), TopKOptions(4, 1.0, None), chunk_tokens=2)
+        exact = torch.log_softmax(hidden.double() @ teacher.lm_head.weight.double().T, -1)
+    expected = exact.scatter(-1, signal.ids, -torch.inf).logsumexp(-1)
+    assert expected.max() < -20
+    torch.testing.assert_close(signal.tail.double(), expected, rtol=1e-5, atol=1e-4)
