@@ -1,0 +1,64 @@
+"""``--external_plugins wait_timer.py --callbacks wait_timer``: when the student computes and when it waits, in ``waits.json``.
+
+Only what every trainer of transformers has is hooked: its model's forward in training, accelerate's ``backward``, and the forward of the
+``teacher_model`` that ms-swift keeps. So it runs with any version of the plugin, and notes which one that was.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from swift.callbacks import callbacks_map
+from transformers import TrainerCallback
+
+
+class WaitTimer(TrainerCallback):
+    """One entry for each step: its ``seconds``, ``waits`` from the end of each backward pass (or of whatever came before training) to the
+    student's next forward, ``update``, the seconds of the optimizer in front of the first of them, and the ``teacher``'s forwards."""
+
+    def __init__(self, args, trainer):
+        super().__init__()
+        self.trainer, self.steps = trainer, []
+        self.waits, self.looks, self.update, self.updating = [], 0, 0.0, 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        backward = trainer.accelerator.backward
+
+        def timed(*arguments, **options):
+            backward(*arguments, **options)
+            self.idle_since = time.perf_counter()
+
+        trainer.accelerator.backward = timed
+        trainer.accelerator.unwrap_model(trainer.model).register_forward_pre_hook(self.student_begins)
+        teacher = getattr(trainer, 'teacher_model', None)
+        if teacher is not None:
+            teacher.register_forward_pre_hook(self.teacher_begins)
+        self.begin = self.idle_since = time.perf_counter()
+
+    def student_begins(self, model, inputs):
+        if model.training and torch.is_grad_enabled():  # else it answers
+            self.waits.append(time.perf_counter() - self.idle_since)
+
+    def teacher_begins(self, model, inputs):
+        self.looks += 1
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.updating = time.perf_counter()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.updating = time.perf_counter() - self.updating
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = time.perf_counter()
+        self.steps.append({'seconds': now - self.begin, 'waits': self.waits, 'update': self.update, 'teacher': self.looks})
+        self.begin, self.waits, self.looks, self.update = now, [], 0, self.updating
+
+    def on_train_end(self, args, state, control, **kwargs):
+        plugin = sys.modules['swift_gkd_plugin'].__file__
+        Path(args.output_dir, 'waits.json').write_text(json.dumps({'plugin': plugin, 'steps': self.steps}))
+
+
+callbacks_map['wait_timer'] = WaitTimer
