@@ -15,13 +15,14 @@ from transformers import TrainerCallback
 
 
 class WaitTimer(TrainerCallback):
-    """One entry for each step: its ``seconds``, ``waits`` from the end of each backward pass (or of whatever came before training) to the
-    student's next forward, ``update``, the seconds of the optimizer in front of the first of them, and the ``teacher``'s forwards."""
+    """One entry for each step: its ``seconds``; ``waits`` from the end of each backward pass (or of whatever came before training) to the
+    student's next forward; ``update``, the seconds of the optimizer in front of the first of them; of the teacher the number of forwards
+    (``looks``) and their seconds (``teacher``, without the output head), which are among the waits."""
 
     def __init__(self, args, trainer):
         super().__init__()
         self.trainer, self.steps = trainer, []
-        self.waits, self.looks, self.update, self.updating = [], 0, 0.0, 0.0
+        self.waits, self.looks, self.teacher, self.update, self.updating = [], 0, 0.0, 0.0, 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
@@ -36,6 +37,7 @@ class WaitTimer(TrainerCallback):
         teacher = getattr(trainer, 'teacher_model', None)
         if teacher is not None:
             teacher.register_forward_pre_hook(self.teacher_begins)
+            teacher.register_forward_hook(self.teacher_ends, always_call=True)  # it may be stopped in front of its head
         self.begin = self.idle_since = time.perf_counter()
 
     def student_begins(self, model, inputs):
@@ -44,6 +46,10 @@ class WaitTimer(TrainerCallback):
 
     def teacher_begins(self, model, inputs):
         self.looks += 1
+        self.teacher -= time.perf_counter()
+
+    def teacher_ends(self, model, inputs, outputs):
+        self.teacher += time.perf_counter()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.updating = time.perf_counter()
@@ -53,8 +59,9 @@ class WaitTimer(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         now = time.perf_counter()
-        self.steps.append({'seconds': now - self.begin, 'waits': self.waits, 'update': self.update, 'teacher': self.looks})
-        self.begin, self.waits, self.looks, self.update = now, [], 0, self.updating
+        step = {'seconds': now - self.begin, 'waits': self.waits, 'update': self.update, 'teacher': self.teacher, 'looks': self.looks}
+        self.steps.append(step)
+        self.begin, self.waits, self.looks, self.teacher, self.update = now, [], 0, 0.0, self.updating
 
     def on_train_end(self, args, state, control, **kwargs):
         plugin = sys.modules['swift_gkd_plugin'].__file__

@@ -51,7 +51,6 @@ LATENCY = 0.05
 IMAGE = 512  # pixels on a side: 256 tokens
 WORKERS = {'no workers': 0, 'default workers': None}
 WITHOUT_REQUEST = 'server, from memory, 0 ms'
-LEARNS = 'a run that is not counted'
 
 
 class Proxy(ThreadingHTTPServer):
@@ -174,14 +173,17 @@ def modes(text: helpers.TinyModels, vision: helpers.TinyModels, tokens: int) -> 
         'per_device_train_batch_size': 1,
         'gradient_accumulation_steps': 8,
     }
-    found = {f'local teacher, {name}': ({**local, 'dataloader_num_workers': workers}, None, False) for name, workers in WORKERS.items()}
+    nobody = {'teacher_model': None, 'teacher_model_type': None, 'gkd_logits_topk': None, 'gkd_loss_weight': 0, 'sft_alpha': 1}
+    found = {'local teacher': ({**local, 'dataloader_num_workers': None}, None, False)}
     found['server, 50 ms'] = server, LATENCY, False
     found['server, from memory, 50 ms'] = server, LATENCY, True
     found[WITHOUT_REQUEST] = server, 0.0, True
-    found['no teacher'] = {**server, 'gkd_logits_topk': None, 'gkd_loss_weight': 0, 'sft_alpha': 1}, None, False
+    found['no teacher'] = {**server, **nobody}, None, False
     on_policy = {'lmbda': 1, 'max_completion_length': tokens, 'temperature': 1, 'dataloader_num_workers': None}
     found['on-policy, local teacher'] = {**local, **on_policy}, None, False
-    found |= {f'images, {name}': ({**images, 'dataloader_num_workers': workers}, None, False) for name, workers in WORKERS.items()}
+    for name, workers in WORKERS.items():
+        found[f'images, local teacher, {name}'] = {**images, 'dataloader_num_workers': workers}, None, False
+    found['images, no teacher, default workers'] = {**images, **nobody, 'dataloader_num_workers': None}, None, False
     return found
 
 
@@ -247,9 +249,13 @@ def main() -> None:
                     found = run(root, plugin, options, proxy, latency, remembers, args.steps)
                     steps.setdefault((mode, name), []).extend(found[WARM_UP:])
                     print(repeat, mode, name, summary(steps[mode, name]), flush=True)
-    with open(args.out, 'w', newline='') as file:
+            write(args.out, steps)
+
+
+def write(path: Path, steps: dict[tuple[str, str], list[dict]]) -> None:
+    rows = {key: summary(found) for key, found in steps.items()}
+    with open(path, 'w', newline='') as file:
         writer = csv.writer(file)
-        rows = {key: summary(found) for key, found in steps.items()}
         writer.writerow(['mode', 'plugin', 'steps', *next(iter(rows.values())), 'ratio_to_no_request'])
         for (mode, name), row in rows.items():
             floor = rows.get((WITHOUT_REQUEST, name), {}).get('seconds_per_step')
@@ -266,7 +272,8 @@ def summary(steps: list[dict]) -> dict[str, float]:
         'waits_before_first': median(step['waits'][0] for step in steps),
         'waits_before_others': median(wait for step in steps for wait in step['waits'][1:]),
         'update': median(step['update'] for step in steps),
-        'teacher_forwards': median(step['teacher'] for step in steps),
+        'teacher': median(step['teacher'] for step in steps),
+        'teacher_forwards': median(step['looks'] for step in steps),
     }
     return {name: round(value, 4) for name, value in found.items()}
 
