@@ -15,9 +15,10 @@ from transformers import TrainerCallback
 
 
 class WaitTimer(TrainerCallback):
-    """One entry for each step: its ``seconds``; ``waits`` from the end of each backward pass (or of whatever came before training) to the
-    student's next forward; ``update``, the seconds of the optimizer in front of the first of them; of the teacher the number of forwards
-    (``looks``) and their seconds (``teacher``, without the output head), which are among the waits."""
+    """One entry for each step: its ``seconds``, and ``cpu``, those of a core that this process used; ``waits`` from the end of each
+    backward pass (or of whatever came before training) to the student's next forward; ``update``, the seconds of the optimizer in front of
+    the first of them; of the teacher the number of forwards (``looks``) and their seconds (``teacher``, without the output head), which
+    are among the waits."""
 
     def __init__(self, args, trainer):
         super().__init__()
@@ -39,6 +40,7 @@ class WaitTimer(TrainerCallback):
             teacher.register_forward_pre_hook(self.teacher_begins)
             teacher.register_forward_hook(self.teacher_ends, always_call=True)  # it may be stopped in front of its head
         self.begin = self.idle_since = time.perf_counter()
+        self.cpu_begin = time.process_time()
 
     def student_begins(self, model, inputs):
         if model.training and torch.is_grad_enabled():  # else it answers
@@ -58,9 +60,10 @@ class WaitTimer(TrainerCallback):
         self.updating = time.perf_counter() - self.updating
 
     def on_step_end(self, args, state, control, **kwargs):
-        now = time.perf_counter()
-        step = {'seconds': now - self.begin, 'waits': self.waits, 'update': self.update, 'teacher': self.teacher, 'looks': self.looks}
-        self.steps.append(step)
+        now, cpu = time.perf_counter(), time.process_time()
+        step = {'seconds': now - self.begin, 'cpu': cpu - self.cpu_begin, 'waits': self.waits, 'update': self.update}
+        self.steps.append({**step, 'teacher': self.teacher, 'looks': self.looks})
+        self.cpu_begin = cpu
         self.begin, self.waits, self.looks, self.teacher, self.update = now, [], 0, 0.0, self.updating
 
     def on_train_end(self, args, state, control, **kwargs):

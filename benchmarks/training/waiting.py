@@ -14,6 +14,8 @@ nothing but their sending and parsing. In the other nobody is asked: cross-entro
 trains, which one for GPUs would not; so there is also a proxy that answers from memory after 50 ms. It learns the replies in a run that is
 not counted.
 
+`cpu_seconds_per_step` are those that the training process used of a core. Others on the machine change them less than the rest.
+
 Each mode is one run of `swift rlhf`; modes and checkouts take turns `--repeats` times, and medians over all steps but the first two are
 reported.
 """
@@ -268,6 +270,7 @@ def summary(steps: list[dict]) -> dict[str, float]:
     median = statistics.median
     found = {
         'seconds_per_step': median(step['seconds'] for step in steps),
+        'cpu_seconds_per_step': median(step['cpu'] for step in steps),
         'waits_per_step': median(sum(step['waits']) for step in steps),
         'waits_before_first': median(step['waits'][0] for step in steps),
         'waits_before_others': median(wait for step in steps for wait in step['waits'][1:]),
