@@ -11,7 +11,14 @@ HERE = Path(__file__).resolve().parent
 FIGURES = {
     'step': (('implementation', 'dtype'), {'seconds': 'seconds per step', 'above_weights_gb': 'GB above the weights'}),
     'modes': (('answers', 'by'), {'seconds_per_step': 'seconds per step'}),
-    'waiting': (('mode', 'plugin'), {'seconds_per_step': 'seconds per step', 'waits_per_step': 'of which the student waits'}),
+    'waiting': (
+        ('mode', 'plugin'),
+        {
+            'seconds_per_step': 'seconds per step',
+            'waits_per_step': 'of which the student waits',
+            'cpu_seconds_per_step': 'seconds of a core',
+        },
+    ),
     'self_distillation': (('way',), {'seconds': 'seconds per step', 'peak_gb': 'GB, weights included'}),
 }
 
