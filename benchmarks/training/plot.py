@@ -1,4 +1,4 @@
-"""Bars from the CSV files of this directory, as step.png, modes.png and self_distillation.png: ``python benchmarks/training/plot.py``."""
+"""Bars from the CSV files of this directory, each as a PNG file of its name: ``python benchmarks/training/plot.py``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ HERE = Path(__file__).resolve().parent
 FIGURES = {
     'step': (('implementation', 'dtype'), {'seconds': 'seconds per step', 'above_weights_gb': 'GB above the weights'}),
     'modes': (('answers', 'by'), {'seconds_per_step': 'seconds per step'}),
+    'waiting': (
+        ('mode', 'plugin'),
+        {
+            'seconds_per_step': 'seconds per step',
+            'waits_per_step': 'of which the student waits',
+            'cpu_seconds_per_step': 'seconds of a core',
+        },
+    ),
     'self_distillation': (('way',), {'seconds': 'seconds per step', 'peak_gb': 'GB, weights included'}),
 }
 

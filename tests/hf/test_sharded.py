@@ -271,6 +271,14 @@ def test_loss_and_gradient_are_those_of_whole_logits_in_one_process(one_process,
 
 
 @pytest.mark.e2e
+@pytest.mark.parametrize('name', ['separate', 'topk', 'on host'])
+def test_zero3_brings_a_separate_teacher_together_once_per_step(layouts, name):
+    """For both micro-batches of a step, whose signals fit into what may be kept of them."""
+    run = layouts[f'zero3 {name}'].ok()
+    assert run.values('teacher/batches') == [1, 1]
+
+
+@pytest.mark.e2e
 @pytest.mark.parametrize('name', ['live lora', 'shared base', 'last layer', 'previous', 'average lora'])
 def test_zero3_keeps_its_trace_over_two_forwards(layouts, name):
     """It forgets the check of the heads, in front of the first micro-batch, and nothing after that."""
