@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -95,11 +95,10 @@ class TransformersBackend(Backend):
     def _lives_in_student(self) -> bool:
         return self.trainer.teacher.model is self.trainer.model
 
-    def signals(self, batches: list[MicroBatch]) -> list[Signal | None]:
-        trainer = self.trainer
-        if self._lives_in_student or trainer.teacher.routing is not None:
-            return [None] * len(batches)
-        return trainer.signals(batches)
+    def signals(self, batches: Iterable[MicroBatch]) -> list[Signal | None]:
+        if self._lives_in_student or self.trainer.teacher.routing is not None:
+            return [None for _ in batches]
+        return self.trainer.signals(batches)
 
     def run(self, batches: list[MicroBatch]) -> None:
         trainer = self.trainer

@@ -7,7 +7,7 @@ divides each micro-batch's sum by the trained tokens of the whole step.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -239,7 +239,7 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         self.conductor.add_loss(batch, total, stats)
         return total, outputs
 
-    def signals(self, batches: list[MicroBatch]) -> list[Signal]:
+    def signals(self, batches: Iterable[MicroBatch]) -> list[Signal]:
         """What a local teacher says, in one visit if it lives on the host."""
         with self.conductor.metrics.seconds('seconds/teacher'):
             return self.teacher.signals((batch.to(self.args.device) for batch in batches), self._call, self._topk_options())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -104,11 +104,11 @@ class MegatronBackend(Backend):
             multiple=stages if interleaved and not relocated else 1,
         )
 
-    def signals(self, batches: list[MicroBatch]) -> list[Signal | None]:
+    def signals(self, batches: Iterable[MicroBatch]) -> list[Signal | None]:
         options, k = self.trainer.loss.options, self.args.gkd_logits_topk
         topk = None if k is None else TopKOptions(k, options.divergence.temperature, options.vocab_size)
         with self.trainer.conductor.metrics.seconds('seconds/teacher'):
-            return self.trainer.teacher.signals(batches, topk)
+            return self.trainer.teacher.signals(list(batches), topk)
 
     def run(self, batches: list[MicroBatch]) -> None:
         trainer = self.trainer

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ class Backend(ABC):
         """How a local teacher looks at these micro-batches of a step; None if it takes them as they are."""
 
     @abstractmethod
-    def signals(self, batches: list[MicroBatch]) -> list[Signal | None]:
+    def signals(self, batches: Iterable[MicroBatch]) -> list[Signal | None]:
         """What a local teacher says about the trained tokens of each batch, before the student's first forward; None for one that it looks
         at during the student's turn, or of which nothing is on this rank."""
 

@@ -6,7 +6,7 @@ few, full batches without much padding, and what the teacher says goes back to t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ..teachers import Signal, joined, split
@@ -63,27 +63,28 @@ class TeacherBatches:
         batches: list[MicroBatch],
         encoder: SampleEncoder,
         ranks: Ranks,
-        look: Callable[[list[MicroBatch]], list[Signal | None]],
+        look: Callable[[Iterable[MicroBatch]], list[Signal | None]],
     ) -> tuple[list[Signal | None], int]:
         """What the teacher says about each micro-batch, and how many batches of its own that took. A collective call in lockstep.
 
         Args:
-            look: Runs the teacher.
+            look: Runs the teacher. Batches are put together one by one, for images take room.
         """
         samples = [sample for batch in batches for sample in batch.samples]
-        trained = [place for place, length in enumerate(n for batch in batches for n in batch.lengths) if length]
+        tokens = [n for batch in batches for n in batch.lengths]
+        lengths = {id(sample): n for sample, n in zip(samples, tokens, strict=True)}
+        trained = [place for place, n in enumerate(tokens) if n]
         groups = [[samples[trained[i]] for i in group] for group in self.grouped([encoder.teacher_length(samples[i]) for i in trained])]
         wanted = ranks.at_most(len(groups)) if self.lockstep else len(groups)
         wanted = -(-max(wanted, 1) // self.multiple) * self.multiple
         filled = groups + (groups[-1:] or [samples[:1]]) * (wanted - len(groups))
-        theirs = [encoder.teacher_batch(group) for group in filled]
-        found = look(theirs)
+        found = look(encoder.teacher_batch(group) for group in filled)
         if found and found[0] is None:  # nothing of the output head is on this rank
             return [None] * len(batches), wanted
         parts = {
             id(sample): part
-            for group, batch, signal in zip(groups, theirs, found, strict=False)
-            for sample, part in zip(group, split(signal, batch.lengths), strict=True)
+            for group, signal in zip(groups, found, strict=False)
+            for sample, part in zip(group, split(signal, [lengths[id(sample)] for sample in group]), strict=True)
         }
-        nothing = split(found[0], [0, *theirs[0].lengths])[0]
+        nothing = split(found[0], [0])[0]
         return [joined([parts.get(id(sample), nothing) for sample in batch.samples]) for batch in batches], wanted

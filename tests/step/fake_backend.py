@@ -225,6 +225,7 @@ class FakeBackend(Backend):
         return TeacherBatches(self.args.gkd_teacher_batch_size, tokens=10**6, bytes_per_token=self.kept_bytes)
 
     def signals(self, batches):
+        batches = list(batches)
         self.looked_at.append([[sample.row.number for sample in batch.samples] for batch in batches])
         return [TopK(opinion(batch.labels)[:, None], batch.labels[:, None]) for batch in batches]
 

@@ -97,8 +97,9 @@ def test_ranks_that_share_weights_run_the_same_number_of_batches(template, rows,
     ranks, looked = SimpleNamespace(at_most=lambda number: max(number, 4)), []
 
     def look(theirs):
-        looked.append(len(theirs))
-        return [TopK(batch.labels[:, None].float(), batch.labels[:, None]) for batch in theirs]
+        found = [TopK(batch.labels[:, None].float(), batch.labels[:, None]) for batch in theirs]
+        looked.append(len(found))
+        return found
 
     signals, count = TeacherBatches(100, 1, lockstep=True).taught(batches, run.conductor.encoder, ranks, look)
     assert looked == [4] and count == 4
