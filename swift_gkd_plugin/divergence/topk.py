@@ -7,8 +7,8 @@ and the gradient say nothing of the mass outside.
 
 **The teacher's tail.** Without `tail_logprobs` all that is known of its mass is 1 - Σ of the k probabilities, a difference
 that fp32 rounds: for a confident teacher it comes out as 0 or below, and a student's tail of 1e-4 would be 1e4 nats off in
-KL(S‖T). So the mass is taken to lie within `_SLACK` of that difference, and what counts is the mass in that range which is
-nearest to the student's. The value then stays a lower bound of the full one.
+KL(S‖T). So the mass, where it is small, is taken to lie within `_SLACK` of that difference, and what counts is the mass in
+that range which is nearest to the student's. The value then stays a lower bound of the full one.
 
 **Temperature.** The log-probabilities were taken at a temperature τ, and the divergence is wanted at another one, T.
 The tail's mass at T cannot be known. So both sides are bucketed at τ, and the k+1 buckets are then tempered: p_i^(τ/T),
@@ -34,6 +34,8 @@ from .kinds import Divergence, Scratch, columns
 # How far 1 - Σ of a teacher's k probabilities may be from its tail's mass. torch's log_softmax over 151,936 fp32 logits is off
 # by up to 2e-5 on a CPU: beside one large probability most of a tail is lost in the running sum.
 _SLACK = 2.0**-15
+# A tail so many times larger is taken as it is: its logarithm is hardly off, and neither is the divergence.
+_KNOWN = 32
 
 
 @dataclass
@@ -60,6 +62,7 @@ class TopKTeacher:
             mass = -torch.expm1(torch.logsumexp(counted, -1, keepdim=True))
             eps = torch.finfo(self.logprobs.dtype).eps
             slack = 4 * eps if self.logprobs.dtype == torch.float64 else max(_SLACK, 4 * eps)
+            slack = torch.where(mass > _KNOWN * slack, 0.0, slack)
             return tuple(x.clamp(0, 1).log().clamp_min(LOWEST_LOGIT) for x in (mass - slack, mass.clamp_min(0) + slack))
         elsewhere = self.logprobs[rows].double().masked_fill(present, -torch.inf)  # an id that the student lacks is tail, too
         tail = torch.cat([self.tail_logprobs[rows, None].double(), elsewhere], -1).logsumexp(-1, keepdim=True)
