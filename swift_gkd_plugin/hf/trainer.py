@@ -208,6 +208,15 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
 
     # -- the loss --------------------------------------------------------------------------------------------------------------------
 
+    def training_step(self, model: nn.Module, inputs: MicroBatch, num_items_in_batch=None) -> torch.Tensor:
+        # Some templates patch the model's attention, for the backward pass of checkpointed layers too.
+        routing = self.teacher.routing if self.conductor.scored_locally else None
+        with (
+            self.template.forward_context(self.model, inputs.student_inputs),
+            routing.replayed() if routing else nullcontext(),
+        ):
+            return super().training_step(model, inputs, num_items_in_batch)
+
     def compute_loss(self, model: nn.Module, inputs: MicroBatch, return_outputs: bool = False, num_items_in_batch=None):
         """This micro-batch's share of the step's loss, times the number of ranks, over which DDP averages."""
         tokens = self.conductor.tokens
