@@ -96,7 +96,7 @@ def two_ranks(request, run_jobs):
 def test_shares_may_be_empty(two_ranks, name):
     run = two_ranks[name].ok()
     calls = [run.lines(f'engine-rank{rank}.jsonl') for rank in (0, 1)]
-    assert [[call['share'] for call in step] for step in zip(*calls, strict=True)] == SHARES
+    assert [[call['share'] for call in step] for step in zip(*calls, strict=True)] == [step for step in SHARES if any(step)]
     assert max(call['error'] for rank in calls for call in rank) < 1e-4
     assert run.values('source/student') == pytest.approx([sum(step) / 6 for step in SHARES]) and len(run.losses) == 4
     if name == 'two turns':
