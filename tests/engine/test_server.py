@@ -59,5 +59,5 @@ def two_ranks(run_jobs, servers):
 def test_shares_may_be_empty(two_ranks, name):
     run = two_ranks[name].ok()
     calls = [run.lines(f'engine-rank{rank}.jsonl') for rank in (0, 1)]
-    assert [[call['share'] for call in step] for step in zip(*calls, strict=True)] == SHARES
+    assert [[call['share'] for call in step] for step in zip(*calls, strict=True)] == [step for step in SHARES if any(step)]
     assert max(call['error'] for rank in calls for call in rank) < 1e-4 and len(run.losses) == 4
