@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -357,11 +358,7 @@ class Conductor:
         Raises:
             TeacherServerError: On every rank.
         """
-
-        def take(signals: list[Any]) -> None:
-            for batch, signal in zip(batches, signals, strict=True):
-                batch.signal = signal
-
+        take = partial(_give, batches)
         self._visits.clear()
         if self._asks_along:
             self.teacher.begin((sample for batch in batches for sample in batch.samples), again=True)
@@ -390,8 +387,7 @@ class Conductor:
         share = len(batches) / self.num_batches
         with self.visited(share):
             signals, count = plan.taught(batches, self.encoder, self.ranks, self.backend.signals)
-        for batch, signal in zip(batches, signals, strict=True):
-            batch.signal = signal
+        _give(batches, signals)
         self.metrics.add('teacher/batches', count, share)
 
     @contextmanager
@@ -676,6 +672,11 @@ class Conductor:
         elif not self.backend.saves_only_weights:
             self.save(checkpoint)
         logger.error(f'The run ends here. To go on: {self.backend.how_to_resume(checkpoint)}')
+
+
+def _give(batches: list[MicroBatch], signals: list[Any]) -> None:
+    for batch, signal in zip(batches, signals, strict=True):
+        batch.signal = signal
 
 
 def _sum(values: torch.Tensor) -> torch.Tensor:
