@@ -312,6 +312,8 @@ class Conductor:
         def take(answers: list[Any]) -> None:
             for sample, (response, scores) in zip(samples, answers, strict=True):
                 sample.response, sample.scores = response, scores
+                if response is not None:
+                    self.encoder.cut_before_media(sample)
 
         with self.metrics.seconds('seconds/generation'), self.metrics.seconds('seconds/sampling'):
             self._asked(lambda: self.answering.answer(samples, prompts, seeds, self._sampling_options(TEACHER), stop_ids), told, take)

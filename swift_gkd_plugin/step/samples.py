@@ -22,7 +22,7 @@ from swift.utils import get_logger, remove_response
 
 from ..arguments import OptionError
 from ..responses import Response
-from ..responses.local import inference_template
+from ..responses.local import inference_template, never_sampled
 from ..sources import DATASET, STUDENT, Source
 from ..teachers import Signal
 from ..teachers.server import MEDIA, Question, Scores, as_request
@@ -152,6 +152,30 @@ def sampled_turns(result: GKDSample) -> list[list[int]]:
 def sampled_ids(result: GKDSample) -> list[int]:
     """What the student sampled, over all turns."""
     return list(itertools.chain.from_iterable(sampled_turns(result)))
+
+
+def without_media(result: GKDSample, template) -> GKDSample:
+    """The rollout's sample up to the first id of a medium that the student sampled; itself if there is none. What a scheduler put in
+    between may hold such ids."""
+    turns = result.response_token_ids
+    if not turns or isinstance(turns[0], int):
+        turns = [list(turns)]
+    masks = result.response_loss_mask or [[1] * len(turn) for turn in turns]
+    sampled = ((k, i) for k, turn in enumerate(turns) for i, token in enumerate(turn) if masks[k][i] and token in never_sampled(template))
+    turn, place = next(sampled, (None, 0))
+    if turn is None:
+        return result
+    cut = copy.copy(result)
+
+    def upto(parts: list[list[Any]]) -> list[list[Any]]:
+        return [*parts[:turn], parts[turn][:place]] if parts else parts
+
+    cut.response_token_ids, cut.finish_reason = upto(turns), 'length'
+    cut.response_loss_mask, cut.rollout_logprobs = upto(result.response_loss_mask), upto(result.rollout_logprobs)
+    answers = [i for i, message in enumerate(result.messages) if message['role'] == 'assistant'][-len(turns) :]
+    text = template.safe_decode(cut.response_token_ids[-1])
+    cut.messages = [*result.messages[: answers[turn]], {**result.messages[answers[turn]], 'content': text}]
+    return cut
 
 
 def check_one_each(made: int, asked: int, scheduler: str | None) -> None:
@@ -287,6 +311,19 @@ class SampleEncoder:
                 sample.prompt = {} if self.engine else prompt
                 if sample.source != STUDENT:
                     sample.prompt = template.encode(self.teacher_prompt(sample))
+
+    def take(self, sample: Sample, result: GKDSample) -> None:
+        """What ms-swift's rollout has generated for a sample. Its engines may sample what :func:`never_sampled` keeps ours from."""
+        result = without_media(result, self.template)
+        sample.generated, sample.response = result, Response(sampled_ids(result), result.finish_reason or 'stop')
+
+    def cut_before_media(self, sample: Sample) -> None:
+        """The same for what a teacher server has answered."""
+        never, ids = never_sampled(self.template), sample.response.token_ids
+        place = next((i for i, token in enumerate(ids) if token in never), None)
+        if place is not None:
+            sample.response, scores = Response(ids[:place], 'length'), sample.scores
+            sample.scores = scores and Scores(scores.logprobs[:place], scores.ids[:place])
 
     @staticmethod
     def inner(sample: Sample) -> GKDSample:

@@ -34,7 +34,7 @@ def largest_difference(trainer, samples) -> float:
     model.eval()
     worst = 0.0
     for sample in samples:
-        encoded, _ = trainer.conductor.encoder.views(sample)
+        encoded = dict(trainer.conductor.encoder.views(sample)[0])  # a collator takes the images out
         labels = torch.tensor(encoded['labels'])
         trained = (labels != -100).nonzero()[:, 0]
         turns = trained.tensor_split((trained.diff() > 1).nonzero()[:, 0] + 1)

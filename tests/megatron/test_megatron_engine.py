@@ -88,6 +88,11 @@ def check(run: Run, steps: list[int]) -> None:
         assert max(call['error'] for call in rank) < 1e-4
 
 
+def steps_that_sample(run: Run) -> list[int]:
+    """The engine sleeps in the others."""
+    return [step for step, share in enumerate(run.ok().values('source/student')) if share]
+
+
 def check_old_weights(run: Run) -> None:
     """What the comparison says of an engine that keeps the weights it was built with."""
     errors = [max(call['error'] for call in step) for step in zip(*calls(run.ok()), strict=True)]
@@ -124,7 +129,7 @@ def test_ranks_share_the_samples_out(run_here, layout, more):
     found = run_here({'all': {**STEP, **more}, 'part': {**PART, **more}, 'merged': {**ADAPTER, **more}}, layout)
     check(found['all'], [0, 1, 2])
     check(found['merged'], [0, 1, 2])
-    check(found['part'], [0, 1, 2, 3])
+    check(found['part'], steps_that_sample(found['part']))
     shares = [call['share'] for rank in calls(found['part']) for call in rank]
     assert 0 < sum(shares) < 4 * len(shares)
 
@@ -156,7 +161,7 @@ def served(run_here, engine_models, tiny_models, tmp_path_factory) -> dict[str, 
 def test_server(served):
     check(served['full'], [0, 1, 2])
     check(served['merged'], [0, 1, 2])
-    check(served['part'], [0, 1, 2, 3])
+    check(served['part'], steps_that_sample(served['part']))
     check_old_weights(served['without sync'])
 
 
