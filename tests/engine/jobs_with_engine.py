@@ -1,4 +1,4 @@
-"""``hf/jobs.py`` with vLLM: ``python jobs_with_engine.py jobs.json``, alone or by ranks.py.
+"""``hf/jobs.py`` with vLLM: ``python jobs_with_engine.py jobs.json``, alone or by the ranks of fork_server.py.
 
 After each generation call the log-probabilities that the engine gave to the tokens it sampled are compared with those of the live
 student, on the very tensors that are trained; ``engine-rank<r>.jsonl`` has a line for each call.

@@ -16,7 +16,7 @@ from runs import Run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'engine'))
 from engine_options import ENGINE
-from rollout_server import ENVIRONMENT, RolloutServer
+from rollout_server import ENVIRONMENT, MODULES, RolloutServer
 
 WHY_NO_VLLM = helpers.why_no_vllm()
 pytestmark = [
@@ -71,7 +71,7 @@ def run_here(tmp_path_factory, engine_models, tiny_models):
         data = make_datasets(tiny_models.train, root)
         jobs = {name: {k: data[v] if k.endswith('dataset') else v for k, v in job.items()} for name, job in jobs.items()}
         environment = {**ENVIRONMENT, 'PYTHONPATH': cpu}
-        return runs.run_jobs(jobs, layout, root, engine_models, tiny_models.train, env=environment, timeout=300)
+        return runs.run_jobs(jobs, layout, root, engine_models, tiny_models.train, env=environment, timeout=300, modules=MODULES)
 
     return run
 
