@@ -7,6 +7,7 @@ every per-token tensor in here and in the loss is in that order, whatever the la
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -135,6 +136,15 @@ class Sample:
         """Make it a filler, which keeps the ranks in step and weighs nothing."""
         self.row, self.content, self.source = self.row.filler(), self.row.content, DATASET
         self.encoded = self.views = self.prompt = None
+
+    def digest(self) -> str:
+        """Of what the models see of it: row, source, token ids and the shapes of everything else."""
+        seen = hashlib.blake2b(repr((self.row.key, self.row.counts, self.source)).encode(), digest_size=7)
+        for view in self.views:
+            for name, value in sorted((view or {}).items()):
+                text = tuple(value.shape) if isinstance(value, torch.Tensor) else value if isinstance(value, list) else type(value).__name__
+                seen.update(f'{name} {text}'.encode())
+        return seen.hexdigest()
 
     def __str__(self) -> str:
         return f'row {self.row.number} of epoch {self.row.epoch} ({self.source})'
