@@ -112,10 +112,10 @@ class Books:
             for sample, sum_and_count in zip(batch.samples, sums.unbind(1), strict=True):
                 sample.divergence = sum_and_count
 
-    def not_finite(self) -> list[str]:
+    def not_finite(self) -> list[Sample]:
         """This rank's samples of micro-batches whose loss is not."""
         finite = torch.stack([loss for loss, _ in self._losses]).isfinite().tolist() if self._losses else []
-        return [str(sample) for (_, samples), ok in zip(self._losses, finite, strict=True) if not ok for sample in samples]
+        return [sample for (_, samples), ok in zip(self._losses, finite, strict=True) if not ok for sample in samples]
 
     def write_completions(self, samples: list[Sample]) -> None:
         """One line per generated response of this step into completions.jsonl, if asked for. A collective call."""

@@ -34,6 +34,7 @@ from .evaluation import Evaluation
 from .objective import LossOptions
 from .random_state import RandomState
 from .remote import RemoteTeacher, asked_once
+from .said import names_of
 from .samples import MicroBatch, Sample, SampleEncoder, TeacherView
 from .teaching import TeacherBatches
 
@@ -253,7 +254,7 @@ class Conductor:
         if batches and total == 0:
             logger.warning(
                 f'Step {self.backend.step + 1}: no token of the whole step is trained '
-                f'({", ".join(str(s) for batch in batches for s in batch.samples)}); its gradient is 0.'
+                f'({names_of([s for batch in batches for s in batch.samples])}); its gradient is 0.'
             )
         self.books.begin_step([sample for batch in batches for sample in batch.samples], total)
 
@@ -397,7 +398,7 @@ class Conductor:
         step = self.backend.step
         raise FloatingPointError(
             f'The loss of step {step + 1} is not finite'
-            + (f', here with {", ".join(mine)}' if mine else ' on other ranks')
+            + (f', here with {names_of(mine)}' if mine else ' on other ranks')
             + f'. The weights are those of step {step}; the last checkpoint is {self.backend.last_checkpoint or "not written yet"}. '
             f'Look at these rows, or lower {self.backend.learning_rate}.'
         )

@@ -17,6 +17,7 @@ from .answers import Answers
 from .backend import Backend
 from .books import Books
 from .data import Row
+from .said import Few, in_one_line
 from .samples import MicroBatch, Sample, SampleEncoder
 
 logger = get_logger()
@@ -45,6 +46,7 @@ class Evaluation:
         self.backend, self.ranks, self.source = backend, backend.ranks, backend.args.gkd_eval_source
         self.encoder, self.answers, self.books, self.taught = encoder, answers, books, taught
         self.has_divergence = has_divergence
+        self._left_out = Few('times a row of an evaluation set could not be encoded')
 
     def of(self, rows: Iterable[list[Row]], at_once: int) -> dict[str, float]:
         """As :meth:`.conductor.Conductor.evaluate`."""
@@ -103,7 +105,7 @@ class Evaluation:
                 if not sample.fits:
                     self.encoder.check(sample)
             except Exception as error:  # see Cycle._attempts
-                logger.warning(f'evaluation: {sample} cannot be encoded: {error}')
+                self._left_out.say(f'evaluation: {sample} cannot be encoded: {in_one_line(error)}')
                 failed.append(1)
             else:
                 failed.append(0)

@@ -12,14 +12,14 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from swift.dataset import RowPreprocessor
 from swift.rl_core.data import GKDSample
 from swift.rlhf_trainers.utils import encode_sample, get_response_prefix_ids
-from swift.utils import get_logger, remove_response
+from swift.utils import remove_response
 
 from ..arguments import OptionError
 from ..responses import Response
@@ -28,8 +28,7 @@ from ..sources import DATASET, STUDENT, Source
 from ..teachers import Signal
 from ..teachers.server import MEDIA, Question, Scores, as_request
 from .data import Row
-
-logger = get_logger()
+from .said import how_to_find
 
 # What `SampleEncoder.row_with_response` writes beside ms-swift's columns.
 RESPONSE_COLUMNS = ('response_token_ids', 'add_eos')
@@ -95,6 +94,7 @@ class Sample:
         question: What it is asked about the trained tokens; None without a server.
         asked: What it will say about them, where the question is on its way.
         attempt: 0 for the row's own content, n for that of the n-th row that was drawn in its place.
+        unfit: Why the row's own content cannot be encoded; None if it can.
     """
 
     row: Row
@@ -111,6 +111,7 @@ class Sample:
     question: Question | None = field(default=None, repr=False)
     asked: Future | None = field(default=None, repr=False)
     attempt: int = 0
+    unfit: str | None = None
 
     @property
     def fits(self) -> bool:
@@ -147,7 +148,11 @@ class Sample:
         return seen.hexdigest()
 
     def __str__(self) -> str:
-        return f'row {self.row.number} of epoch {self.row.epoch} ({self.source})'
+        return f'row {self.row.number} of epoch {self.row.epoch} ({self.source}) {how_to_find(self.content)}'
+
+    def of_row(self) -> str:
+        """As ``str``, of the row's own content where another row's stands in."""
+        return str(replace(self, content=self.row.content))
 
 
 def sampled_turns(result: GKDSample) -> list[list[int]]:
