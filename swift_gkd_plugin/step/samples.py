@@ -7,18 +7,19 @@ every per-token tensor in here and in the loss is in that order, whatever the la
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from swift.dataset import RowPreprocessor
 from swift.rl_core.data import GKDSample
 from swift.rlhf_trainers.utils import encode_sample, get_response_prefix_ids
-from swift.utils import get_logger, remove_response
+from swift.utils import remove_response
 
 from ..arguments import OptionError
 from ..responses import Response
@@ -27,8 +28,7 @@ from ..sources import DATASET, STUDENT, Source
 from ..teachers import Signal
 from ..teachers.server import MEDIA, Question, Scores, as_request
 from .data import Row
-
-logger = get_logger()
+from .said import how_to_find
 
 # What `SampleEncoder.row_with_response` writes beside ms-swift's columns.
 RESPONSE_COLUMNS = ('response_token_ids', 'add_eos')
@@ -94,6 +94,7 @@ class Sample:
         question: What it is asked about the trained tokens; None without a server.
         asked: What it will say about them, where the question is on its way.
         attempt: 0 for the row's own content, n for that of the n-th row that was drawn in its place.
+        unfit: Why the row's own content cannot be encoded; None if it can.
     """
 
     row: Row
@@ -110,6 +111,7 @@ class Sample:
     question: Question | None = field(default=None, repr=False)
     asked: Future | None = field(default=None, repr=False)
     attempt: int = 0
+    unfit: str | None = None
 
     @property
     def fits(self) -> bool:
@@ -136,8 +138,21 @@ class Sample:
         self.row, self.content, self.source = self.row.filler(), self.row.content, DATASET
         self.encoded = self.views = self.prompt = None
 
+    def digest(self) -> str:
+        """Of what the models see of it: row, source, token ids and the shapes of everything else."""
+        seen = hashlib.blake2b(repr((self.row.key, self.row.counts, self.source)).encode(), digest_size=7)
+        for view in self.views:
+            for name, value in sorted((view or {}).items()):
+                text = tuple(value.shape) if isinstance(value, torch.Tensor) else value if isinstance(value, list) else type(value).__name__
+                seen.update(f'{name} {text}'.encode())
+        return seen.hexdigest()
+
     def __str__(self) -> str:
-        return f'row {self.row.number} of epoch {self.row.epoch} ({self.source})'
+        return f'row {self.row.number} of epoch {self.row.epoch} ({self.source}) {how_to_find(self.content)}'
+
+    def of_row(self) -> str:
+        """As ``str``, of the row's own content where another row's stands in."""
+        return str(replace(self, content=self.row.content))
 
 
 def sampled_turns(result: GKDSample) -> list[list[int]]:
