@@ -73,7 +73,7 @@ class Conductor:
         args = self.args
         view = TeacherView(args.gkd_teacher_system, args.gkd_teacher_enable_thinking)
         tag_key = args.teacher_tag_key if isinstance(teacher, RemoteTeacher) else None
-        self.encoder = SampleEncoder(template, view, teacher is not None, tag_key, engine=args.use_vllm)
+        self.encoder = SampleEncoder(template, view, teacher is not None, tag_key)
         self.books = Books(backend, self.encoder, write_on_rank)
         self.answers = Answers(backend, self.encoder, self.books, answering, options.vocab_size, write_on_rank)
         scored = teacher is not None and args.gkd_loss_weight > 0
@@ -165,6 +165,8 @@ class Conductor:
                 break
             self._ready.extend(cycle)
         self._step = [self._ready.popleft() for _ in range(min(num_batches, len(self._ready)))]
+        for sample in itertools.chain.from_iterable(self._ready):
+            sample.prompts = None  # their images would wait for a step of their own
         if self.args.gkd_prefetch and len(self._ready) < num_batches and not self.backend.is_last_step:
             self._begin_next_cycle(rows, cycle_length)
         self.num_batches = max(len(self._step), 1)
@@ -220,8 +222,6 @@ class Conductor:
             self._leave()
             raise failure.__cause__ from None
         new = cycles.dated(cycle, self.backend.step, student_at)
-        for sample in new:
-            sample.prompt = None  # it may hold images
         tokens = sum(len(sample.response.token_ids) for sample in new)
         self.metrics.total('tokens/generated', tokens / self.ranks.sharers)
         return cycle

@@ -24,9 +24,10 @@ from swift.utils import remove_response
 from ..arguments import OptionError
 from ..responses import Response
 from ..responses.local import inference_template, never_sampled
-from ..sources import DATASET, STUDENT, Source
+from ..sources import DATASET, STUDENT, TEACHER, Source
 from ..teachers import Signal
 from ..teachers.server import MEDIA, Question, Scores, as_request
+from .continuation import IGNORED, Continuation
 from .data import Row
 from .said import how_to_find
 
@@ -62,9 +63,6 @@ def _selected(dataset, used: set[str]):
     return dataset if kept == list(columns) else dataset.select_columns(kept)
 
 
-IGNORED = -100  # label of a token that isn't trained, as everywhere in transformers
-
-
 def predicting_positions(labels: torch.Tensor) -> torch.Tensor:
     """[n] positions, in the flattened [batch * sequence], of the hidden states that predict the trained tokens of ``labels``.
 
@@ -86,7 +84,7 @@ class Sample:
         response: The generated response; None for the dataset's.
         generated: The sample as ms-swift's rollout returned it, for what only that knows (several turns, loss masks, media).
         encoded: The student's view of a dataset response, encoded when it was checked.
-        prompt: The encoded prompt of the model that is to answer, likewise.
+        prompts: The encoded prompts of both views, the teacher's if it differs, likewise; until the response is encoded.
         views: Both views, once they were encoded for a step.
         generated_at: Number of optimizer steps that were done when the response was generated.
         divergence: [2], sum and number over its trained tokens on this rank, once their loss was computed.
@@ -103,7 +101,7 @@ class Sample:
     response: Response | None = None
     generated: GKDSample | None = field(default=None, repr=False)
     encoded: dict[str, Any] | None = field(default=None, repr=False)
-    prompt: dict[str, Any] | None = field(default=None, repr=False)
+    prompts: tuple[dict[str, Any], dict[str, Any] | None] | None = field(default=None, repr=False)
     views: tuple[dict[str, Any], dict[str, Any] | None] | None = field(default=None, repr=False)
     generated_at: int | None = None
     divergence: torch.Tensor | None = field(default=None, repr=False)
@@ -116,7 +114,13 @@ class Sample:
     @property
     def fits(self) -> bool:
         """Whether it was encoded as far as its source needs."""
-        return not self.row.counts or self.encoded is not None or self.prompt is not None
+        return not self.row.counts or self.encoded is not None or self.prompts is not None
+
+    @property
+    def prompt(self) -> dict[str, Any]:
+        """That of the model that is to answer."""
+        student, teacher = self.prompts
+        return teacher if self.source == TEACHER and teacher is not None else student
 
     def leave_shared_memory(self) -> Sample:
         """Take over what a worker process has encoded. Its tensors keep a file descriptor each for as long as they live, in a
@@ -130,13 +134,13 @@ class Sample:
                 return {name: own(one) for name, one in value.items()}
             return tuple(map(own, value)) if isinstance(value, tuple) else value
 
-        self.encoded, self.prompt, self.views = own(self.encoded), own(self.prompt), own(self.views)
+        self.encoded, self.prompts, self.views = own(self.encoded), own(self.prompts), own(self.views)
         return self
 
     def leave_out(self) -> None:
         """Make it a filler, which keeps the ranks in step and weighs nothing."""
         self.row, self.content, self.source = self.row.filler(), self.row.content, DATASET
-        self.encoded = self.views = self.prompt = None
+        self.encoded = self.views = self.prompts = None
 
     def digest(self) -> str:
         """Of what the models see of it: row, source, token ids and the shapes of everything else."""
@@ -295,12 +299,11 @@ class SampleEncoder:
         teacher_view: How the teacher's view differs.
         needs_teacher: Whether any teacher looks at the samples.
         tag_key: The column that tells which of several teacher servers a row belongs to; None without a server.
-        engine: The student answers by an engine, which encodes prompts itself.
     """
 
-    def __init__(self, template, teacher_view: TeacherView, needs_teacher: bool = True, tag_key: str | None = None, engine: bool = False):
+    def __init__(self, template, teacher_view: TeacherView, needs_teacher: bool = True, tag_key: str | None = None):
         self.template, self.teacher_view, self.needs_teacher, self.tag_key = template, teacher_view, needs_teacher, tag_key
-        self.engine = engine
+        self._continue = Continuation(template)
 
     @contextmanager
     def _limit(self, max_length: int | None) -> Iterator[None]:
@@ -321,11 +324,14 @@ class SampleEncoder:
                 raise ValueError('the row has no response')
             sample.encoded = self._encode(self.inner(sample))
         else:
+            teacher, raises = None, self.template.truncation_strategy == 'raise'
             with inference_template(self.template) as template:
-                prompt = template.encode(self.student_prompt(sample))
-                sample.prompt = {} if self.engine else prompt
-                if sample.source != STUDENT:
-                    sample.prompt = template.encode(self.teacher_prompt(sample))
+                student = template.encode(self.student_prompt(sample))
+                if (self.needs_teacher or sample.source == TEACHER) and self.teacher_view.differs(self.inner(sample)):
+                    # What the teacher only looks at may be longer than what is trained.
+                    with self._limit(None if sample.source == STUDENT and raises else template.max_length):
+                        teacher = template.encode(self.teacher_prompt(sample))
+            sample.prompts = student, teacher
 
     def take(self, sample: Sample, result: GKDSample) -> None:
         """What ms-swift's rollout has generated for a sample. Its engines may sample what :func:`never_sampled` keeps ours from."""
@@ -374,10 +380,11 @@ class SampleEncoder:
         return inner
 
     def _encode(self, inner: GKDSample) -> dict[str, Any]:
-        """``template.encode``, with what the prompt of a generation call ends with (an empty think block, say) untrained."""
+        """``template.encode``, with what the prompt of a generation call ends with (an empty think block, say) untrained. Before token ids
+        ms-swift puts it itself, and a model may have sampled it once more."""
         encoded = encode_sample(inner, self.template)
         encoded.pop('_extra_kwargs', None)
-        prefix = self._response_prefix(inner)
+        prefix = None if inner.response_token_ids else self._response_prefix(inner)
         if prefix:
             ids, labels = encoded['input_ids'], encoded['labels']
             for start in range(1, len(labels)):
@@ -401,7 +408,7 @@ class SampleEncoder:
     def views(self, sample: Sample) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """The encoded student's view, and the teacher's if it differs, with the same trained tokens. Encoded once."""
         if sample.views is None:
-            sample.views = self._views(sample)
+            sample.views, sample.prompts = self._views(sample), None
         return sample.views
 
     def _views(self, sample: Sample) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -411,14 +418,25 @@ class SampleEncoder:
         elif sample.source == DATASET:
             student = dict(sample.encoded)
         else:
-            with self._limit(self._response_limit(sample)):
-                student = self._encode(inner)
+            student = self._generated(sample, 0, inner)
         if not self.needs_teacher or not self.teacher_view.differs(inner):
             return student, None
-        with self._limit(None if sample.source == DATASET else self._response_limit(sample)):
-            teacher = self._encode(self.teacher_view.of(inner))
+        if sample.source == DATASET or not sample.row.counts:
+            with self._limit(None):
+                teacher = self._encode(self.teacher_view.of(inner))
+        else:
+            teacher = self._generated(sample, 1, self.teacher_view.of(inner))
         teacher['labels'] = self._matching_labels(sample, student['labels'], teacher['labels'])
         return student, teacher
+
+    def _generated(self, sample: Sample, which: int, view: GKDSample) -> dict[str, Any]:
+        """A generated response under the student's (0) or the teacher's (1) prompt."""
+
+        def encode() -> dict[str, Any]:
+            with self._limit(self._response_limit(sample)):
+                return self._encode(view)
+
+        return self._continue(sample.prompts and sample.prompts[which], view, encode)
 
     def _filler(self, inner: GKDSample) -> dict[str, Any]:
         """A row's prompt, or any if it can't be encoded, with nothing to train on."""

@@ -174,7 +174,7 @@ def vision_template(template, monkeypatch):
     ],
 )
 def test_a_sampled_image_ends_the_response_of_an_engine(vision_template, turns, masks, kept, reason):
-    encoder, one = SampleEncoder(vision_template, TeacherView(), engine=True), sample('student')
+    encoder, one = SampleEncoder(vision_template, TeacherView()), sample('student')
     result = encoder.inner(one)
     result.messages = [dict(QUESTION), {'role': 'assistant', 'content': 'a'}, {'role': 'user', 'content': 'sure ?'}, dict(ANSWER)]
     result.response_token_ids, result.response_loss_mask, result.finish_reason, result.add_eos = turns, masks, 'stop', False
@@ -193,3 +193,82 @@ def test_a_sampled_image_ends_the_response_of_a_teacher_server(vision_template):
     SampleEncoder(vision_template, TeacherView()).cut_before_media(one)
     assert one.response == Response([20, 21], 'length')
     assert one.scores.ids.tolist() == [[0, 1], [2, 3]] and one.scores.logprobs.tolist() == [[0, 1], [2, 3]]
+
+
+@pytest.fixture
+def count(template, monkeypatch):
+    """How often the template has encoded anything."""
+    encode, calls = template.encode, []
+    monkeypatch.setattr(template, 'encode', lambda *args, **kwargs: calls.append(args) or encode(*args, **kwargs))
+    return calls
+
+
+def views_of(template, view, ids=(20, 21, 22), source='student', prompts=True, encoder=None, **columns):
+    encoder = encoder or SampleEncoder(template, view)
+    one = sample(source, **columns)
+    encoder.check(one)
+    one.response = Response(list(ids), 'length')
+    if not prompts:
+        one.prompts = None
+    return encoder.views(one)
+
+
+LONG = {'role': 'user', 'content': 'what is 3 plus 4 ? ' * 40}
+HISTORY = [QUESTION, {'role': 'assistant', 'content': '7'}, {'role': 'user', 'content': 'and 4 plus 5 ?'}, ANSWER]
+
+
+@pytest.mark.parametrize('source', ['student', 'teacher'])
+@pytest.mark.parametrize(
+    ('view', 'columns', 'encoded'),
+    [
+        (TeacherView(), {}, 0),
+        (TeacherView(system='You know it.'), {}, 0),
+        (TeacherView(enable_thinking=True), {}, 0),
+        (TeacherView(), {'teacher_prompt': '3 plus 4 is 7. Now: what is 3 plus 4 ?'}, 0),
+        (TeacherView(), {'messages': HISTORY}, 1),  # the first answer is trained too
+    ],
+)
+def test_a_response_is_put_behind_the_encoded_prompt(template, count, source, view, columns, encoded):
+    encoder = SampleEncoder(template, view)
+    first = views_of(template, view, source=source, encoder=encoder, **columns)  # compared with encoding the whole
+    assert first == views_of(template, view, source=source, prompts=False, **columns)
+    for ids in ([23], [24, 25, 2], template.tokenizer.encode(PREFIX, add_special_tokens=False)):
+        del count[:]
+        found = views_of(template, view, ids, source, encoder=encoder, **columns)
+        checks = 1 + (found[1] is not None)
+        assert len(count) == checks + encoded
+        assert found == views_of(template, view, ids, source, prompts=False, **columns)
+
+
+@pytest.mark.parametrize('strategy', ['left', 'right'])
+def test_a_prompt_that_was_cut_is_encoded_with_its_response(template, count, strategy, monkeypatch):
+    monkeypatch.setattr(template, 'truncation_strategy', strategy)
+    encoder = SampleEncoder(template, TeacherView())
+    views_of(template, TeacherView(), encoder=encoder)
+    del count[:]
+    found = views_of(template, TeacherView(), encoder=encoder, messages=[LONG, ANSWER])
+    assert len(count) == 2 and found == views_of(template, TeacherView(), prompts=False, messages=[LONG, ANSWER])
+
+
+@pytest.mark.parametrize(('extra', 'calls'), [('mm_token_type_ids', 1), ('token_places', 2)])
+def test_what_a_template_adds_for_each_token(template, count, monkeypatch, extra, calls):
+    """Types of tokens go on as text; what is not known is left to the template."""
+    encode = template._encode
+    monkeypatch.setattr(template, '_encode', lambda inputs: (lambda e: {**e, extra: torch.zeros(len(e['input_ids']))})(encode(inputs)))
+    encoder = SampleEncoder(template, TeacherView())
+    for number in range(3):
+        del count[:]
+        student, _ = views_of(template, TeacherView(), encoder=encoder)
+        assert len(student[extra]) == len(student['input_ids']) and len(count) == (2 if number == 0 else calls)
+
+
+def test_a_loss_scale_sees_the_whole(template, count, monkeypatch):
+    from swift.loss_scale import get_loss_scale
+
+    scale = get_loss_scale('ignore_empty_think')
+    monkeypatch.setattr(type(template), 'loss_scale', property(lambda self: scale))
+    encoder = SampleEncoder(template, TeacherView())
+    for _ in range(2):
+        del count[:]
+        views_of(template, TeacherView(), encoder=encoder)
+        assert len(count) == 2
