@@ -3,7 +3,7 @@
 The :class:`~swift_gkd_plugin.step.conductor.Conductor` brings the rows of an optimizer step to micro-batches with responses, counts and the
 teacher's signals. The back end then runs them through its own loop, accelerate's or megatron-core's, and books each with
 :meth:`Conductor.add_loss`. Building models, wrapping them, laying them out over ranks and stopping at the output head are no business of
-the step.
+the step. The loop around it is in docs_en/architecture.md, "Writing another back end".
 """
 
 from __future__ import annotations

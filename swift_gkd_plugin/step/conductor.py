@@ -48,7 +48,8 @@ class Conductor:
         backend: What runs it.
         template: The student's.
         options: What is minimised.
-        teacher: Who looks at the responses: a :class:`RemoteTeacher`, or the back end's own; None for nobody.
+        teacher: Who looks at the responses: a :class:`RemoteTeacher`, or the back end's own, of which ``description`` and ``host_copy``
+            are read; None for nobody.
         answering: The teacher that answers by a server or an engine; None if it answers in the training processes.
         write_on_rank: The rank that writes files.
 
