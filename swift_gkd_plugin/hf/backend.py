@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -16,7 +16,7 @@ from ..responses.local import LocalGenerator, stand_in
 from ..sources import STUDENT, Source
 from ..step.backend import Backend
 from ..step.ranks import Ranks
-from ..step.samples import MicroBatch, Sample
+from ..step.samples import Counted, InTurn, Sample
 from ..step.teaching import TeacherBatches
 from ..teachers import Signal
 from .zero3 import ranks_share_weights
@@ -79,15 +79,15 @@ class TransformersBackend(Backend):
     def roll_out_ahead(self, samples: list[Sample]) -> None:
         self.trainer.roll_out_ahead(samples)
 
-    def teacher_batches(self, batches: list[MicroBatch]) -> TeacherBatches | None:
+    def teacher_batches(self, batches: list[Counted]) -> TeacherBatches | None:
         """Of a separate model. One that lives in the student's looks at a micro-batch right before the student does."""
         teacher, args = self.trainer.teacher, self.args
         if self._lives_in_student or teacher.routing is not None:
             return None
-        # Now: whether a head is dense decides what is kept.
-        self.trainer.verify_heads(self.trainer.model_wrapped, batches[0].to(args.device))
-        largest = max(batch.student_inputs['input_ids'].numel() for batch in batches)
-        tokens = max(2 * largest, MANY_TOKENS if teacher.is_sharded or teacher.host_copy else FEW_TOKENS)
+        if not self.trainer.heads_verified:  # now: whether a head is dense decides what is kept
+            first = self.trainer.conductor.encoder.micro_batch(batches[0].samples)
+            self.trainer.verify_heads(self.trainer.model_wrapped, first.to(args.device))
+        tokens = max(2 * max(batch.size for batch in batches), MANY_TOKENS if teacher.is_sharded or teacher.host_copy else FEW_TOKENS)
         kept = None if teacher.comes_once else 12 * args.gkd_logits_topk if args.gkd_logits_topk else 4 * teacher.head.width
         return TeacherBatches(args.gkd_teacher_batch_size, tokens, teacher.is_sharded, bytes_per_token=kept)
 
@@ -95,12 +95,12 @@ class TransformersBackend(Backend):
     def _lives_in_student(self) -> bool:
         return self.trainer.teacher.model is self.trainer.model
 
-    def signals(self, batches: Iterable[MicroBatch]) -> list[Signal | None]:
+    def signals(self, batches: InTurn) -> list[Signal | None]:
         if self._lives_in_student or self.trainer.teacher.routing is not None:
-            return [None for _ in batches]
+            return [None] * len(batches)
         return self.trainer.signals(batches)
 
-    def run(self, batches: list[MicroBatch]) -> None:
+    def run(self, batches: InTurn) -> None:
         trainer = self.trainer
         for batch in batches:
             batch = trainer._prepare_inputs(batch)

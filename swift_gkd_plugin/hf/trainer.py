@@ -31,7 +31,7 @@ from ..step.conductor import Conductor
 from ..step.data import Row, row_loader, worker_options
 from ..step.objective import LossOptions
 from ..step.remote import RemoteTeacher, teacher_that_answers
-from ..step.samples import MicroBatch
+from ..step.samples import InTurn, MicroBatch
 from ..teachers import Signal, TopKOptions
 from ..teachers.adapters import adapter_has_effect
 from .backend import TransformersBackend
@@ -110,7 +110,7 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         if isinstance(self.teacher, AveragedStudent):
             self.add_callback(Follower(self))
         self.loss = DistillationLoss(self._loss_options(), OutputHead(self.bare), self.teacher.adapter if self.teacher else True)
-        self._heads_verified = False
+        self.heads_verified = False
         self.conductor = Conductor(backend, self.template, self.loss.options, self.teacher, self.answering)
         if args.gkd_routing == 'teacher' and self.conductor.scored_locally:
             self.teacher.routing = RoutingReplay(self.bare, self.teacher.bare)
@@ -198,12 +198,12 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         prepare = self.conductor.prepared_for_evaluation
         return self._row_loader(dataset, self.args.eval_batch_size, seed=None, drop_last=False, prepare=prepare)
 
-    def get_batch_samples(self, epoch_iterator: Iterator[list[Row]], num_batches: int, device) -> tuple[list[MicroBatch], None]:
+    def get_batch_samples(self, epoch_iterator: Iterator[list[Row]], num_batches: int, device) -> tuple[InTurn, None]:
         return self.conductor.next_step(epoch_iterator, num_batches, self.args.steps_per_generation), None
 
     def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
-        here = self.conductor.before_forward(inputs).to(self.args.device)
-        inputs.signal = None  # transformers keeps the step's micro-batches until the next one's are there
+        here = inputs.to(self.args.device)
+        inputs.signal = None  # transformers keeps a micro-batch until the next one is there
         return here
 
     # -- the loss --------------------------------------------------------------------------------------------------------------------
@@ -266,9 +266,9 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
 
     def verify_heads(self, model: nn.Module, batch: MicroBatch) -> None:
         """Once, on the first micro-batch: is the list of what models do after their head complete for these two?"""
-        if self._heads_verified:
+        if self.heads_verified:
             return
-        self._heads_verified = True
+        self.heads_verified = True
         index = torch.linspace(0, batch.student_inputs['input_ids'].numel() - 1, 8, device=self.args.device).long()
         heads = [('student', self.loss.head, lambda: self._call(model, batch.student_inputs), evaluation_mode(self.bare))]
         if isinstance(self.teacher, AdapterOnBase) or (self.teacher is not None and self.teacher.model not in (None, self.model)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -20,7 +20,7 @@ from ..responses import Prompt, Response, SamplingOptions
 from ..sources import STUDENT, Source
 from ..step.backend import Backend
 from ..step.ranks import Ranks
-from ..step.samples import MicroBatch, Sample
+from ..step.samples import Counted, InTurn, Sample
 from ..step.teaching import TeacherBatches
 from ..teachers import Signal, TopKOptions
 from .generation import Generator
@@ -85,7 +85,7 @@ class MegatronBackend(Backend):
     def roll_out_ahead(self, samples: list[Sample]) -> None:
         self.trainer.roll_out_ahead(samples)
 
-    def teacher_batches(self, batches: list[MicroBatch]) -> TeacherBatches | None:
+    def teacher_batches(self, batches: list[Counted]) -> TeacherBatches | None:
         """Of a separate model. Under context parallelism, which is for long rows, it takes the student's micro-batches."""
         trainer, args = self.trainer, self.args
         if trainer.teacher_models is None or args.context_parallel_size > 1:
@@ -93,24 +93,23 @@ class MegatronBackend(Backend):
         teacher, relocated = trainer.teacher, isinstance(trainer.teacher, RelocatedTeacher)
         stages = teacher.args.pipeline_model_parallel_size
         interleaved = (teacher.args.virtual_pipeline_model_parallel_size or 1) > 1
-        largest = max(batch.student_inputs['input_ids'].numel() for batch in batches)
         busy = 2 * stages if stages > 1 else 1  # batches that keep all stages of a replica busy for most of the time
         return TeacherBatches(
             args.gkd_teacher_batch_size,
-            max(2 * largest, TOKENS),
+            max(2 * max(batch.size for batch in batches), TOKENS),
             # The replicas of a relocated teacher share out the batches of all ranks, and run each other's number of rounds.
             lockstep=not relocated and teacher.args.expert_model_parallel_size > 1,
             at_least=-(-busy * teacher.replicas // mpu.get_data_parallel_world_size()) if relocated else busy,
             multiple=stages if interleaved and not relocated else 1,
         )
 
-    def signals(self, batches: Iterable[MicroBatch]) -> list[Signal | None]:
+    def signals(self, batches: InTurn) -> list[Signal | None]:
         options, k = self.trainer.loss.options, self.args.gkd_logits_topk
         topk = None if k is None else TopKOptions(k, options.divergence.temperature, options.vocab_size)
         with self.trainer.conductor.metrics.seconds('seconds/teacher'):
-            return self.trainer.teacher.signals(list(batches), topk)
+            return self.trainer.teacher.signals(batches, topk)
 
-    def run(self, batches: list[MicroBatch]) -> None:
+    def run(self, batches: InTurn) -> None:
         trainer = self.trainer
         get_forward_backward_func()(
             forward_step_func=trainer.forward_step,

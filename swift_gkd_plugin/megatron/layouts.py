@@ -33,7 +33,7 @@ from swift.utils import get_current_device, get_logger
 from torch import nn
 
 from ..step.random_state import RandomState
-from ..step.samples import MicroBatch
+from ..step.samples import InTurn, MicroBatch
 from ..teachers import HiddenStates, Signal, TopKOptions
 from .head import HeadTensors
 from .rota import Rota
@@ -252,7 +252,8 @@ class RelocatedTeacher(LocalTeacher):
         with self.layout.entered(), super().ready():
             yield
 
-    def signals(self, batches: list[MicroBatch], topk: TopKOptions | None = None) -> list[Signal | None]:
+    def signals(self, batches: InTurn, topk: TopKOptions | None = None) -> list[Signal | None]:
+        batches = list(batches)  # they go to other ranks, all at once
         rota, questions = self._bring_together(batches)
         with self.ready():
             found = self._states(questions)

@@ -6,6 +6,7 @@ stays of it are the hidden states of the trained tokens, on the ranks of the las
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,7 +19,7 @@ from swift.utils import get_current_device
 from torch import nn
 
 from ..responses.local import evaluation_mode
-from ..step.samples import MicroBatch
+from ..step.samples import InTurn, MicroBatch
 from ..teachers import HiddenStates, Signal, TopK, TopKOptions
 from ..teachers.adapters import adapters_off, check_frozen_base
 from ..teachers.offload import HostCopy
@@ -66,7 +67,7 @@ class LocalTeacher:
             stack.enter_context(torch.no_grad())
             yield
 
-    def signals(self, batches: list[MicroBatch], topk: TopKOptions | None = None) -> list[Signal | None]:
+    def signals(self, batches: InTurn, topk: TopKOptions | None = None) -> list[Signal | None]:
         """What the teacher says about the trained tokens of each micro-batch that are on this rank. A collective call.
 
         Args:
@@ -81,12 +82,12 @@ class LocalTeacher:
                 return [None] * len(batches)
             return [self._reduced(states, topk) if topk else HiddenStates(states, self.loss_head) for states in found]
 
-    def _states(self, batches: list[Any]) -> list[torch.Tensor]:
+    def _states(self, batches: InTurn | list[Any]) -> list[torch.Tensor]:
         """Hidden states of each micro-batch, what :meth:`_kept` keeps of them; nothing before the last stage."""
         return get_forward_backward_func()(
             forward_step_func=self._forward_step,
             # Every virtual stage reads the same micro-batches.
-            data_iterator=[iter(batches) for _ in self.chunks],
+            data_iterator=list(itertools.tee(batches, len(self.chunks))),
             model=self.chunks,
             num_microbatches=len(batches),
             seq_length=self.args.seq_length,

@@ -29,7 +29,7 @@ from ..step.conductor import Conductor
 from ..step.data import Row, filled_up, row_loader, worker_options
 from ..step.objective import LossOptions
 from ..step.remote import RemoteTeacher, teacher_that_answers
-from ..step.samples import MicroBatch
+from ..step.samples import InTurn, MicroBatch
 from ..teachers.adapters import adapter_has_effect
 from .backend import MegatronBackend
 from .engine import EngineRollout
@@ -164,15 +164,15 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
         self._step, per_step = self.state.iteration, self.args.num_microbatches
         return self.for_each_chunk(self.conductor.next_step(rows, per_step, per_step * self.steps_per_generation))
 
-    def for_each_chunk(self, batches: list[MicroBatch]) -> list[Iterator[MicroBatch]]:
-        """All virtual stages run every micro-batch."""
-        return [iter(batches) for _ in self.unwrapped_models]
+    def for_each_chunk(self, batches: InTurn) -> list[Iterator[MicroBatch]]:
+        """All virtual stages run every micro-batch, which is there until the last one has."""
+        return list(itertools.tee(batches, len(self.unwrapped_models)))
 
     # -- the loss --------------------------------------------------------------------------------------------------------------------
 
     def forward_step(self, data_iterator: Iterator[MicroBatch], model: nn.Module):
         """One micro-batch through one chunk of the student. The second value turns its output into the step's sums, on the last stage."""
-        batch = self.conductor.before_forward(next(data_iterator))
+        batch = next(data_iterator)
         chunk = self.unwrapped_models[self.wrapped_models.index(model)]
         stats = TokenStats(detail=self.args.gkd_detailed_metrics and self.teacher is not None)
         with self.conductor.metrics.seconds('seconds/student'):

@@ -3,14 +3,13 @@
 The :class:`~swift_gkd_plugin.step.conductor.Conductor` brings the rows of an optimizer step to micro-batches with responses, counts and the
 teacher's signals. The back end then runs them through its own loop, accelerate's or megatron-core's, and books each with
 :meth:`Conductor.add_loss`. Building models, wrapping them, laying them out over ranks and stopping at the output head are no business of
-the step.
+the step. The loop around it is in docs_en/architecture.md, "Writing another back end".
 """
 
 from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from ..sources import Source
 from ..teachers import Signal
 from .random_state import RandomState
 from .ranks import Ranks
-from .samples import MicroBatch, Sample
+from .samples import Counted, InTurn, Sample
 from .teaching import TeacherBatches
 
 
@@ -75,16 +74,16 @@ class Backend(ABC):
         """Have the engine's server begin with these, from the weights of now. Some rank has one."""
 
     @abstractmethod
-    def teacher_batches(self, batches: list[MicroBatch]) -> TeacherBatches | None:
+    def teacher_batches(self, batches: list[Counted]) -> TeacherBatches | None:
         """How a local teacher looks at these micro-batches of a step; None if it takes them as they are."""
 
     @abstractmethod
-    def signals(self, batches: Iterable[MicroBatch]) -> list[Signal | None]:
+    def signals(self, batches: InTurn) -> list[Signal | None]:
         """What a local teacher says about the trained tokens of each batch, before the student's first forward; None for one that it looks
         at during the student's turn, or of which nothing is on this rank."""
 
     @abstractmethod
-    def run(self, batches: list[MicroBatch]) -> None:
+    def run(self, batches: InTurn) -> None:
         """Forwards without gradient, for an evaluation; each is booked with ``add_loss``."""
 
     @abstractmethod

@@ -35,7 +35,7 @@ from .objective import LossOptions
 from .random_state import RandomState
 from .remote import RemoteTeacher, asked_once
 from .said import names_of
-from .samples import MicroBatch, Sample, SampleEncoder, TeacherView
+from .samples import Counted, InTurn, MicroBatch, Sample, SampleEncoder, TeacherView
 from .teaching import TeacherBatches
 
 logger = get_logger()
@@ -48,7 +48,8 @@ class Conductor:
         backend: What runs it.
         template: The student's.
         options: What is minimised.
-        teacher: Who looks at the responses: a :class:`RemoteTeacher`, or the back end's own; None for nobody.
+        teacher: Who looks at the responses: a :class:`RemoteTeacher`, or the back end's own, of which ``description`` and ``host_copy``
+            are read; None for nobody.
         answering: The teacher that answers by a server or an engine; None if it answers in the training processes.
         write_on_rank: The rank that writes files.
 
@@ -77,7 +78,9 @@ class Conductor:
         self.books = Books(backend, self.encoder, write_on_rank)
         self.answers = Answers(backend, self.encoder, self.books, answering, options.vocab_size, write_on_rank)
         scored = teacher is not None and args.gkd_loss_weight > 0
-        self.evaluation = Evaluation(backend, self.encoder, self.answers, self.books, self._taught, scored)
+        self.evaluation = Evaluation(
+            backend, self.encoder, self.answers, self.books, lambda samples: InTurn(self._taught(samples), self._in_turn), scored
+        )
         self.cycle: Cycle | None = None
         self.tokens = 1
         self._cycles = 0  # of the step under way
@@ -90,7 +93,7 @@ class Conductor:
         self._numbers: RandomState | None = None  # as they were in front of it
         self._step: list[list[Sample]] = []  # of the step under way
         self.num_batches = 1
-        self._visits: deque[tuple[TeacherBatches, list[MicroBatch]]] = deque()  # of the local teacher, in this step, that are still to come
+        self._visits: deque[tuple[TeacherBatches, list[Counted]]] = deque()  # of the local teacher, in this step, that are still to come
 
     def begin(self, dataset, checkpoint: str | None = None) -> None:
         """Start on a dataset, or go on where the responses in flight of a checkpoint were left."""
@@ -138,8 +141,10 @@ class Conductor:
 
     # -- rows to micro-batches -----------------------------------------------------------------------------------------------------
 
-    def next_step(self, rows: Iterator[list[Row]], num_batches: int, cycle_length: int) -> list[MicroBatch]:
-        """The micro-batches of one optimizer step, encoded, every response in place, with what the teacher says about them.
+    def next_step(self, rows: Iterator[list[Row]], num_batches: int, cycle_length: int) -> InTurn:
+        """The micro-batches of one optimizer step, every response in place. Whoever iterates over them gets each when its turn comes:
+        collated, on the CPU, with what the teacher says about it. To be done once. Where a local teacher looks at a step in several
+        visits, that is a collective call.
 
         A generation cycle may serve several steps, or a step may need several cycles; either way the weights do not change between the
         first cycle of a step and its last.
@@ -178,7 +183,7 @@ class Conductor:
             raise
         self._count(batches)
         self._ask_ahead(rows, num_batches, cycle_length)
-        return batches
+        return InTurn(batches, self._in_turn)
 
     def _new_cycle(self, rows: Iterator[list[Row]], length: int) -> list[list[Sample]]:
         """A cycle's samples with their responses. Empty where the rows end."""
@@ -226,7 +231,7 @@ class Conductor:
         self.metrics.total('tokens/generated', tokens / self.ranks.sharers)
         return cycle
 
-    def _check_same_rows(self, batches: list[MicroBatch]) -> None:
+    def _check_same_rows(self, batches: list[Counted]) -> None:
         """Ranks with the same rows have to feed the same tokens to their parts of the models. A collective call.
 
         Raises:
@@ -247,7 +252,7 @@ class Conductor:
             'compare the data, images and package versions of the machines.'
         )
 
-    def _count(self, batches: list[MicroBatch]) -> None:
+    def _count(self, batches: list[Counted]) -> None:
         """The step's denominator."""
         (total,) = self.ranks.totals([sum(batch.num_tokens for batch in batches)])
         self.tokens = max(total, 1)
@@ -260,19 +265,19 @@ class Conductor:
 
     # -- what the teacher says -----------------------------------------------------------------------------------------------------
 
-    def _taught(self, samples: list[list[Sample]]) -> list[MicroBatch]:
-        """Micro-batches of samples with their responses, with what the teacher says where that is known before the student's turn. A
-        collective call.
+    def _taught(self, samples: list[list[Sample]]) -> list[Counted]:
+        """Samples with their responses, counted, with what the teacher says where that is known before the student's turn. A collective
+        call.
 
         Raises:
             TeacherServerError: On every rank.
         """
-        batches = [self.encoder.micro_batch(one) for one in samples]
+        batches = [self.encoder.counted(one) for one in samples]
         self._check_same_rows(batches)
         self._teach(batches)
         return batches
 
-    def _teach(self, batches: list[MicroBatch]) -> None:
+    def _teach(self, batches: list[Counted]) -> None:
         """Give each micro-batch its signal, where it has one before the student's turn.
 
         Raises:
@@ -295,7 +300,7 @@ class Conductor:
             plan = self.backend.teacher_batches(batches)
             if plan is None:
                 with self.visited(1.0):
-                    take(self.backend.signals(batches))
+                    take(self.backend.signals(InTurn(batches, lambda one: self.encoder.micro_batch(one.samples))))
                 return
             size = plan.per_visit(batches, self.ranks)
             self._visits.extend((plan, batches[start : start + size]) for start in range(0, len(batches), size))
@@ -325,21 +330,21 @@ class Conductor:
         share what it says in the middle of the step."""
         return self.scored_by_server and self.teacher.is_free and self.ranks.sharers == 1 and not self.books.evaluating
 
-    def before_forward(self, batch: MicroBatch) -> MicroBatch:
-        """The micro-batch whose turn it is, with its signal. Where a local teacher looks at a step in several visits, a collective call."""
-        if batch.signal is not None:
-            return batch
-        if self._visits:
+    def _in_turn(self, counted: Counted) -> MicroBatch:
+        """The micro-batch whose turn it is, with its signal."""
+        if counted.signal is None and self._visits:
             self._visit()
-        elif self._asks_along:
+        elif counted.signal is None and self._asks_along:
             with self.metrics.seconds('seconds/teacher'):
                 try:
                     if self._failure is None:
-                        self.teacher.ask([batch])
+                        self.teacher.ask([counted])
                 except TeacherServerError as error:
                     self._failure = error
             if self._failure is not None:  # other ranks may be waiting for this one in the middle of the step, so it goes on to its end
-                batch.signal = self.teacher.silence(batch)
+                counted.signal = self.teacher.silence(counted)
+        batch = self.encoder.micro_batch(counted.samples)
+        batch.signal, counted.signal = counted.signal, None  # hidden states take room; these go when the micro-batch goes
         return batch
 
     def _ask_ahead(self, rows: Iterator[list[Row]], num_batches: int, cycle_length: int) -> None:
@@ -455,6 +460,6 @@ class Conductor:
         logger.error(f'The run ends here. To go on: {self.backend.how_to_resume(checkpoint)}')
 
 
-def _give(batches: list[MicroBatch], signals: list[Any]) -> None:
+def _give(batches: list[Counted], signals: list[Any]) -> None:
     for batch, signal in zip(batches, signals, strict=True):
         batch.signal = signal

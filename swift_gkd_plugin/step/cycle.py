@@ -68,7 +68,7 @@ class Cycle:
     def __init__(self, args, dataset, encoder: SampleEncoder, answers: dict[Source, Answer], ranks: Ranks):
         self.args, self.dataset, self.encoder, self.answers, self.ranks = args, dataset, encoder, answers, ranks
         self.draw = sources.Draw.of(args)
-        self._replaced = Few('rows cannot be encoded; others stand in, or they are left out of a stream')
+        self._replaced = Few('times a row could not be encoded: another one stood in, or it was left out of a stream')
         self._anything_fits = False
         self._gave_up = False  # in a worker process; the main process says why
 

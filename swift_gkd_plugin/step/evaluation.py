@@ -18,7 +18,7 @@ from .backend import Backend
 from .books import Books
 from .data import Row
 from .said import Few, in_one_line
-from .samples import MicroBatch, Sample, SampleEncoder
+from .samples import InTurn, Sample, SampleEncoder
 
 logger = get_logger()
 
@@ -40,7 +40,7 @@ class Evaluation:
         encoder: SampleEncoder,
         answers: Answers,
         books: Books,
-        taught: Callable[[list[list[Sample]]], list[MicroBatch]],
+        taught: Callable[[list[list[Sample]]], InTurn],
         has_divergence: bool,
     ):
         self.backend, self.ranks, self.source = backend, backend.ranks, backend.args.gkd_eval_source
@@ -78,7 +78,7 @@ class Evaluation:
             batches = self.taught(samples)
             with torch.no_grad():
                 self.backend.run(batches)
-            found = sum(batch.num_tokens for batch in batches), len(answered), len(counted) - len(answered)
+            found = sum(batch.num_tokens for batch in batches.counted), len(answered), len(counted) - len(answered)
             numbers = [sum(pair) for pair in zip(numbers, found, strict=True)]
 
     def _sample(self, row: Row) -> Sample:

@@ -23,7 +23,7 @@ from ..teachers.engine import TeacherEngine, name_of_device
 from ..teachers.server import Question, Scores, ServerOptions, TeacherServerError, TeacherServers
 from .cycle import stop_together
 from .ranks import Ranks, this_rank
-from .samples import MicroBatch, Sample
+from .samples import Counted, Sample
 
 logger = get_logger()
 T = TypeVar('T')
@@ -164,7 +164,7 @@ class RemoteTeacher:
             if sample.asked is None and self._known(sample) is None:
                 sample.asked = self.servers.begin(lambda server, question: server.score(question), sample.question, sample.question)
 
-    def ask(self, batches: list[MicroBatch]) -> None:
+    def ask(self, batches: list[Counted]) -> None:
         """Give each micro-batch its signal.
 
         Raises:
@@ -179,7 +179,7 @@ class RemoteTeacher:
             parts = [sample.asked.result() if sample.asked is not None else self._known(sample) for sample in batch.samples]
             batch.signal = self._signal(parts or [Scores.empty(0, self.topk)])
 
-    def silence(self, batch: MicroBatch) -> TopK:
+    def silence(self, batch: Counted) -> TopK:
         """A signal that says nothing, for a step that will not be taken."""
         n = batch.num_tokens
         return self._signal([Scores(np.full((n, self.topk), -np.log(2 * self.topk), np.float32), np.tile(np.arange(self.topk), (n, 1)))])

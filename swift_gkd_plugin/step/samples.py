@@ -249,6 +249,27 @@ class TeacherView:
 
 
 @dataclass
+class Counted:
+    """A micro-batch before its turn: encoded and counted, not yet collated.
+
+    Attributes:
+        samples: In batch order.
+        lengths: How many trained tokens each sample has.
+        size: Tokens of the student's inputs, with the padding of rows of different lengths.
+        signal: What the teacher says about the trained tokens, if that is known before the turn.
+    """
+
+    samples: list[Sample]
+    lengths: list[int]
+    size: int
+    signal: Signal | None = field(default=None, repr=False)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+
+@dataclass
 class MicroBatch:
     """One forward's worth of samples.
 
@@ -289,6 +310,25 @@ class MicroBatch:
 
         stays = ('samples', 'lengths', 'signal')
         return MicroBatch(**{name: value if name in stays else move(value) for name, value in vars(self).items()})
+
+
+class InTurn:
+    """Micro-batches, each collated when its turn comes and kept by nobody here: their images need not fit all at once.
+
+    Args:
+        counted: Something of each.
+        collated: Makes the micro-batch of it.
+    """
+
+    def __init__(self, counted: list[Any], collated: Callable[[Any], MicroBatch]):
+        self.counted, self._collated = counted, collated
+
+    def __len__(self) -> int:
+        return len(self.counted)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for one in self.counted:
+            yield self._collated(one)
 
 
 class SampleEncoder:
@@ -462,6 +502,14 @@ class SampleEncoder:
         kept = set(kept)
         return [t if i in kept else IGNORED for i, t in enumerate(teacher)]
 
+    def counted(self, samples: list[Sample]) -> Counted:
+        """Encode, on the CPU; a teacher's server can be asked about it."""
+        encoded = [self.views(sample)[0] for sample in samples]
+        self.ask(samples)
+        trained = [sum(t != IGNORED for t in one['labels'][1:]) for one in encoded]
+        rows = [len(one['input_ids']) for one in encoded]
+        return Counted(samples, trained, sum(rows) if self.template.padding_free else len(rows) * max(rows, default=0))
+
     def micro_batch(self, samples: list[Sample]) -> MicroBatch:
         """Encode and collate, on the CPU. A teacher's view for one sample means one for all of them."""
         views = [self.views(sample) for sample in samples]
@@ -478,7 +526,6 @@ class SampleEncoder:
             lengths.append(len(labels) - sum(lengths))
         for encoded in teacher or ():
             encoded.pop('loss_scale', None)
-        self.ask(samples)
         student_inputs, student_index = self._collate(student, samples, len(labels))
         teacher_inputs, teacher_index = self._collate(teacher, samples, len(labels)) if teacher else (None, student_index)
         return MicroBatch(

@@ -6,12 +6,12 @@ few, full batches without much padding, and what the teacher says goes back to t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..teachers import Signal, joined, split
 from .ranks import Ranks
-from .samples import MicroBatch, SampleEncoder
+from .samples import Counted, InTurn, SampleEncoder
 
 # What may be kept of a teacher at a time, in bytes of each rank; a step of more tokens takes several visits.
 KEPT_BYTES = 2 << 30
@@ -50,7 +50,7 @@ class TeacherBatches:
                 groups.append([place])
         return groups
 
-    def per_visit(self, batches: list[MicroBatch], ranks: Ranks) -> int:
+    def per_visit(self, batches: list[Counted], ranks: Ranks) -> int:
         """How many of a step's micro-batches one visit is for. A collective call in lockstep."""
         if self.bytes_per_token is None:
             return max(len(batches), 1)
@@ -60,15 +60,15 @@ class TeacherBatches:
 
     def taught(
         self,
-        batches: list[MicroBatch],
+        batches: list[Counted],
         encoder: SampleEncoder,
         ranks: Ranks,
-        look: Callable[[Iterable[MicroBatch]], list[Signal | None]],
+        look: Callable[[InTurn], list[Signal | None]],
     ) -> tuple[list[Signal | None], int]:
         """What the teacher says about each micro-batch, and how many batches of its own that took. A collective call in lockstep.
 
         Args:
-            look: Runs the teacher. Batches are put together one by one, for images take room.
+            look: Runs the teacher.
         """
         samples = [sample for batch in batches for sample in batch.samples]
         tokens = [n for batch in batches for n in batch.lengths]
@@ -78,7 +78,7 @@ class TeacherBatches:
         wanted = ranks.at_most(len(groups)) if self.lockstep else len(groups)
         wanted = -(-max(wanted, 1) // self.multiple) * self.multiple
         filled = groups + (groups[-1:] or [samples[:1]]) * (wanted - len(groups))
-        found = look(encoder.teacher_batch(group) for group in filled)
+        found = look(InTurn(filled, encoder.teacher_batch))
         if found and found[0] is None:  # nothing of the output head is on this rank
             return [None] * len(batches), wanted
         parts = {

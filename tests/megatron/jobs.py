@@ -83,12 +83,16 @@ def make_recorder(caches: Caches):
         def on_train_begin(self) -> None:
             trainer, step = self.trainer, self.trainer.optimizer.step
             self.batches: list[dict[str, Any]] = []
+            self.collated: list[list[Any]] = []
             self.answers: list[dict[str, Any]] = []
             self.seen = {'payload': 0, 'payload_dtype': None}
             encode = trainer.conductor.encoder.micro_batch
 
             def remembered(samples):
                 batch = encode(samples)
+                if any(samples is known for known in self.collated):  # for a teacher that has looked before the student
+                    return batch
+                self.collated.append(samples)
                 self.answers += [self.answer(sample) for sample in samples if sample.row.counts and sample.response is not None]
                 if trainer.state.iteration == 0:
                     self.batches.append({k: v for k, v in vars(batch).items() if k != 'samples'})

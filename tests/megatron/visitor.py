@@ -22,7 +22,7 @@ class Visitor(MegatronCallback):
         teacher = RelocatedTeacher(trainer.args, layout, chunks)
 
         def visited(batches):
-            signals = teacher.signals(batches)
+            signals = teacher.signals([trainer.conductor.encoder.micro_batch(batch.samples) for batch in batches])
             assert len(signals) == len(batches)
             with layout.entered():
                 random.random(), numpy.random.rand(), torch.rand(3)

@@ -148,6 +148,7 @@ class FakeBackend(Backend):
         nan: Numbers of rows whose loss is none.
         slow: What the engine waits for before it answers.
         kept_bytes: Of each token that the local teacher has looked at; None for nothing.
+        as_the_student: The local teacher looks at the student's micro-batches.
     """
 
     step = 0
@@ -162,6 +163,7 @@ class FakeBackend(Backend):
         self.saved: list[str] = []
         self.slow: threading.Event | None = None
         self.kept_bytes: int | None = None
+        self.as_the_student = False
         self.conductor: Conductor | None = None
 
     @property
@@ -221,13 +223,18 @@ class FakeBackend(Backend):
 
     # -- what a micro-batch says ---------------------------------------------------------------------------------------------------
 
-    def teacher_batches(self, batches) -> TeacherBatches:
+    def teacher_batches(self, batches) -> TeacherBatches | None:
+        if self.as_the_student:
+            return None
         return TeacherBatches(self.args.gkd_teacher_batch_size, tokens=10**6, bytes_per_token=self.kept_bytes)
 
     def signals(self, batches):
-        batches = list(batches)
-        self.looked_at.append([[sample.row.number for sample in batch.samples] for batch in batches])
-        return [TopK(opinion(batch.labels)[:, None], batch.labels[:, None]) for batch in batches]
+        self.looked_at.append([])
+        signals = []
+        for batch in batches:
+            self.looked_at[-1].append([sample.row.number for sample in batch.samples])
+            signals.append(TopK(opinion(batch.labels)[:, None], batch.labels[:, None]))
+        return signals
 
     def part(self, per_token: torch.Tensor) -> torch.Tensor:
         """Of a micro-batch's tokens, those of this rank."""
@@ -237,7 +244,6 @@ class FakeBackend(Backend):
 
     def look(self, batch) -> torch.Tensor:
         """[513] The gradient of the loss, and the loss, summed over the tokens of this rank; it is booked."""
-        batch = self.conductor.before_forward(batch)
         labels = self.part(batch.labels)
         weights = self.weights[labels].requires_grad_()
         cross_entropy = (weights - 1) ** 2
@@ -377,7 +383,7 @@ class FakeRun:
             dist.all_reduce(sums)
         backend.weights = backend.weights - self.args.learning_rate * sums[:-1] / conductor.tokens
         backend.step += 1
-        self.steps.append([[seen(sample) for sample in batch.samples] for batch in batches])
+        self.steps.append([[seen(sample) for sample in batch.samples] for batch in batches.counted])
         self.losses.append(sums[-1].item() / conductor.tokens)
         self.logs.append(conductor.logged())
         if self.args.save_steps and backend.step % self.args.save_steps == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -93,7 +94,7 @@ def test_a_step_of_too_many_tokens_takes_several_visits(make, run, monkeypatch):
 def test_ranks_that_share_weights_run_the_same_number_of_batches(template, rows, make):
     """This one has two rows, another rank has enough for four batches."""
     run = make(lmbda=0, max_steps=1).train()
-    batches = [run.conductor.encoder.micro_batch(samples) for samples in run.conductor._step]
+    counted = [run.conductor.encoder.counted(samples) for samples in run.conductor._step]
     ranks, looked = SimpleNamespace(at_most=lambda number: max(number, 4)), []
 
     def look(theirs):
@@ -101,8 +102,9 @@ def test_ranks_that_share_weights_run_the_same_number_of_batches(template, rows,
         looked.append(len(found))
         return found
 
-    signals, count = TeacherBatches(100, 1, lockstep=True).taught(batches, run.conductor.encoder, ranks, look)
+    signals, count = TeacherBatches(100, 1, lockstep=True).taught(counted, run.conductor.encoder, ranks, look)
     assert looked == [4] and count == 4
+    batches = [run.conductor.encoder.micro_batch(one.samples) for one in counted]
     assert all(torch.equal(signal.ids[:, 0], batch.labels) for signal, batch in zip(signals, batches, strict=True))
 
 
@@ -246,15 +248,62 @@ def test_a_question_that_no_server_is_for_fails_with_the_others():
 # -- what is kept, and for how long --------------------------------------------------------------------------------------------------------
 
 
+class Alive:
+    """How many collated micro-batches there are at a time, of the student and of the teacher."""
+
+    def __init__(self, encoder):
+        self.now = self.most = self.made = 0
+        for name in ('micro_batch', 'teacher_batch'):
+            setattr(encoder, name, self.counting(getattr(encoder, name)))
+
+    def counting(self, collate):
+        def counted(samples):
+            batch = collate(samples)
+            self.now, self.made = self.now + 1, self.made + 1
+            self.most = max(self.most, self.now)
+            weakref.finalize(batch, self.gone)
+            return batch
+
+        return counted
+
+    def gone(self) -> None:
+        self.now -= 1
+
+
+@pytest.mark.parametrize('who', ['nobody', 'local', 'as the student', 'in visits', 'server', 'server on the device'])
+def test_of_a_step_two_micro_batches_are_collated_at_a_time(make, dataset, monkeypatch, who):
+    """The one that has been used, and the next."""
+    options = {'per_device_train_batch_size': 1, 'gradient_accumulation_steps': 5, 'gkd_teacher_batch_size': 1, 'max_steps': 2}
+    if who == 'nobody':
+        options |= {'lmbda': 0, 'gkd_loss_weight': 0.0, 'sft_alpha': 1.0}
+    run = make('server' if 'server' in who else 'local', FakeServer() if 'server' in who else None, **options)
+    run.backend.as_the_student = who == 'as the student'
+    if who == 'in visits':
+        monkeypatch.setattr(teaching, 'KEPT_BYTES', 30)
+        run.backend.kept_bytes = 2
+    if who == 'server on the device':
+        run.conductor.teacher.is_free = False
+    alive = Alive(run.conductor.encoder)
+    run.train()
+    assert alive.made == (10 if who == 'nobody' or 'server' in who else 20) and alive.most == 2
+    run.evaluate(dataset, batch_size=1, at_once=5)
+    assert alive.most == 2 and alive.made in (20, 40)
+
+
+def test_what_is_known_of_a_micro_batch_before_it_is_collated_is_what_it_will_be(run):
+    for samples in run.conductor._step:
+        counted, batch = run.conductor.encoder.counted(samples), run.conductor.encoder.micro_batch(samples)
+        assert (counted.samples, counted.lengths, counted.num_tokens) == (batch.samples, batch.lengths, batch.num_tokens)
+        assert counted.size == batch.student_inputs['input_ids'].numel()
+
+
 def test_a_signal_is_let_go_once_its_micro_batch_has_been_used(run):
-    """transformers keeps the micro-batches of a step until those of the next are there."""
+    """transformers keeps a micro-batch until the next one is there."""
     from swift_gkd_plugin.hf.trainer import GKDTrainer
 
     batch = run.conductor.encoder.micro_batch(run.conductor._step[0])
     signal = batch.signal = TopK(torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64))
-    trainer = SimpleNamespace(
-        conductor=SimpleNamespace(before_forward=lambda batch: batch), args=SimpleNamespace(device=torch.device('cpu'))
-    )
+    trainer = SimpleNamespace(args=SimpleNamespace(device=torch.device('cpu')))
     here = GKDTrainer._prepare_inputs(trainer, batch)
     assert here.signal is signal and batch.signal is None
 
