@@ -137,5 +137,11 @@ def engine_seed(seed: int, cycle: tuple[int, int], turn: int, engine: int) -> in
 
 
 def replacement_row(seed: int, epoch: int, row: int, attempt: int, num_rows: int) -> int:
-    """Number of the row whose content stands in for one that can't be encoded: attempt 0, 1, … until one fits."""
-    return _bits('replace', seed, epoch, row, attempt) % num_rows
+    """Number of the row, another one, whose content stands in for one that can't be encoded: attempt 0, 1, … until one fits."""
+    number = _bits('replace', seed, epoch, row, attempt) % num_rows
+    return number if number != row else (row + 1 + _bits('replace, not by itself', seed, epoch, row, attempt) % (num_rows - 1)) % num_rows
+
+
+def drew_itself(seed: int, epoch: int, row: int, attempt: int, num_rows: int) -> bool:
+    """Whether :func:`replacement_row` gave the row itself, as it could once; checkpoints of that time remember the attempt."""
+    return _bits('replace', seed, epoch, row, attempt) % num_rows == row

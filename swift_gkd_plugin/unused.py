@@ -6,11 +6,32 @@ from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any
 
+from .arguments import engine_scores
+
 Entry = tuple[str, Callable[[Any], bool], str]  # name, when, why
 
 
+def student_answers_all(args: Any) -> bool:
+    return args.lmbda == 1
+
+
 def teacher_is_silent(args: Any) -> bool:
-    return not args.seq_kd and args.gkd_eval_source != 'teacher'
+    """Whether the teacher answers nothing."""
+    return (not args.seq_kd or student_answers_all(args)) and args.gkd_eval_source != 'teacher'
+
+
+def teacher_is_blind(args: Any) -> bool:
+    """Whether the teacher looks at nothing."""
+    return args.gkd_loss_weight == 0
+
+
+def teacher_is_idle(args: Any) -> bool:
+    return teacher_is_blind(args) and teacher_is_silent(args)
+
+
+def asks_nobody(args: Any) -> bool:
+    """Whether neither a teacher server nor an engine of the teacher's is asked."""
+    return args.teacher_model_server is None and args.gkd_teacher_engine != 'vllm'
 
 
 def nobody_generates(args: Any) -> bool:
@@ -18,21 +39,43 @@ def nobody_generates(args: Any) -> bool:
     return not student and (teacher_is_silent(args) or args.teacher_model_server is not None or args.gkd_teacher_engine == 'vllm')
 
 
-# With both back ends; each has a table of its own beside it.
+BLIND = 'at --gkd_loss_weight 0 no teacher looks at the responses'
+IDLE = f'{BLIND}, and without --seq_kd or --gkd_eval_source teacher it answers nothing'
+ELSEWHERE = 'it belongs to --teacher_model_server and --gkd_teacher_engine vllm'
+ONLY_IN_ENGINE = 'the engine has the only copy of the teacher; see --gkd_teacher_engine_args'
+
+# The first reason of an option is said. With both back ends; each has a table of its own beside it.
 NOT_USED: tuple[Entry, ...] = (
     ('packing', lambda a: True, 'responses change with every step, so rows are not packed beforehand; it works as --padding_free'),
     ('group_by_length', lambda a: True, 'the length of a response is not known before it is generated; rows come in random order'),
     ('cached_dataset', lambda a: True, 'rows are encoded again, their cached lengths are not used'),
     ('cached_val_dataset', lambda a: True, 'rows are encoded again, their cached lengths are not used'),
+    ('teacher_model', teacher_is_idle, IDLE),
+    ('teacher_model_server', teacher_is_idle, IDLE),
+    ('gkd_self_teacher', teacher_is_idle, IDLE),
+    ('seq_kd', student_answers_all, 'at --lmbda 1 the student answers every row'),
+    *(
+        (name, teacher_is_blind, 'at --gkd_loss_weight 0 there is no divergence')
+        for name in ('gkd_divergence', 'beta', 'gkd_skew', 'gkd_temperature', 'gkd_temperature_squared')
+    ),
     ('beta', lambda a: a.gkd_divergence != 'jsd' and a.beta != 0.5, 'it belongs to --gkd_divergence jsd'),
     ('gkd_skew', lambda a: 'skew' not in a.gkd_divergence, 'it belongs to the skewed divergences'),
     ('gkd_tail', lambda a: a.gkd_logits_topk is None, 'it belongs to --gkd_logits_topk'),
-    ('gkd_logits_topk', lambda a: a.gkd_loss_weight == 0, 'at --gkd_loss_weight 0 no teacher looks at the responses'),
+    ('gkd_tail', teacher_is_blind, BLIND),
+    ('gkd_logits_topk', teacher_is_blind, BLIND),
     ('gkd_teacher_temperature', teacher_is_silent, 'the teacher answers with --seq_kd or --gkd_eval_source teacher'),
     ('gkd_teacher_max_completion_length', teacher_is_silent, 'the teacher answers with --seq_kd or --gkd_eval_source teacher'),
+    (
+        'gkd_teacher_engine',
+        lambda a: teacher_is_silent(a) and (a.gkd_logits_topk is None or teacher_is_blind(a)),
+        'it answers with --seq_kd, and scores with --gkd_logits_topk',
+    ),
     ('gkd_teacher_engine_args', lambda a: a.gkd_teacher_engine != 'vllm', 'it belongs to --gkd_teacher_engine vllm'),
     ('gkd_save_teacher_responses', lambda a: not a.seq_kd, 'the teacher answers with --seq_kd'),
+    ('gkd_save_teacher_responses', student_answers_all, 'at --lmbda 1 the student answers every row'),
     ('gkd_teacher_batch_size', lambda a: a.teacher_model is None, 'the teacher is the student itself, or elsewhere'),
+    ('gkd_teacher_batch_size', teacher_is_blind, BLIND),
+    ('gkd_teacher_batch_size', engine_scores, 'the engine looks at the responses; see --gkd_server_in_flight'),
     ('gkd_generation_tokens', nobody_generates, 'nobody generates in the training processes'),
     ('gkd_prefetch', lambda a: a.lmbda == 0, 'at --lmbda 0 the student answers nothing'),
     ('gkd_num_samples', lambda a: a.lmbda == 0 and not a.seq_kd, 'a response of the dataset is there once'),
@@ -40,9 +83,9 @@ NOT_USED: tuple[Entry, ...] = (
     ('gkd_teacher_offload', lambda a: a.teacher_model is None, 'the teacher is the student itself and stays where it is'),
     ('gkd_ema_decay', lambda a: a.gkd_self_teacher != 'ema', 'it belongs to --gkd_self_teacher ema'),
     ('teacher_tag_key', lambda a: a.teacher_model_server is None, 'it routes samples to teacher servers'),
-    ('gkd_server_timeout', lambda a: a.teacher_model_server is None, 'it belongs to --teacher_model_server'),
-    ('gkd_server_retry_seconds', lambda a: a.teacher_model_server is None, 'it belongs to --teacher_model_server'),
-    ('gkd_server_in_flight', lambda a: a.teacher_model_server is None, 'it belongs to --teacher_model_server'),
+    ('gkd_server_timeout', asks_nobody, ELSEWHERE),
+    ('gkd_server_retry_seconds', asks_nobody, ELSEWHERE),
+    ('gkd_server_in_flight', asks_nobody, ELSEWHERE),
     ('loss_type', lambda a: True, '--gkd_divergence chooses the loss'),
     ('enable_dft_loss', lambda a: True, 'it belongs to SFT'),
     ('enable_channel_loss', lambda a: True, 'it belongs to SFT'),
@@ -57,9 +100,16 @@ def say_unused(args: Any, own: tuple[Entry, ...]) -> None:
     """
     from swift.utils import get_logger
 
-    default = {f.name: f.default for f in fields(args) if f.default is not MISSING}
+    for line in unused(args, own):
+        get_logger().warning(line)
+
+
+def unused(args: Any, own: tuple[Entry, ...]) -> list[str]:
+    """A line for each option that was given in vain."""
+    default, lines = {f.name: f.default for f in fields(args) if f.default is not MISSING}, {}
     for name, applies, why in (*NOT_USED, *own):
         value = getattr(args, name, None)
-        if value not in (None, [], default.get(name)) and applies(args):
+        if name not in lines and value not in (None, [], default.get(name)) and applies(args):
             shown = '' if isinstance(value, dict) else f' {value}'
-            get_logger().warning(f'--{name}{shown} is not used as such: {why}.')
+            lines[name] = f'--{name}{shown} is not used as such: {why}.'
+    return list(lines.values())

@@ -75,9 +75,6 @@ def vllm_environment() -> dict[str, str]:
     }
 
 
-RANKS = Path(__file__).parent / 'ranks.py'  # starts several
-
-
 def one_rank() -> dict[str, str]:
     """What torchrun would set for a single process; a colocated engine asks for it."""
     ranks = {'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '1', 'LOCAL_WORLD_SIZE': '1'}
@@ -174,6 +171,10 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     return path
 
 
+# What the search below has found before; where rank, step and row have to fit 24 times it takes a minute.
+FOUND_SEEDS = (2136983,)
+
+
 def seed_with_shares(shares: Sequence[Sequence[int]], batch_size: int, lmbda: float) -> int:
     """A ``--seed`` with which rank r answers ``shares[step][r]`` of its rows, for rows in the order of the dataset
     (``--train_dataloader_shuffle false``) and one micro-batch per step."""
@@ -187,7 +188,7 @@ def seed_with_shares(shares: Sequence[Sequence[int]], batch_size: int, lmbda: fl
                 return False
         return True
 
-    return next(filter(fits, itertools.count()))
+    return next(filter(fits, itertools.chain(FOUND_SEEDS, itertools.count())))
 
 
 @dataclass

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import helpers
 import pytest
+import starts
 import torch
 
 # One optimizer step of SGD on 4 rows, whose gradient is recorded as it is.
@@ -28,6 +28,9 @@ ONE_STEP = {
 }
 # The fused weights of a tiny Qwen3-MoE's experts, for LoRA.
 EXPERTS = ['mlp.experts.gate_up_proj', 'mlp.experts.down_proj']
+# What every run imports, and with the plugin.
+MODULES = ('deepspeed', 'liger_kernel.transformers', 'peft', 'swift.pipelines.train.rlhf', 'swift.rlhf_trainers.gkd_trainer')
+OURS = ('swift_gkd_plugin.hf.trainer',)
 IN_ORDER = {'train_dataloader_shuffle': 'false', 'dataset_shuffle': 'false'}
 
 
@@ -88,9 +91,13 @@ class JobRunner:
         tiny_models: The models that the options name unless they say otherwise.
         script: What reads the jobs: ``hf/jobs.py`` or a script on top of it.
         environment: Variables for every process.
+        modules: What the script imports before everything else.
     """
 
-    def __init__(self, tmp_path_factory, tiny_models, script: Path, environment: Mapping[str, str] | None = None):
+    def __init__(
+        self, tmp_path_factory, tiny_models, script: Path, environment: Mapping[str, str] | None = None, modules: Sequence[str] = ()
+    ):
+        self.modules = tuple(modules)
         self.tmp_path_factory, self.tiny_models, self.script, self.environment = tmp_path_factory, tiny_models, script, environment or {}
         self._numbers = itertools.count()
 
@@ -117,11 +124,11 @@ class JobRunner:
             listed.append({'argv': helpers.command_line(merged), 'output_dir': str(output_dir), 'name': name, **hooks})
         path = root / 'jobs.json'
         path.write_text(json.dumps(listed))
-        argv = [sys.executable, self.script, path]
-        if nproc > 1:
-            argv[1:1] = [helpers.RANKS, nproc, helpers.free_port()]
         variables = {'SWIFT_GKD_PLUGIN': '1' if plugin else '0', **self.environment, **(env or {})}
-        _, output = helpers.run(argv, env=variables, cwd=root, timeout=timeout)
+        ranks = nproc if nproc > 1 else 0
+        _, output = starts.run(
+            self.script, path, modules=(*self.modules, *MODULES, *OURS * plugin), ranks=ranks, env=variables, cwd=root, timeout=timeout
+        )
         runs = {}
         for job in listed:
             outcome = Path(job['output_dir'], 'outcome.json')

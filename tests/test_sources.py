@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -52,8 +54,19 @@ def test_epochs_rows_seeds_and_purposes_are_independent():
         assert abs(mean) < 4 / 12 / len(base) ** 0.5
 
 
-@given(NUMBER, NUMBER, NUMBER, st.integers(1, 1000))
-def test_a_replacement_is_a_row_of_the_dataset(seed, epoch, row, num_rows):
+@given(NUMBER, NUMBER, st.data(), st.integers(2, 1000))
+def test_a_replacement_is_another_row_of_the_dataset(seed, epoch, data, num_rows):
+    row = data.draw(st.integers(0, num_rows - 1))
     drawn = [sources.replacement_row(seed, epoch, row, attempt, num_rows) for attempt in range(20)]
-    assert all(0 <= n < num_rows for n in drawn)
+    assert all(0 <= n < num_rows and n != row for n in drawn)
     assert drawn == [sources.replacement_row(seed, epoch, row, attempt, num_rows) for attempt in range(20)]
+
+
+def test_rows_that_may_stand_in_are_equally_likely():
+    drawn = Counter(sources.replacement_row(7, epoch, 2, attempt, 5) for epoch in range(200) for attempt in range(20))
+    assert sorted(drawn) == [0, 1, 3, 4] and max(drawn.values()) < 1.2 * min(drawn.values())
+    # Where the row itself was not drawn, it is the row that it was before there was an exception.
+    assert [sources.replacement_row(42, 0, row, 0, 1000) for row in (0, 1, 2)] == [384, 193, 976]
+    assert (
+        sources.drew_itself(42, 0, 5, 2, 10) and sources.replacement_row(42, 0, 5, 2, 10) != 5 and not sources.drew_itself(42, 0, 5, 1, 10)
+    )

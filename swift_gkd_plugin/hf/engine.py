@@ -16,10 +16,9 @@ from swift.infer_engine import RequestConfig
 from swift.rl_core.data import GKDSample
 from swift.rlhf_trainers.rollout_mixin import RolloutTrainerMixin
 
-from ..responses import Response
 from ..sources import engine_seed
 from ..step.ahead import Ahead
-from ..step.samples import Sample, check_one_each, sampled_ids
+from ..step.samples import Sample, check_one_each
 
 
 class EngineRollout(RolloutTrainerMixin):
@@ -46,7 +45,7 @@ class EngineRollout(RolloutTrainerMixin):
             generated = self._fast_infer(self._requests(samples))
         check_one_each(len(generated), len(samples), self.args.multi_turn_scheduler)
         for sample, result in zip(samples, generated, strict=True):
-            sample.generated, sample.response = result, Response(sampled_ids(result), result.finish_reason or 'stop')
+            self.conductor.encoder.take(sample, result)
 
     def _requests(self, samples: list[Sample]) -> list[GKDSample]:
         return self._preprocess_inputs([self.conductor.encoder.inner(sample) for sample in samples])

@@ -15,7 +15,7 @@ from ..step.remote import check_servers
 from ..step.samples import with_used_columns
 from ..teachers.adapters import add_frozen_adapter
 from ..teachers.average import average_of
-from ..unused import Entry, say_unused, teacher_is_silent
+from ..unused import BLIND, ONLY_IN_ENGINE, Entry, say_unused, teacher_is_blind
 from .loading import TeacherLoading
 from .teachers import TEACHER_ADAPTER
 from .zero3 import why_not_averaged
@@ -23,23 +23,31 @@ from .zero3 import why_not_averaged
 # What has no effect with this back end.
 NOT_USED: tuple[Entry, ...] = (
     ('use_liger_kernel', lambda a: True, "its fused JSD is replaced by the plugin's; its other kernels are used"),
-    (
-        'gkd_teacher_engine',
-        lambda a: teacher_is_silent(a) and a.gkd_logits_topk is None,
-        'it answers with --seq_kd, and scores with --gkd_logits_topk',
-    ),
     ('gkd_on_missing_engine', lambda a: True, 'without an engine transformers generates'),
     ('teacher_deepspeed', lambda a: a.teacher_model is None, 'the teacher is the student itself, with its --deepspeed'),
     ('teacher_deepspeed', lambda a: a.teacher_model is not None and not a.deepspeed, 'it needs --deepspeed for the student'),
     *(
-        (name, applies, why)
-        for applies, why in (
-            (lambda a: a.teacher_model is None, 'the teacher is the student itself, or elsewhere'),
-            (engine_scores, 'the engine has the only copy of the teacher; see --gkd_teacher_engine_args'),
-        )
+        (name, lambda a: a.teacher_model is None, 'the teacher is the student itself, or elsewhere')
         for name in ('teacher_quant_method', 'teacher_quant_bits', 'teacher_device_map', 'teacher_max_memory')
     ),
-    ('gkd_routing', lambda a: a.gkd_loss_weight == 0, 'at --gkd_loss_weight 0 no teacher looks at the responses'),
+    *(
+        (name, engine_scores, ONLY_IN_ENGINE)
+        for name in (
+            'teacher_quant_method',
+            'teacher_quant_bits',
+            'teacher_device_map',
+            'teacher_max_memory',
+            'teacher_deepspeed',
+            'offload_teacher_model',
+            'gkd_teacher_offload',
+        )
+    ),
+    ('gkd_routing', teacher_is_blind, BLIND),
+    (
+        'gkd_teacher_batch_size',
+        lambda a: a.gkd_routing == 'teacher',
+        'with --gkd_routing teacher it looks at each micro-batch right before the student',
+    ),
     *(
         (name, lambda a: a.tuner_type != 'full', 'with an adapter the rest of the model is frozen')
         for name in ('freeze_parameters', 'freeze_parameters_ratio', 'freeze_parameters_regex')

@@ -24,7 +24,7 @@ from ..step.samples import MicroBatch, Sample
 from ..step.teaching import TeacherBatches
 from ..teachers import Signal, TopKOptions
 from .generation import Generator
-from .layouts import RandomState, RelocatedTeacher
+from .layouts import RelocatedTeacher, TrackedRandomState
 
 # Tokens in a batch of the teacher's, if the student's are not half as large already.
 TOKENS = 4096
@@ -51,8 +51,8 @@ class MegatronBackend(Backend):
     def is_last_step(self) -> bool:
         return self.step + 1 >= self.args.train_iters
 
-    def random_state(self) -> RandomState:
-        return RandomState()  # megatron-core has generators of its own
+    def random_state(self) -> TrackedRandomState:
+        return TrackedRandomState()  # megatron-core has generators of its own
 
     def ending_ids(self) -> list[int]:
         return self._ending_ids(self.args.model_dir)

@@ -18,10 +18,9 @@ from swift.megatron.trainers.rollout_mixin import MegatronRolloutMixin
 from swift.megatron.utils import disable_forward_pre_hook, enable_forward_pre_hook
 from swift.rl_core.data import GKDSample
 
-from ..responses import Response
 from ..sources import STUDENT, engine_seed
 from ..step.ahead import Ahead
-from ..step.samples import Sample, check_one_each, sampled_ids
+from ..step.samples import Sample, check_one_each
 
 
 class EngineRollout(MegatronRolloutMixin):
@@ -56,7 +55,7 @@ class EngineRollout(MegatronRolloutMixin):
         shares = self.conductor.ranks.among_sharers(mine)
         for number, sample in enumerate(samples):
             result = shares[number % len(shares)][number // len(shares)]
-            sample.generated, sample.response = result, Response(sampled_ids(result), result.finish_reason or 'stop')
+            self.conductor.encoder.take(sample, result)
 
     def _share(self, samples: list[Sample]) -> list[GKDSample]:
         """What this rank asks the engine, of the samples that it has in common with others."""

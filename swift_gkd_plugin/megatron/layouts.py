@@ -32,6 +32,7 @@ from swift.megatron.utils import get_padding_to
 from swift.utils import get_current_device, get_logger
 from torch import nn
 
+from ..step.random_state import RandomState
 from ..step.samples import MicroBatch
 from ..teachers import HiddenStates, Signal, TopKOptions
 from .head import HeadTensors
@@ -59,21 +60,20 @@ def fresh_parallel_state() -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if not name.startswith('__') and isinstance(value, kinds)}
 
 
-class RandomState:
-    """All generators of random numbers of this process, as they are now."""
+class TrackedRandomState(RandomState):
+    """With Python's, numpy's and megatron-core's own generators, as they are now."""
 
     def __init__(self):
-        self.states = random.getstate(), numpy.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state()
+        super().__init__(torch.device(get_current_device()))
+        self.python, self.array = random.getstate(), numpy.random.get_state()
         tracked = get_cuda_rng_tracker().get_states()
         # Under CUDA graphs a state is a generator that draws in place; otherwise a tensor that is replaced.
         self.tracked = {name: s.get_state() if isinstance(s, torch.Generator) else s for name, s in tracked.items()}
 
     def restore(self) -> None:
-        python, array, cpu, cuda = self.states
-        random.setstate(python)
-        numpy.random.set_state(array)
-        torch.set_rng_state(cpu)
-        torch.cuda.set_rng_state(cuda)
+        super().restore()
+        random.setstate(self.python)
+        numpy.random.set_state(self.array)
         tracker = get_cuda_rng_tracker()
         states = tracker.get_states()
         for name, state in self.tracked.items():
@@ -119,7 +119,7 @@ class Layout:
         if self._inside:
             yield
             return
-        numbers = RandomState()
+        numbers = TrackedRandomState()
         self._swap()
         self._inside = True
         try:

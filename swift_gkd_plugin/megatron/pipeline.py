@@ -12,7 +12,7 @@ from .. import checks
 from ..arguments import OptionError
 from ..step.remote import check_servers
 from ..step.samples import with_used_columns
-from ..unused import Entry, say_unused, teacher_is_silent
+from ..unused import Entry, say_unused
 from .options import SIZES, check_layout, check_model, check_teacher, loads_teacher, said_once
 from .trainer import GKDTrainer
 
@@ -24,15 +24,15 @@ def _only_engines_have_teacher(args: Any) -> bool:
 # What has no effect with this back end.
 NOT_USED: tuple[Entry, ...] = (
     ('data_sharding', lambda a: True, 'consecutive rows go to the ranks in turn, so that every layout trains on the same steps'),
-    (
-        'gkd_teacher_engine',
-        lambda a: teacher_is_silent(a) and (a.gkd_logits_topk is None or a.gkd_loss_weight == 0),
-        'it answers with --seq_kd, and scores with --gkd_logits_topk',
-    ),
     ('gkd_on_missing_engine', lambda a: a.use_vllm, 'vLLM answers for the student'),
     *(
         (name, _only_engines_have_teacher, 'no teacher is loaded into the training processes')
         for name in ('offload_teacher_model', 'gkd_teacher_offload', *(f'teacher_{size}' for size in SIZES))
+    ),
+    (
+        'gkd_teacher_batch_size',
+        lambda a: a.context_parallel_size > 1,
+        "with --context_parallel_size the teacher takes the student's micro-batches",
     ),
     ('label_smoothing', lambda a: True, 'it belongs to DPO'),
     ('eval_iters', lambda a: a.eval_iters > 0, 'the whole evaluation set is evaluated; 0 switches evaluation off'),

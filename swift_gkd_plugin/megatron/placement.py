@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from ..arguments import teacher_offload
 from ..sources import STUDENT, TEACHER
 from .generation import check_generates
-from .layouts import Layout, RandomState, RelocatedTeacher
+from .layouts import Layout, RelocatedTeacher, TrackedRandomState
 from .options import num_experts, said_once, teacher_arguments, teacher_options
 from .teachers import LiveStudent, LocalTeacher, SharedBase
 
@@ -27,7 +27,7 @@ def build_teacher(args) -> tuple[list[nn.Module], Layout | None]:
     theirs.is_multimodal = args.teacher_model_meta.is_multimodal
     theirs.rope_scaling = None  # the student's, and the teacher's configuration has its own
     layout = Layout(theirs) if teacher_options(args) else None
-    numbers = RandomState()  # the student's adapter is drawn as if there were no other model
+    numbers = TrackedRandomState()  # the student's adapter is drawn as if there were no other model
     with layout.entered() if layout else nullcontext():
         chunks = get_mcore_model(theirs, config)
     numbers.restore()

@@ -11,12 +11,12 @@ import contextlib
 import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy
-from swift.utils import get_logger
 
 from .. import sources
 from ..arguments import OptionError
@@ -25,12 +25,12 @@ from ..sources import DATASET, STUDENT, TEACHER, Source
 from ..teachers.server import MEDIA, Scores, TeacherServerError
 from .data import Row
 from .ranks import Ranks, this_rank, world_size
+from .said import Few, in_one_line
 from .samples import Sample, SampleEncoder
 
-logger = get_logger()
-
 MAX_REPLACEMENTS = 50
-STATE_VERSION = 3
+STATE_VERSION = 4  # 3: a row may have stood in for itself; 2: kept neither the number of cycles nor which row stood in
+READABLE = (2, 3, STATE_VERSION)
 
 # What ms-swift's rollout sets in its samples.
 FROM_ROLLOUT = ('messages', 'response_token_ids', 'response_loss_mask', 'finish_reason', 'add_eos')
@@ -68,6 +68,9 @@ class Cycle:
     def __init__(self, args, dataset, encoder: SampleEncoder, answers: dict[Source, Answer], ranks: Ranks):
         self.args, self.dataset, self.encoder, self.answers, self.ranks = args, dataset, encoder, answers, ranks
         self.draw = sources.Draw.of(args)
+        self._replaced = Few('rows cannot be encoded; others stand in, or they are left out of a stream')
+        self._anything_fits = False
+        self._gave_up = False  # in a worker process; the main process says why
 
     def drawn(self, micro_batches: list[list[Row]], cycle_key: tuple[int, int]) -> list[list[Sample]]:
         """Draw a source for each row and replace what can't be encoded; no responses yet. A collective call.
@@ -85,12 +88,13 @@ class Cycle:
     def prepared(self, row: Row) -> Row:
         """The row with its sample: drawn, replaced if it can't be encoded, and encoded as far as that can be done without a response. Rows
         come to :meth:`drawn` with it or without; where they are read in worker processes, this is done there, ahead of time."""
-        if not (row.counts and self.draw.per_sample):
+        if self._gave_up or not (row.counts and self.draw.per_sample):
             return row
         sample = Sample(row, row.content, self._source(row, (0, 0)))
         try:
             self._attempts(sample, 0)
         except OptionError:  # said where all ranks hear of it
+            self._gave_up = True
             return row
         if sample.source == DATASET:
             self.encoder.views(sample)
@@ -135,7 +139,34 @@ class Cycle:
                 [mine if mine == most else self._attempts(sample, most) for sample, mine, most in zip(*both, strict=True)]
                 for both in zip(micro_batches, attempts, agreed, strict=True)
             ]
+        for sample in itertools.chain.from_iterable(micro_batches):
+            self._say(sample)
         return micro_batches
+
+    def _say(self, sample: Sample) -> None:
+        """Tell of a sample that had to be replaced.
+
+        Raises:
+            OptionError: Nothing of a stream has fitted so far.
+        """
+        self._anything_fits |= sample.row.counts
+        if sample.unfit is None:
+            return
+        if sample.row.counts:
+            number, epoch, _ = sample.row.key
+            other = sources.replacement_row(self.args.seed, epoch, number, sample.attempt - 1, len(self.dataset))
+            self._replaced.say(f'{sample.of_row()} cannot be encoded, row {other} stands in: {sample.unfit}')
+            return
+        self._replaced.say(f'{sample.of_row()} is left out, it cannot be encoded: {sample.unfit}')
+        if self._replaced.count > MAX_REPLACEMENTS and not self._anything_fits:
+            raise OptionError(
+                f'--dataset: none of the first {self._replaced.count} rows of the stream can be encoded (the last: {sample.unfit}); '
+                f'{self._what_to_do()}.'
+            )
+
+    def _what_to_do(self) -> str:
+        limit = self.encoder.template.max_length
+        return 'correct the rows' if limit is None else f'raise --max_length {limit}, or correct the rows'
 
     def _most_attempts(self, attempts: list[list[int]]) -> list[list[int]] | None:
         """The largest of each number over the ranks with the same rows; None, on each of them, if they have the same numbers."""
@@ -153,26 +184,31 @@ class Cycle:
         Raises:
             OptionError: None fits.
         """
-        error: Exception | str = 'on another rank, or when it was drawn'
-        for number in range(attempt, MAX_REPLACEMENTS + 1):
-            if number and not hasattr(self.dataset, '__len__'):
-                logger.warning(f'{sample} is left out, it cannot be encoded: {error}')
+        errors: list[Exception] = []
+        others: set[int] = set()
+        row, streams = sample.row, not hasattr(self.dataset, '__len__')
+        if attempt:
+            sample.unfit = sample.unfit or 'on another rank, or when it was drawn'
+        for number in range(attempt, 1 + (MAX_REPLACEMENTS if streams or len(self.dataset) > 1 else 0)):
+            if number and streams:
                 sample.leave_out()
             elif number:
-                row = sample.row
                 other = sources.replacement_row(self.args.seed, row.epoch, row.number, number - 1, len(self.dataset))
-                logger.info(f'{sample} cannot be encoded, row {other} stands in: {error}')
                 sample.content, sample.attempt, sample.views = self.dataset[other], number, None
+                others.add(other)
             if not sample.row.counts:
                 return number
             try:
                 self.encoder.check(sample)
-            except Exception as caught:  # as ms-swift's resampling: templates raise anything on a broken image or an over-long row
-                error = caught
+            except Exception as error:  # as ms-swift's resampling: templates raise anything on a broken image or an over-long row
+                errors.append(error)
+                sample.unfit = sample.unfit or in_one_line(error)
             else:
                 return number
+        kinds = ', '.join(f'{count} x {name}' for name, count in Counter(type(error).__name__ for error in errors).items())
         raise OptionError(
-            f'{sample} and {MAX_REPLACEMENTS} other rows cannot be encoded (last: {error}); raise --max_length or look at the dataset.'
+            f'--dataset: {sample.of_row()} and {len(others)} other rows, drawn to stand in for it, cannot be encoded '
+            f'({kinds}; the last: {in_one_line(errors[-1]) if errors else sample.unfit}); {self._what_to_do()}.'
         )
 
 
@@ -253,7 +289,7 @@ def restored(cycle: Cycle, state: dict[str, Any], micro_batches: list[list[Row]]
         [
             [
                 # What stood in for a row still does, even if the row could be encoded now: the response belongs to it.
-                Sample(row if one['counts'] else row.filler(), row.content, one['source'], attempt=one.get('attempt', 0))
+                Sample(row if one['counts'] else row.filler(), row.content, one['source'], attempt=_attempt(cycle, state, one))
                 for row, one in zip(rows, kept, strict=True)
             ]
             for rows, kept in zip(found_rows, state['micro_batches'], strict=True)
@@ -273,6 +309,13 @@ def restored(cycle: Cycle, state: dict[str, Any], micro_batches: list[list[Row]]
     # A teacher server may have failed in the middle of the cycle.
     unanswered = any(s.row.counts and s.source != DATASET and s.response is None for samples in result for s in samples)
     return cycle.answer(result) if cycle.ranks.anywhere(int(unanswered)) else result
+
+
+def _attempt(cycle: Cycle, state: dict[str, Any], kept: dict[str, Any]) -> int:
+    """Which row's content a kept response belongs to, as :attr:`Sample.attempt`."""
+    attempt = kept.get('attempt', 0)
+    drawn = (kept['epoch'], kept['row'], attempt - 1, len(cycle.dataset)) if attempt and state['version'] < STATE_VERSION else None
+    return 0 if drawn and sources.drew_itself(cycle.args.seed, *drawn) else attempt
 
 
 def _path(checkpoint: str) -> str:
@@ -303,9 +346,9 @@ def load(checkpoint: str) -> dict[str, Any] | None:
         return None
     with open(path, encoding='utf-8') as file:
         state = json.load(file)
-    if state['version'] == 2:  # which kept neither the number of cycles nor which row stood in
-        state |= {'version': STATE_VERSION, 'cycles': 0}
-    for name, value in (('version', STATE_VERSION), ('world_size', world_size())):
+    state.setdefault('cycles', 0)
+    version = state['version'] if state['version'] in READABLE else STATE_VERSION
+    for name, value in (('version', version), ('world_size', world_size())):
         if state[name] != value:
             raise OptionError(
                 f'--resume_from_checkpoint {checkpoint}: its responses in flight have {name} {state[name]}, this run has '

@@ -21,15 +21,6 @@ def this_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def total_over_ranks(value: int, device: torch.device) -> int:
-    """The sum of a number over all ranks of the run. A collective call."""
-    if world_size() == 1:
-        return value
-    tensor = torch.tensor(value, dtype=torch.int64, device=device)
-    dist.all_reduce(tensor)
-    return int(tensor)
-
-
 @dataclass(frozen=True)
 class Ranks:
     """Which ranks have rows of their own, and which work on the same ones. Every method is a collective call of all ranks.
@@ -64,7 +55,11 @@ class Ranks:
 
     def anywhere(self, value: int) -> int:
         """The sum over all ranks of the run."""
-        return total_over_ranks(value, self.device)
+        if world_size() == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.int64, device=self.device)
+        dist.all_reduce(tensor)
+        return int(tensor)
 
     def gathered(self, lines: list[T]) -> list[T]:
         """The lines of all owners, in the order of their ranks."""

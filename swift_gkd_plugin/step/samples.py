@@ -7,28 +7,28 @@ every per-token tensor in here and in the loss is in that order, whatever the la
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from swift.dataset import RowPreprocessor
 from swift.rl_core.data import GKDSample
 from swift.rlhf_trainers.utils import encode_sample, get_response_prefix_ids
-from swift.utils import get_logger, remove_response
+from swift.utils import remove_response
 
 from ..arguments import OptionError
 from ..responses import Response
-from ..responses.local import inference_template
+from ..responses.local import inference_template, never_sampled
 from ..sources import DATASET, STUDENT, Source
 from ..teachers import Signal
 from ..teachers.server import MEDIA, Question, Scores, as_request
 from .data import Row
-
-logger = get_logger()
+from .said import how_to_find
 
 # What `SampleEncoder.row_with_response` writes beside ms-swift's columns.
 RESPONSE_COLUMNS = ('response_token_ids', 'add_eos')
@@ -94,6 +94,7 @@ class Sample:
         question: What it is asked about the trained tokens; None without a server.
         asked: What it will say about them, where the question is on its way.
         attempt: 0 for the row's own content, n for that of the n-th row that was drawn in its place.
+        unfit: Why the row's own content cannot be encoded; None if it can.
     """
 
     row: Row
@@ -110,6 +111,7 @@ class Sample:
     question: Question | None = field(default=None, repr=False)
     asked: Future | None = field(default=None, repr=False)
     attempt: int = 0
+    unfit: str | None = None
 
     @property
     def fits(self) -> bool:
@@ -136,8 +138,21 @@ class Sample:
         self.row, self.content, self.source = self.row.filler(), self.row.content, DATASET
         self.encoded = self.views = self.prompt = None
 
+    def digest(self) -> str:
+        """Of what the models see of it: row, source, token ids and the shapes of everything else."""
+        seen = hashlib.blake2b(repr((self.row.key, self.row.counts, self.source)).encode(), digest_size=7)
+        for view in self.views:
+            for name, value in sorted((view or {}).items()):
+                text = tuple(value.shape) if isinstance(value, torch.Tensor) else value if isinstance(value, list) else type(value).__name__
+                seen.update(f'{name} {text}'.encode())
+        return seen.hexdigest()
+
     def __str__(self) -> str:
-        return f'row {self.row.number} of epoch {self.row.epoch} ({self.source})'
+        return f'row {self.row.number} of epoch {self.row.epoch} ({self.source}) {how_to_find(self.content)}'
+
+    def of_row(self) -> str:
+        """As ``str``, of the row's own content where another row's stands in."""
+        return str(replace(self, content=self.row.content))
 
 
 def sampled_turns(result: GKDSample) -> list[list[int]]:
@@ -152,6 +167,30 @@ def sampled_turns(result: GKDSample) -> list[list[int]]:
 def sampled_ids(result: GKDSample) -> list[int]:
     """What the student sampled, over all turns."""
     return list(itertools.chain.from_iterable(sampled_turns(result)))
+
+
+def without_media(result: GKDSample, template) -> GKDSample:
+    """The rollout's sample up to the first id of a medium that the student sampled; itself if there is none. What a scheduler put in
+    between may hold such ids."""
+    turns = result.response_token_ids
+    if not turns or isinstance(turns[0], int):
+        turns = [list(turns)]
+    masks = result.response_loss_mask or [[1] * len(turn) for turn in turns]
+    sampled = ((k, i) for k, turn in enumerate(turns) for i, token in enumerate(turn) if masks[k][i] and token in never_sampled(template))
+    turn, place = next(sampled, (None, 0))
+    if turn is None:
+        return result
+    cut = copy.copy(result)
+
+    def upto(parts: list[list[Any]]) -> list[list[Any]]:
+        return [*parts[:turn], parts[turn][:place]] if parts else parts
+
+    cut.response_token_ids, cut.finish_reason = upto(turns), 'length'
+    cut.response_loss_mask, cut.rollout_logprobs = upto(result.response_loss_mask), upto(result.rollout_logprobs)
+    answers = [i for i, message in enumerate(result.messages) if message['role'] == 'assistant'][-len(turns) :]
+    text = template.safe_decode(cut.response_token_ids[-1])
+    cut.messages = [*result.messages[: answers[turn]], {**result.messages[answers[turn]], 'content': text}]
+    return cut
 
 
 def check_one_each(made: int, asked: int, scheduler: str | None) -> None:
@@ -287,6 +326,19 @@ class SampleEncoder:
                 sample.prompt = {} if self.engine else prompt
                 if sample.source != STUDENT:
                     sample.prompt = template.encode(self.teacher_prompt(sample))
+
+    def take(self, sample: Sample, result: GKDSample) -> None:
+        """What ms-swift's rollout has generated for a sample. Its engines may sample what :func:`never_sampled` keeps ours from."""
+        result = without_media(result, self.template)
+        sample.generated, sample.response = result, Response(sampled_ids(result), result.finish_reason or 'stop')
+
+    def cut_before_media(self, sample: Sample) -> None:
+        """The same for what a teacher server has answered."""
+        never, ids = never_sampled(self.template), sample.response.token_ids
+        place = next((i for i, token in enumerate(ids) if token in never), None)
+        if place is not None:
+            sample.response, scores = Response(ids[:place], 'length'), sample.scores
+            sample.scores = scores and Scores(scores.logprobs[:place], scores.ids[:place])
 
     @staticmethod
     def inner(sample: Sample) -> GKDSample:

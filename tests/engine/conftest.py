@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import helpers
 import job_runs
 import pytest
-from rollout_server import ENVIRONMENT, HERE, RolloutServer
+from rollout_server import ENVIRONMENT, HERE, MODULES, RolloutServer
 
 
 def pytest_collection_modifyitems(items) -> None:
@@ -27,7 +27,7 @@ def tiny_models(tmp_path_factory) -> helpers.TinyModels:
 
 @pytest.fixture(scope='session')
 def run_jobs(tmp_path_factory, tiny_models) -> job_runs.JobRunner:
-    return job_runs.JobRunner(tmp_path_factory, tiny_models, HERE / 'jobs_with_engine.py', ENVIRONMENT)
+    return job_runs.JobRunner(tmp_path_factory, tiny_models, HERE / 'jobs_with_engine.py', ENVIRONMENT, MODULES)
 
 
 @pytest.fixture(scope='session')

@@ -1,4 +1,4 @@
-"""``hf/jobs.py`` with vLLM: ``python jobs_with_engine.py jobs.json``, alone or by ranks.py.
+"""``hf/jobs.py`` with vLLM: ``python jobs_with_engine.py jobs.json``, alone or by the ranks of fork_server.py.
 
 After each generation call the log-probabilities that the engine gave to the tokens it sampled are compared with those of the live
 student, on the very tensors that are trained; ``engine-rank<r>.jsonl`` has a line for each call.
@@ -34,7 +34,7 @@ def largest_difference(trainer, samples) -> float:
     model.eval()
     worst = 0.0
     for sample in samples:
-        encoded, _ = trainer.conductor.encoder.views(sample)
+        encoded = dict(trainer.conductor.encoder.views(sample)[0])  # a collator takes the images out
         labels = torch.tensor(encoded['labels'])
         trained = (labels != -100).nonzero()[:, 0]
         turns = trained.tensor_split((trained.diff() > 1).nonzero()[:, 0] + 1)

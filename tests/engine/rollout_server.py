@@ -17,6 +17,7 @@ from engine_options import ENGINE
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {**helpers.vllm_environment(), 'PYTHONPATH': f'{helpers.VLLM}{os.pathsep}{HERE}', 'VLLM_PLUGINS': 'vllm_on_cpu'}
+MODULES = ('vllm_on_cpu',)
 
 
 class RolloutServer:

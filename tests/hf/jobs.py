@@ -1,4 +1,4 @@
-"""Many training runs in one process: ``python jobs.py jobs.json``, alone or by ranks.py.
+"""Many training runs in one process: ``python jobs.py jobs.json``, alone or by the ranks of fork_server.py.
 
 Each job is an argument list for ``swift.pipelines.rlhf_main``, the function behind ``swift rlhf``; one process saves the ten seconds of
 imports that a command costs. With SWIFT_GKD_PLUGIN=0 the same jobs run stock ms-swift.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from swift_gkd_plugin.responses import Response
 from swift_gkd_plugin.step.data import Row
 from swift_gkd_plugin.step.samples import IGNORED, Sample, SampleEncoder, TeacherView, predicting_positions
+from swift_gkd_plugin.teachers.server import Scores
 
 QUESTION = {'role': 'user', 'content': 'what is 3 plus 4 ?'}
 ANSWER = {'role': 'assistant', 'content': '3 plus 4 is 7 .'}
@@ -151,3 +153,43 @@ def test_privileged_prompt_replaces_the_question_of_the_row_and_not_those_of_a_s
     ]
     student, teacher = checked(encoder, one)
     assert trained(student) == trained(teacher) and len(teacher['input_ids']) > len(student['input_ids'])
+
+
+@pytest.fixture
+def vision_template(template, monkeypatch):
+    """The template as one of a model with images, of which token 9 stands for one."""
+    monkeypatch.setattr(template, 'placeholder_tokens', [9])
+    monkeypatch.setattr(template.model_meta, 'is_multimodal', True)
+    return template
+
+
+@pytest.mark.parametrize(
+    ('turns', 'masks', 'kept', 'reason'),
+    [
+        ([[20, 21], [22, 23]], None, [[20, 21], [22, 23]], 'stop'),
+        ([[20, 21], [22, 9, 23]], None, [[20, 21], [22]], 'length'),
+        ([[20, 9, 21], [22, 9]], None, [[20]], 'length'),
+        ([[9, 20], [22]], None, [[]], 'length'),
+        ([[20, 9, 21], [22, 9, 24]], [[1, 0, 1], [1, 1, 1]], [[20, 9, 21], [22]], 'length'),  # a scheduler's own image stays
+    ],
+)
+def test_a_sampled_image_ends_the_response_of_an_engine(vision_template, turns, masks, kept, reason):
+    encoder, one = SampleEncoder(vision_template, TeacherView(), engine=True), sample('student')
+    result = encoder.inner(one)
+    result.messages = [dict(QUESTION), {'role': 'assistant', 'content': 'a'}, {'role': 'user', 'content': 'sure ?'}, dict(ANSWER)]
+    result.response_token_ids, result.response_loss_mask, result.finish_reason, result.add_eos = turns, masks, 'stop', False
+    result.rollout_logprobs = [[-1.0] * len(turn) for turn in turns]
+    encoder.take(one, result)
+    assert one.generated.response_token_ids == kept and one.response.finish_reason == reason
+    assert [len(part) for part in one.generated.rollout_logprobs] == [len(turn) for turn in kept]
+    assert [m['role'] for m in one.generated.messages] == ['user', 'assistant', 'user', 'assistant'][: 2 * len(kept)]
+    student, _ = encoder.views(one)
+    assert [t for t in trained(student) if t in (20, 21, 22, 23)] == [t for t in one.response.token_ids if t != 9]
+
+
+def test_a_sampled_image_ends_the_response_of_a_teacher_server(vision_template):
+    one = sample('teacher', Response([20, 21, 9, 22], 'stop'))
+    one.scores = Scores(np.arange(8.0).reshape(4, 2), np.arange(8).reshape(4, 2))
+    SampleEncoder(vision_template, TeacherView()).cut_before_media(one)
+    assert one.response == Response([20, 21], 'length')
+    assert one.scores.ids.tolist() == [[0, 1], [2, 3]] and one.scores.logprobs.tolist() == [[0, 1], [2, 3]]

@@ -1,4 +1,4 @@
-"""Many training runs in one process group: ``python ranks.py N PORT jobs.py jobs.json``.
+"""Many training runs in one process group: ``python jobs.py jobs.json``, by the ranks of fork_server.py.
 
 Each job is an argument list for ``megatron_rlhf_main``, the function behind ``megatron rlhf``. All jobs of one call have the same layout:
 megatron-core sets up its process groups once per process.

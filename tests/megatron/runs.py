@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import helpers
+import starts
 import torch
 from models import QUICK
 
 HERE = Path(__file__).parent
 CPU = {'PYTHONPATH': str(HERE / 'cpu'), 'MEGATRON_ON_CPU': '1', 'MASTER_ADDR': '127.0.0.1', 'USE_HF': '1'}
+
+# What every run imports.
+MODULES = ('swift.megatron.pipelines.train.rlhf', 'swift_gkd_plugin.megatron.trainer')
 
 # Ranks and options of each layout.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -100,6 +103,7 @@ def run_jobs(
     *,
     timeout: float = 300,
     env: Mapping[str, str] | None = None,
+    modules: Sequence[str] = (),
 ) -> dict[str, Run]:
     """Run configurations in one process group.
 
@@ -108,6 +112,7 @@ def run_jobs(
             ``export`` keeps the trained weights, ``save`` lets checkpoints be written, ``no_cache`` generates without keys and values
             that are kept, ``foreign`` has no attention taken for megatron-core's, ``output_dir`` says where another run lies.
         layout: A key of LAYOUTS.
+        modules: What is imported before everything else.
     """
     ranks, split = LAYOUTS[layout]
     listed = []
@@ -128,8 +133,8 @@ def run_jobs(
     path = root / 'jobs.json'
     path.write_text(json.dumps(listed))
     # For one rank too: a process group needs its variables.
-    launcher = [helpers.RANKS, ranks, helpers.free_port()]
-    _, output = helpers.run([sys.executable, *launcher, HERE / 'jobs.py', path], env={**CPU, **(env or {})}, cwd=root, timeout=timeout)
+    variables = {**CPU, **(env or {})}
+    _, output = starts.run(HERE / 'jobs.py', path, modules=(*modules, *MODULES), ranks=ranks, env=variables, cwd=root, timeout=timeout)
     found = {}
     for job in listed:
         outcome = Path(job['output_dir'], 'outcome.json')

@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 ENGINE_TESTS = HERE.parent / 'engine'
 sys.path.insert(0, str(ENGINE_TESTS))
 
-from rollout_server import ENVIRONMENT, RolloutServer  # noqa: E402
+from rollout_server import ENVIRONMENT, MODULES, RolloutServer  # noqa: E402
 
 
 def pytest_collection_modifyitems(items) -> None:
@@ -81,7 +81,7 @@ def run_omni(tmp_path_factory, omni) -> job_runs.JobRunner:
 
 @pytest.fixture(scope='session')
 def run_omni_with_engine(tmp_path_factory, omni) -> job_runs.JobRunner:
-    return job_runs.JobRunner(tmp_path_factory, omni_models(omni), ENGINE_TESTS / 'jobs_with_engine.py', with_engine(tiny_omni))
+    return job_runs.JobRunner(tmp_path_factory, omni_models(omni), ENGINE_TESTS / 'jobs_with_engine.py', with_engine(tiny_omni), MODULES)
 
 
 def with_engine(models=tiny_vision) -> dict[str, str]:
@@ -92,7 +92,7 @@ def with_engine(models=tiny_vision) -> dict[str, str]:
 @pytest.fixture(scope='session')
 def run_jobs_with_engine(tmp_path_factory, vision_models) -> job_runs.JobRunner:
     """With vLLM for the student; what it samples is compared with the live student."""
-    return job_runs.JobRunner(tmp_path_factory, vision_models, ENGINE_TESTS / 'jobs_with_engine.py', with_engine())
+    return job_runs.JobRunner(tmp_path_factory, vision_models, ENGINE_TESTS / 'jobs_with_engine.py', with_engine(), MODULES)
 
 
 @pytest.fixture(scope='session')

@@ -96,7 +96,8 @@ def test_a_server_that_is_gone(runs):
     """A checkpoint first, then server, step and reason; and the resumed run is the one that was never interrupted."""
     found, root, _ = runs
     error = found['gone'].error
-    assert error.startswith('TeacherServerError') and '127.0.0.1' in error and 'step 3' in error and 'no connection' in error
+    assert error.startswith('TeacherServerError') and '127.0.0.1' in error and 'no connection' in error
+    assert 'step 2' in error or 'step 3' in error  # the third step's rows are asked for while the second trains
     assert (root / 'gone' / 'checkpoint-2' / 'trainer_state.json').exists()
     resumed = found['gone, resumed'].ok()
     assert resumed.losses == pytest.approx(found['vllm'].losses[2:], rel=1e-5)

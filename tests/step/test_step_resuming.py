@@ -13,6 +13,7 @@ from rank_cases import Stream
 
 from swift_gkd_plugin import sources
 from swift_gkd_plugin.arguments import OptionError
+from swift_gkd_plugin.step import cycle as cycles
 from swift_gkd_plugin.teachers.server import TeacherServerError
 
 KINDS = {
@@ -118,6 +119,22 @@ def test_a_row_that_stood_in_still_does_when_the_fault_has_passed(make, rows):
     assert len(stood_in) == 2 and all(sources.replacement_row(42, 0, row, 0, 10) != row for row in broken)
     resumed = make(**options).train(os.path.join(run.args.output_dir, 'checkpoint-1'))
     assert resumed.steps == whole.steps[1:] and resumed.losses == whole.losses[1:]
+
+
+@pytest.mark.parametrize('version', [3, cycles.STATE_VERSION])
+def test_a_row_that_stood_in_for_itself_does_so_in_old_checkpoints_alone(make, version):
+    """Up to version 3 a row could be drawn in its own place, once an image was there again."""
+    options = {'lmbda': 1, 'steps_per_generation': 4, 'max_steps': 2}
+    whole = make(**options, save_steps=1).train()
+    checkpoint = Path(whole.args.output_dir, 'checkpoint-1')
+    file = checkpoint / 'gkd_cycle_rank0.json'
+    state = json.loads(file.read_text())
+    kept = state['micro_batches'][0][0]
+    kept['attempt'] = next(n for n in range(1, 51) if sources.drew_itself(42, kept['epoch'], kept['row'], n - 1, 10))
+    file.write_text(json.dumps({**state, 'version': version}))
+    resumed = make(**options).train(str(checkpoint))
+    assert (resumed.steps == whole.steps[1:]) == (version == 3)
+    assert [one['response'] for one in flat(resumed)] == [one['response'] for one in flat(whole)[4:]]
 
 
 @pytest.mark.parametrize('changed', ['order', 'dataset', 'ranks', 'version'])

@@ -11,6 +11,7 @@ from rank_cases import Stream
 
 from swift_gkd_plugin import sources
 from swift_gkd_plugin.arguments import OptionError
+from swift_gkd_plugin.step.said import how_to_find, in_one_line, names_of
 
 # -- sources -------------------------------------------------------------------------------------------------------------------------------
 
@@ -139,29 +140,102 @@ def too_long(row: dict) -> dict:
     return {'messages': [row['messages'][0], {'role': 'assistant', 'content': 'very ' * 200}]}
 
 
+class NumberedLike:
+    """A dataset with another row in one place."""
+
+    def __init__(self, dataset, row: dict, number: int):
+        self.dataset, self.row, self.number = dataset, row, number
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, number: int) -> dict:
+        return self.row if number == self.number else self.dataset[number]
+
+
 def test_a_stream_goes_round_and_leaves_out_what_does_not_fit(make, rows, said):
-    rows = [
-        {'messages': [rows[i]['messages'][0], {'role': 'assistant', 'content': 'very ' * 200}]} if i == 2 else rows[i] for i in range(7)
-    ]
+    rows = [too_long(rows[i]) if i == 2 else rows[i] for i in range(7)]
     run = make(dataset=Stream(rows), lmbda=0, max_steps=4).train()
     assert [one['key'][:2] for one in flat(run)] == [[row, epoch] for epoch in range(2) for row in range(7) if row != 2]
     assert sum('row 2 of epoch' in line and 'is left out' in line for line in said) == 2
 
 
 def test_another_row_stands_in_for_one_that_does_not_fit(make, rows, said):
-    rows = [
-        {'messages': [rows[i]['messages'][0], {'role': 'assistant', 'content': 'very ' * 200}]} if i == 2 else rows[i] for i in range(10)
-    ]
+    rows = [too_long(rows[i]) if i == 2 else rows[i] for i in range(10)]
     run = make(dataset=Dataset.from_list(rows), lmbda=0, max_steps=3).train()
-    other = next(n for n in (sources.replacement_row(42, 0, 2, i, 10) for i in range(50)) if n != 2)
+    other = sources.replacement_row(42, 0, 2, 0, 10)
     (found,) = [one for one in flat(run) if one['key'][0] == 2]
     assert found['question'] == rows[other]['messages'][0]['content'] and f'row {other} stands in' in ' '.join(said)
 
 
-def test_a_dataset_of_which_nothing_fits_is_said(make, rows):
-    rows = [too_long(row) for row in rows[:10]]
-    with pytest.raises(OptionError, match=r'50 other rows cannot be encoded .*raise --max_length'):
-        make(dataset=Dataset.from_list(rows), lmbda=0).train()
+@pytest.mark.parametrize('number', [10, 1])
+def test_a_dataset_of_which_nothing_fits_is_one_error_and_no_other_line(make, rows, said, number):
+    run = make(dataset=Dataset.from_list([too_long(row) for row in rows[:number]]), lmbda=0, steps_per_generation=4)
+    check, checked = run.conductor.encoder.check, []
+    run.conductor.encoder.check = lambda sample: checked.append(1) or check(sample)
+    with pytest.raises(OptionError) as error:
+        run.train()
+    message, tries = str(error.value), 51 if number > 1 else 1
+    assert f'and {number - 1} other rows' in message and f'{tries} x MaxLengthError' in message and 'raise --max_length 128' in message
+    assert len(message.splitlines()) == 1
+    assert not [line for line in said if 'cannot be encoded' in line]
+    assert len(checked) == 2 * tries  # of the first row, where it is read and where all ranks hear of it
+
+
+def test_a_stream_of_which_nothing_fits_ends(make, rows):
+    run = make(dataset=Stream([too_long(row) for row in rows[:10]]), lmbda=0, max_steps=100)
+    with pytest.raises(OptionError, match=r'none of the first 51 rows of the stream can be encoded .*raise --max_length 128'):
+        run.train()
+    half = [too_long(row) for row in rows[:30]] + rows[30:31]
+    assert len(make(dataset=Stream(half), lmbda=0, max_steps=30).train().steps) == 30
+
+
+@pytest.mark.parametrize('streams', [False, True])
+def test_of_many_rows_that_do_not_fit_a_few_are_named_and_the_rest_is_counted(make, rows, said, streams):
+    rows = [too_long(row) if i % 2 else row for i, row in enumerate(rows[:20])]
+    make(dataset=Stream(rows) if streams else Dataset.from_list(rows), lmbda=0, max_steps=20).train()
+    about = [line for line in said if 'be encoded' in line]
+    assert len(about) == 5 + 3 and sum('is left out' in line if streams else 'stands in' in line for line in about[:5]) == 5
+    assert [line.split()[0] for line in about[5:]] == ['10', '20', '40']
+
+
+def test_rows_of_an_evaluation_that_do_not_fit_are_not_named_again_and_again(make, rows, said):
+    run = make(dataset=Dataset.from_list(rows[:4]))
+    for _ in range(8):
+        run.evaluate(Dataset.from_list([too_long(rows[0]), *rows[1:4]]))
+    assert sum(line.startswith('evaluation: row 0 of epoch 0') for line in said) == 5
+    assert sum('1 rows of the evaluation set cannot be encoded' in line for line in said) == 8
+
+
+def test_a_row_is_named_by_what_its_user_knows_of_it(make, rows, said):
+    """Its number is that after ms-swift has shuffled."""
+    broken = {
+        'messages': [{'role': 'user', 'content': 'What does\n<image> show? ' * 9}],
+        'images': ['/photos/a.png', {'path': 'b.png'}, b'x'],
+    }
+    run = make(dataset=Dataset.from_list(rows[:10]), lmbda=0, max_steps=3)
+    run.dataset = NumberedLike(run.dataset, broken, 2)
+
+    def check(sample, stock=run.conductor.encoder.check) -> None:
+        if sample.content is broken:
+            raise OSError('no such file\nanywhere')
+        stock(sample)
+
+    run.conductor.encoder.check = check
+    run.train()
+    (line,) = [line for line in said if 'stands in' in line]
+    assert 'row 2 of epoch 0 (dataset) "What does <image> show? What does <image…" with /photos/a.png, b.png, bytes cannot' in line
+    assert line.endswith('stands in: no such file anywhere')
+
+
+def test_what_is_said_of_odd_rows():
+    assert how_to_find({}) == '""' and how_to_find({'messages': [{'role': 'system', 'content': 'x'}], 'images': None}) == '""'
+    parts = [{'type': 'image'}, {'type': 'text', 'text': 'and this?'}]
+    assert how_to_find({'messages': [{'role': 'user', 'content': parts}], 'videos': 'v.mp4'}) == '"and this?" with v.mp4'
+    many = how_to_find({'messages': [], 'videos': [['1.png', '2.png']], 'images': [f'{i}.png' for i in range(9)]})
+    assert many == '"" with 0.png, 1.png, 2.png, 3.png, 4.png and 5 more'
+    assert len(how_to_find({'images': ['data:image/png;base64,' + 'A' * 10**6]})) < 400
+    assert names_of(list(range(12))) == '0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more' and in_one_line(ValueError()) == 'ValueError'
 
 
 # -- several responses per prompt ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,114 @@
+"""An evaluation: the mean over all trained tokens of a whole set, however it is batched.
+
+No coin is tossed, and no row stands in for another: the set stays what it is.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+import torch
+from swift.utils import get_logger
+
+from ..sources import DATASET
+from .answers import Answers
+from .backend import Backend
+from .books import Books
+from .data import Row
+from .said import Few, in_one_line
+from .samples import MicroBatch, Sample, SampleEncoder
+
+logger = get_logger()
+
+
+class Evaluation:
+    """
+    Args:
+        backend: What runs it.
+        encoder: Tells whether a row fits.
+        answers: Who answers, with ``--gkd_eval_source`` student or teacher.
+        books: Where it is booked.
+        taught: Makes micro-batches of samples that have their responses, with what the teacher says about them; a collective call.
+        has_divergence: Whether a teacher looks at them.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        encoder: SampleEncoder,
+        answers: Answers,
+        books: Books,
+        taught: Callable[[list[list[Sample]]], list[MicroBatch]],
+        has_divergence: bool,
+    ):
+        self.backend, self.ranks, self.source = backend, backend.ranks, backend.args.gkd_eval_source
+        self.encoder, self.answers, self.books, self.taught = encoder, answers, books, taught
+        self.has_divergence = has_divergence
+        self._left_out = Few('times a row of an evaluation set could not be encoded')
+
+    def of(self, rows: Iterable[list[Row]], at_once: int) -> dict[str, float]:
+        """As :meth:`.conductor.Conductor.evaluate`."""
+        with self.books.of_evaluation() as metrics:
+            tokens, count, left_out = self._counted(iter(rows), at_once)
+            means = metrics.pop()
+        if left_out:
+            limit = self.encoder.template.max_length
+            logger.warning(f'{left_out} rows of the evaluation set cannot be encoded (--max_length {limit}) and are left out.')
+        found = {'loss': means.get('loss', 0.0)}
+        if self.has_divergence:
+            found['divergence'] = means.get('divergence', 0.0)
+        return {**found, 'cross_entropy': means.get('all_cross_entropy', 0.0), 'tokens': tokens, 'rows': count}
+
+    def _counted(self, rows: Iterator[list[Row]], at_once: int) -> list[int]:
+        """Numbers of trained tokens, of rows and of rows that were left out, over all ranks."""
+        numbers = [0, 0, 0]
+        for number in itertools.count():
+            part = list(itertools.islice(rows, at_once))
+            if not part:
+                return self.ranks.totals(numbers)
+            self.answers.cycle_key = -1, number  # the same at every evaluation
+            samples = [[self._sample(row) for row in micro_batch] for micro_batch in part]
+            counted = [sample for one in samples for sample in one if sample.row.counts]
+            self._leave_out_what_does_not_fit(counted)
+            answered = [sample for sample in counted if sample.row.counts]
+            if self.source != DATASET:
+                self.answers.by_source[self.source](answered)
+            batches = self.taught(samples)
+            with torch.no_grad():
+                self.backend.run(batches)
+            found = sum(batch.num_tokens for batch in batches), len(answered), len(counted) - len(answered)
+            numbers = [sum(pair) for pair in zip(numbers, found, strict=True)]
+
+    def _sample(self, row: Row) -> Sample:
+        if row.prepared is not None:
+            return row.prepared.leave_shared_memory()
+        return Sample(row, row.content, self.source if row.counts else DATASET)
+
+    def prepared(self, row: Row) -> Row:
+        """As :meth:`.cycle.Cycle.prepared`, for a row of the evaluation set."""
+        sample = self._sample(row)
+        try:
+            if not sample.fits:
+                self.encoder.check(sample)
+        except Exception:  # see Cycle._attempts; said where all ranks hear of it
+            return row
+        if sample.encoded is not None:
+            self.encoder.views(sample)
+        return replace(row, prepared=sample)
+
+    def _leave_out_what_does_not_fit(self, samples: list[Sample]) -> None:
+        failed = []
+        for sample in samples:
+            try:
+                if not sample.fits:
+                    self.encoder.check(sample)
+            except Exception as error:  # see Cycle._attempts
+                self._left_out.say(f'evaluation: {sample} cannot be encoded: {in_one_line(error)}')
+                failed.append(1)
+            else:
+                failed.append(0)
+        for sample, anywhere in zip(samples, self.ranks.largest(failed), strict=True):
+            if anywhere:
+                sample.leave_out()

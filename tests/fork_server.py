@@ -1,0 +1,103 @@
+"""``python fork_server.py MODULE ...``: imports modules once, and runs scripts in processes of their own that have them already.
+
+A process that trains needs eight seconds for its imports and two more for each further rank; a fork of this one needs none. It reads
+requests from its standard input, one JSON object a line, and answers each with two lines on its standard output: the process that runs the
+script, and how that ended. starts.py has the other end.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import logging
+import os
+import runpy
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any, TextIO
+
+
+def wait_for(ranks: set[int]) -> int:
+    """The exit status of the first rank, by process id, that fails; the others are ended then. 0 if none does."""
+    failure = 0
+    while ranks:
+        pid, status = os.wait()
+        ranks.discard(pid)
+        if status and not failure:
+            failure = os.waitstatus_to_exitcode(status)
+            for other in ranks:
+                os.kill(other, signal.SIGKILL)
+    return failure
+
+
+def run_script(script: str, arguments: list[str]) -> int:
+    sys.argv, sys.path[0] = [script, *arguments], str(Path(script).parent)
+    runpy.run_path(script, run_name='__main__')
+    return 0
+
+
+def run_ranks(size: int, port: str, script: str, arguments: list[str]) -> int:
+    """Run a script by several ranks, as torchrun starts them."""
+    from torch.distributed import TCPStore
+
+    children = set()
+    for rank in range(size):
+        pid = os.fork()
+        if pid == 0:
+            os.environ |= {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(size), 'LOCAL_WORLD_SIZE': str(size)}
+            os.environ |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port, 'GROUP_RANK': '0'}
+            os.environ |= {'TORCHELASTIC_USE_AGENT_STORE': 'True', 'TORCHELASTIC_RUN_ID': 'none', 'TORCHELASTIC_RESTART_COUNT': '0'}
+            if rank:  # as ms-swift does when its logger is imported (4.6.0, utils/logger.py:107)
+                for name in ('swift', 'modelscope'):
+                    logging.getLogger(name).setLevel(logging.ERROR)
+            return run_script(script, arguments)
+        children.add(pid)
+    store = TCPStore('127.0.0.1', int(port), is_master=True, wait_for_workers=False)  # has threads, so after the forks
+    try:
+        return wait_for(children)
+    finally:
+        del store
+
+
+def run(request: dict[str, Any]) -> int:
+    """In a process of its own, and in a session of its own, so that whoever asked can end all of it."""
+    os.setsid()
+    output = os.open(request['output'], os.O_WRONLY | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.chdir(request['cwd'])
+    os.environ |= request['env']
+    if request['ranks']:
+        return run_ranks(request['ranks'], request['port'], request['script'], request['arguments'])
+    return run_script(request['script'], request['arguments'])
+
+
+def serve(requests: TextIO, answers: TextIO) -> int:
+    for line in requests:
+        pid = os.fork()
+        if pid == 0:
+            answers.close()
+            return run(json.loads(line))
+        print(pid, file=answers, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=answers, flush=True)
+    return 0
+
+
+def main(*modules: str) -> int:
+    requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), 'w')
+    os.dup2(2, 1)
+    for module in modules:
+        importlib.import_module(module)
+    if threading.active_count() > 1:
+        raise SystemExit(f'{modules} start threads, which a fork would not have: {threading.enumerate()}')
+    gc.collect()
+    gc.freeze()
+    return serve(requests, answers)
+
+
+if __name__ == '__main__':
+    sys.exit(main(*sys.argv[1:]))

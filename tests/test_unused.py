@@ -1,0 +1,80 @@
+"""An option that does nothing in some configuration is said once, with the reason, and one that does something is not."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from swift_gkd_plugin.arguments import GKDOptions
+from swift_gkd_plugin.hf.pipeline import NOT_USED as TRANSFORMERS
+from swift_gkd_plugin.unused import unused
+
+
+@dataclasses.dataclass
+class Arguments(GKDOptions):
+    """Of ms-swift's those that the tables ask for."""
+
+    lmbda: float = 0.5
+    beta: float = 0.5
+    seq_kd: bool = False
+    use_vllm: bool = False
+    gkd_logits_topk: Any = None
+    teacher_model: Any = None
+    teacher_model_server: Any = None
+    teacher_deepspeed: Any = None
+    offload_teacher_model: bool = False
+    teacher_tag_key: str = 'dataset'
+    deepspeed: Any = None
+
+
+BLIND, SERVER, ENGINE = {'gkd_loss_weight': 0.0, 'lmbda': 0.0}, {'teacher_model_server': 'http://x'}, {'gkd_teacher_engine': 'vllm'}
+MODEL = {'teacher_model': 'some/model'}
+SEQ_KD = {'seq_kd': True, 'lmbda': 0.0}
+
+
+@pytest.mark.parametrize(
+    ('given', 'others', 'why'),
+    [
+        # Nobody looks: the teacher only answers.
+        ({'gkd_teacher_batch_size': 2}, {**MODEL, **BLIND, **SEQ_KD}, 'no teacher looks'),
+        ({'gkd_routing': 'teacher'}, {**MODEL, **BLIND, **SEQ_KD}, 'no teacher looks'),
+        ({'gkd_logits_topk': 5}, {**MODEL, **BLIND, **SEQ_KD}, 'no teacher looks'),
+        ({'gkd_tail': 'renormalize'}, {'gkd_logits_topk': 5, **BLIND, **SEQ_KD}, 'no teacher looks'),
+        ({'beta': 0.3}, {**MODEL, **BLIND, **SEQ_KD}, 'there is no divergence'),
+        ({'gkd_divergence': 'tvd'}, {**MODEL, **BLIND, **SEQ_KD}, 'there is no divergence'),
+        ({'gkd_skew': 0.3}, {'gkd_divergence': 'skew_forward_kl', **BLIND}, 'there is no divergence'),
+        ({'gkd_temperature': 2.0}, BLIND, 'there is no divergence'),
+        ({'beta': 0.3}, {'gkd_divergence': 'tvd', **BLIND}, 'there is no divergence'),  # the first of two reasons
+        # Nobody looks and nobody answers.
+        (MODEL, BLIND, 'answers nothing'),
+        (SERVER, BLIND, 'answers nothing'),
+        ({'gkd_self_teacher': 'ema'}, BLIND, 'answers nothing'),
+        (ENGINE, {**MODEL, **BLIND, 'gkd_logits_topk': 5}, 'it answers with --seq_kd'),
+        (MODEL, {**BLIND, **SEQ_KD}, None),
+        (MODEL, {**BLIND, 'gkd_eval_source': 'teacher'}, None),
+        # The student answers every row.
+        ({'seq_kd': True}, {'lmbda': 1.0}, 'the student answers every row'),
+        ({'gkd_save_teacher_responses': 'a.jsonl'}, {'seq_kd': True, 'lmbda': 1.0}, 'the student answers every row'),
+        ({'gkd_teacher_temperature': 0.5}, {'seq_kd': True, 'lmbda': 1.0}, 'the teacher answers with'),
+        ({'gkd_save_teacher_responses': 'a.jsonl'}, SEQ_KD, None),
+        # Who looks elsewhere.
+        ({'gkd_teacher_batch_size': 2}, {**MODEL, **ENGINE, 'gkd_logits_topk': 5}, 'the engine looks'),
+        ({'gkd_teacher_batch_size': 2}, {**MODEL, 'gkd_routing': 'teacher'}, 'each micro-batch'),
+        ({'gkd_teacher_batch_size': 2}, SERVER, 'or elsewhere'),
+        ({'gkd_teacher_batch_size': 2}, MODEL, None),
+        ({'gkd_teacher_offload': 'model'}, {**MODEL, **ENGINE, 'gkd_logits_topk': 5}, 'the only copy'),
+        ({'gkd_teacher_offload': 'model'}, MODEL, None),
+        # An engine is asked like a server.
+        ({'gkd_server_in_flight': 4}, {**MODEL, **ENGINE, **SEQ_KD}, None),
+        ({'gkd_server_in_flight': 4}, SERVER, None),
+        ({'gkd_server_timeout': 4.0}, MODEL, 'it belongs to --teacher_model_server and --gkd_teacher_engine vllm'),
+    ],
+    ids=lambda value: ' '.join(map(str, value)) if isinstance(value, dict) else str(value),
+)
+def test_one_line_where_an_option_does_nothing(given, others, why):
+    (name,) = given
+    lines = [line for line in unused(Arguments(**{**others, **given}), TRANSFORMERS) if line.startswith(f'--{name} ')]
+    assert len(lines) == (why is not None)
+    assert all(f'--{name} {given[name]} is not used as such: ' in line and why in line for line in lines)
