@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import helpers
@@ -29,24 +30,27 @@ def small(models: helpers.TinyModels, output_dir: Path) -> list[str]:
     )
 
 
+@pytest.fixture(scope='module')
+def server(tiny_models, tmp_path_factory) -> Iterator[RolloutServer]:
+    log = tmp_path_factory.mktemp('server') / 'server.log'
+    started = RolloutServer(tiny_models, {}, log, [EXAMPLES / 'vllm_server.sh', 'rollout'])
+    try:
+        started.wait()
+        yield started
+    finally:
+        started.stop()
+
+
 @pytest.mark.parametrize('example', ['vllm_colocate', 'vllm_server', 'vllm_prefetch'])
-def test_example(tiny_models, tmp_path, example):
+def test_example(request, tiny_models, tmp_path, example):
     variables = {**ENVIRONMENT, 'PATH': f'{helpers.SCRIPTS}{os.pathsep}{os.environ["PATH"]}', 'MASTER_PORT': str(helpers.free_port())}
     script, argv = EXAMPLES / f'{example}.sh', small(tiny_models, tmp_path)
-    server = None
     if example == 'vllm_colocate':
         argv += ['--ddp_backend', 'gloo']
-    if example != 'vllm_colocate':
-        server = RolloutServer(tiny_models, {}, tmp_path / 'server.log', [EXAMPLES / 'vllm_server.sh', 'rollout'])
-        variables['PORT'] = str(server.port)
+    else:
+        variables['PORT'] = str(request.getfixturevalue('server').port)
         argv += ['--vllm_server_group_port', str(helpers.free_port())]
-    try:
-        if server is not None:
-            server.wait()
-        returncode, output = helpers.run([script, *argv], env=variables, cwd=tmp_path)
-    finally:
-        if server is not None:
-            server.stop()
+    returncode, output = helpers.run([script, *argv], env=variables, cwd=tmp_path)
     assert returncode == 0, output[-6000:]
     logs = [json.loads(line) for line in (tmp_path / 'logging.jsonl').read_text().splitlines()]
     assert len([row for row in logs if 'loss' in row]) == 2 or logs[-1]['global_step/max_steps'] == '2/2'

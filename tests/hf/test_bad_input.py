@@ -50,17 +50,12 @@ def data(tiny_models, tmp_path_factory):
         {'messages': [row['messages'][0], {'role': 'assistant', 'content': 'very ' * 200}]} if i % 4 else row for i, row in enumerate(rows)
     ]
     # Cut on the right, a long question leaves nothing of its answer.
-    masked = [
-        {'messages': [{'role': 'user', 'content': 'please ' * 60 * (i % 2 or all_of_them) + 'add'}, row['messages'][1]]}
-        for all_of_them in (True, False)
-        for i, row in enumerate(rows)
-    ]
+    masked = [{'messages': [{'role': 'user', 'content': 'please ' * 60 + 'add'}, row['messages'][1]]} for row in rows]
     return {
         'EMPTY': write_rows(root / 'empty.jsonl', []),
         'QUESTIONS': write_rows(root / 'questions.jsonl', questions),
         'LONG': write_rows(root / 'long.jsonl', long),
-        'MASKED': write_rows(root / 'masked.jsonl', masked[: len(rows)]),
-        'HALF': write_rows(root / 'half.jsonl', masked[len(rows) :]),
+        'MASKED': write_rows(root / 'masked.jsonl', masked),
         'SEVEN': write_rows(root / 'seven.jsonl', rows[:7]),
     }
 
@@ -83,26 +78,10 @@ def runs(run_jobs, data, broken):
     jobs = {name: {**SHORT, **options} for name, (options, _) in REFUSED.items()}
     jobs |= {
         'too few rows': {**SHORT, 'dataset': data['SEVEN'], 'per_device_train_batch_size': 4, 'gradient_accumulation_steps': 2},
-        'questions are enough': {**SHORT, 'dataset': data['QUESTIONS'], 'lmbda': 1},
-        'long rows': {**SHORT, 'dataset': data['LONG'], 'max_steps': 4, 'max_length': 96},
-        'all too long': {**SHORT, 'dataset': data['LONG'], 'max_length': 8},
+        'questions are enough': {**SHORT, 'dataset': data['QUESTIONS'], 'lmbda': 1, 'max_steps': 1},
+        'long rows': {**SHORT, 'dataset': data['LONG'], 'max_length': 96},
         'masked': {**SHORT, 'dataset': data['MASKED'], 'truncation_strategy': 'right', 'max_length': 48},
-        'half masked': {
-            **SHORT,
-            'dataset': data['HALF'],
-            'truncation_strategy': 'right',
-            'max_length': 48,
-            'gradient_accumulation_steps': 8,
-        },
         'nan': {**SHORT, 'model': broken},
-        'remainder': {
-            **SHORT,
-            'dataset': data['SEVEN'],
-            'max_steps': None,
-            'num_train_epochs': 1,
-            'per_device_train_batch_size': 2,
-            'gradient_accumulation_steps': 2,
-        },
     }
     for options in jobs.values():
         if options.get('dataset') in data:
@@ -125,26 +104,19 @@ def test_dataset_smaller_than_a_generation_batch(runs):
 
 
 def test_questions_are_enough_where_the_student_answers(runs):
-    assert len(runs['questions are enough'].ok().losses) == 2
+    assert len(runs['questions are enough'].ok().losses) == 1
 
 
 def test_rows_that_are_too_long_are_replaced_and_said(runs):
     run = runs['long rows'].ok()
-    assert len(run.losses) == 4 and 'stands in' in run.output
-    assert 'raise --max_length' in runs['all too long'].error
+    assert len(run.losses) == 2 and 'stands in' in run.output
 
 
 def test_rows_without_trained_tokens(runs):
     run = runs['masked'].ok()
     assert run.losses == [0, 0] and 'no token of the whole step is trained' in run.output
-    assert all(loss > 0 for loss in runs['half masked'].ok().losses)
 
 
 def test_nan_stops_and_names_step_and_rows(runs):
     run = runs['nan']
     assert run.error.startswith('FloatingPointError') and 'step 1' in run.error and 'row ' in run.error and 'epoch 0' in run.error
-
-
-def test_the_remainder_of_a_dataset_is_trained(runs):
-    run = runs['remainder'].ok()
-    assert len(run.losses) == 2  # 4 rows, then the other 3

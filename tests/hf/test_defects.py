@@ -77,7 +77,7 @@ def variants(tiny_models, tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def runs(run_jobs, tiny_models, variants):
+def runs(run_jobs, tiny_models, variants, tmp_path_factory):
     """All runs of this file, on both trainers."""
     moe = {
         **FULL,
@@ -111,12 +111,11 @@ def runs(run_jobs, tiny_models, variants):
             **FULL,
             'lmbda': 0.5,
             'learning_rate': 0,
-            'max_steps': 4,
+            'max_steps': 2,
             'eval_strategy': 'steps',
             'eval_steps': 1,
             'val_dataset': tiny_models.val,
         },
-        'D5': resume,
         'D6': {**FULL, 'dataset': variants / 'long.jsonl', 'max_length': 32, 'truncation_strategy': 'left', 'callbacks': 'recorder'},
         'D7': {**FULL, 'lmbda': 1, 'multi_turn_scheduler': 'math_tip_trick', 'max_turns': 2},
         'D10': {**FULL, 'model': variants / 'wide', 'callbacks': 'recorder'},
@@ -124,13 +123,14 @@ def runs(run_jobs, tiny_models, variants):
         'R5 with': {**moe, 'router_aux_loss_coef': 0.5},
         'R5 without': moe,
         'R6': {**FULL, 'teacher_model': variants / 'other tokens'},
-        'R8 R9': {**FULL, 'max_steps': 4, 'dataset': variants / 'long.jsonl', 'padding_side': 'right', 'callbacks': 'recorder'},
+        'R8 R9': {**FULL, 'dataset': variants / 'long.jsonl', 'padding_side': 'right', 'callbacks': 'recorder'},
     }
     result = {}
     for trainer in TRAINERS:
+        root = tmp_path_factory.mktemp(trainer)
+        jobs['D5'] = {**resume, 'output_dir': root}
+        jobs['D5 again'] = {**resume, 'resume_from_checkpoint': root / 'checkpoint-3'}
         result[trainer] = run_jobs(jobs, plugin=trainer == 'plugin')
-        checkpoint = result[trainer]['D5'].output_dir / 'checkpoint-3'
-        result[trainer] |= run_jobs({'D5 again': {**resume, 'resume_from_checkpoint': checkpoint}}, plugin=trainer == 'plugin')
     return result
 
 
@@ -147,7 +147,7 @@ def d3_split_into_micro_batches(runs):
 
 def d4_evaluation_at_learning_rate_zero(runs):
     values = runs['D4'].ok().values('eval_loss')
-    assert len(values) == 4 and values == pytest.approx([values[0]] * 4, rel=1e-6)
+    assert len(values) == 2 and values == pytest.approx([values[0]] * 2, rel=1e-6)
 
 
 def d5_resume(runs):

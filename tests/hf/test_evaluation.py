@@ -6,7 +6,7 @@ import pytest
 
 COMMON = {
     'tuner_type': 'full',
-    'max_steps': 4,
+    'max_steps': 2,
     'learning_rate': 0,
     'per_device_train_batch_size': 2,
     'gradient_accumulation_steps': 1,
@@ -22,7 +22,6 @@ def runs(run_jobs, tiny_models):
     one = run_jobs(
         {
             'by 1': {**common, 'per_device_eval_batch_size': 1},
-            'by 5': {**common, 'per_device_eval_batch_size': 5},
             'student': {**common, 'per_device_eval_batch_size': 5, 'gkd_eval_source': 'student'},
             'teacher': {**common, 'per_device_eval_batch_size': 2, 'gkd_eval_source': 'teacher'},
             'dense': {**common, 'per_device_eval_batch_size': 5, 'sft_alpha': 0.5},
@@ -32,17 +31,17 @@ def runs(run_jobs, tiny_models):
     return {**one, **two}
 
 
-@pytest.mark.parametrize('name', ['by 1', 'by 5', 'student', 'teacher', 'two ranks'])
+@pytest.mark.parametrize('name', ['by 1', 'student', 'teacher', 'two ranks'])
 def test_every_evaluation_is_the_same(runs, name):
     values = runs[name].ok().values('eval_loss')
-    assert len(values) == 4
-    assert values == pytest.approx([values[0]] * 4, rel=1e-7)
+    assert len(values) == 2
+    assert values == pytest.approx([values[0]] * 2, rel=1e-7)
 
 
 def test_batches_and_ranks_do_not_matter(runs):
-    values = [runs[name].values('eval_loss')[0] for name in ('by 1', 'by 5', 'two ranks')]
-    assert values == pytest.approx([values[0]] * 3, rel=1e-6)
-    assert len({runs[name].values('eval_tokens')[0] for name in ('by 1', 'by 5', 'two ranks')}) == 1
+    alone, two = (runs[name].ok() for name in ('by 1', 'two ranks'))
+    assert two.values('eval_loss')[0] == pytest.approx(alone.values('eval_loss')[0], rel=1e-6)
+    assert two.values('eval_tokens')[0] == alone.values('eval_tokens')[0]
 
 
 def test_generated_sources_differ_from_the_dataset(runs):

@@ -58,6 +58,14 @@ REFUSED = {
     'foreign student': {**TRAINED, 'foreign': True, 'seq_kd': 'false'},
     'foreign teacher': {**TRAINED, 'foreign': True, 'lmbda': 0, 'gkd_eval_source': 'dataset'},
 }
+# Beside what runs in each layout.
+ALSO = {
+    'CP2': REFUSED,
+    'DP2': {
+        'kept': {**BOTH, **GREEDY, 'lmbda': 0},
+        'fallback': {**BOTH, **GREEDY, 'dataset': 'ten', 'seq_kd': 'false', 'gkd_on_missing_engine': 'dataset'},
+    },
+}
 # What runs in each layout. PP2xVPP2 needs 4 layers, TP2 experts only with sequence parallelism.
 JOBS = {
     '1': {**DENSE, **EXPERTS, 'uncached': UNCACHED},
@@ -82,7 +90,8 @@ def data(tmp_path_factory, tiny_models) -> dict[str, Path]:
         question = {'role': 'user', 'content': ' '.join(f'what is {i} plus {n} ?' for i in range(1 + 7 * (n % 4) + n))}
         row = {'messages': [question, {'role': 'assistant', 'content': f'{n} plus {n} is {2 * n} .'}]}
         rows.append(row | {'teacher_prompt': f'{question["content"]} think of {n}' if n % 3 == 0 else None})
-    return {**make_datasets(tiny_models.train, directory), 'mixed': helpers.write_rows(directory / 'mixed.jsonl', rows)}
+    mixed = helpers.write_rows(directory / 'mixed.jsonl', rows)
+    return {**make_datasets(tiny_models.train, directory), 'mixed': mixed, 'kept': directory / 'kept.jsonl'}
 
 
 @pytest.fixture(scope='module')
@@ -92,8 +101,10 @@ def answered(run_jobs, data):
 
     def of(layout: str) -> dict[str, Run]:
         if layout not in made:
-            jobs = JOBS[layout] | (REFUSED if layout == 'CP2' else {})
+            jobs = JOBS[layout] | ALSO.get(layout, {})
             jobs = {name: {k: data[v] if k.endswith('dataset') else v for k, v in job.items()} for name, job in jobs.items()}
+            if layout == 'DP2':
+                jobs['kept'] |= {'gkd_save_teacher_responses': data['kept']}
             made[layout] = run_jobs(jobs, layout, timeout=600)
         return made[layout]
 
@@ -203,16 +214,9 @@ def test_attention_that_cannot_answer_is_refused_before_any_weights(answered, mo
         assert '--context_parallel_size 2 cannot answer in the training processes' in run.error and run.loaded == 0
 
 
-def test_kept_answers_are_those_of_the_run(answered, run_jobs, data, tmp_path):
-    kept = tmp_path / 'kept.jsonl'
-    runs = run_jobs(
-        {
-            'kept': {**BOTH, **GREEDY, 'dataset': data['mixed'], 'lmbda': 0, 'gkd_save_teacher_responses': kept},
-            'fallback': {**BOTH, **GREEDY, 'dataset': data['ten'], 'seq_kd': 'false', 'gkd_on_missing_engine': 'dataset'},
-        },
-        'DP2',
-    )
-    rows = [json.loads(line) for line in kept.read_text().splitlines()]
+def test_kept_answers_are_those_of_the_run(answered, data):
+    runs = answered('DP2')
+    rows = [json.loads(line) for line in data['kept'].read_text().splitlines()]
     answers = [a['token_ids'] for a in runs['kept'].ok().answers]
     assert sorted(row['response_token_ids'] for row in rows) == sorted(answers) and len(rows) == 10
     assert not runs['fallback'].ok().answers and runs['fallback'].values('source/dataset') == [1, 1, 1]

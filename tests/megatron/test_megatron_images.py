@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import helpers
 import pytest
@@ -34,6 +35,23 @@ IMAGES = {
 }
 
 
+def trained(own: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {'one': {**own}, 'packed': {'micro_batch_size': 2, **own}, 'steps': {'train_iters': 2, 'adam_eps': 1e-3, **own}}
+
+
+GREEDY = {'temperature': 0, 'gkd_temperature': 1, 'max_completion_length': 8}
+ANSWERS = {'student answers': {**GREEDY, 'lmbda': 1}, 'teacher answers': {**GREEDY, 'lmbda': 0, 'seq_kd': 'true'}}
+# What runs in each layout.
+JOBS: dict[str, dict[str, dict[str, Any]]] = {
+    '1': {**trained({}), **ANSWERS},
+    'EP2': {**trained({}), **ANSWERS},
+    'DP2': trained(layout(ep=2)),
+    'TP2+SP': ANSWERS,
+    'PP2': ANSWERS,
+    'CP2': {'one': {'lmbda': 1}},
+}
+
+
 def as_on_the_hub(path: Path) -> None:
     """Qwen's own files have the experts' matrices as [experts, in, out], which is what the bridge expects. transformers reads that, and
     writes [experts, out, in]."""
@@ -54,21 +72,21 @@ def tiny(tmp_path_factory) -> helpers.TinyModels:
 
 
 @pytest.fixture(scope='module')
-def run(tmp_path_factory, tiny) -> Callable[..., dict[str, Run]]:
+def runs(tmp_path_factory, tiny) -> Callable[[str], dict[str, Run]]:
+    """The runs of a layout, made when they are first asked for."""
     environment = tiny_vision.environment()
     first, *others = environment['PYTHONPATH'].split(':')
     environment |= {'PYTHONPATH': ':'.join([str(HERE / 'cpu'), *others]), 'ALSO_AT_START': f'{first}/sitecustomize.py'}
 
-    def run(split: str, **jobs) -> dict[str, Run]:
-        listed = {name: {**IMAGES, 'model': tiny.student, 'teacher_model': tiny.teacher, **job} for name, job in jobs.items()}
-        return run_jobs(listed, split, tmp_path_factory.mktemp('images'), {}, tiny.train, env=environment)
+    made: dict[str, dict[str, Run]] = {}
 
-    return run
+    def of(split: str) -> dict[str, Run]:
+        if split not in made:
+            jobs = {name: {**IMAGES, 'model': tiny.student, 'teacher_model': tiny.teacher, **job} for name, job in JOBS[split].items()}
+            made[split] = run_jobs(jobs, split, tmp_path_factory.mktemp('images'), {}, tiny.train, env=environment)
+        return made[split]
 
-
-@pytest.fixture(scope='module')
-def alone(run) -> dict[str, Run]:
-    return run('1', one={}, packed={'micro_batch_size': 2}, steps={'train_iters': 2, 'adam_eps': 1e-3})
+    return of
 
 
 @pytest.fixture(scope='module')
@@ -91,8 +109,8 @@ def plain(tiny) -> dict[str, Callable[[dict], torch.Tensor]]:
     return {'student': logits(tiny.student), 'teacher': logits(tiny.teacher)}
 
 
-def test_one_process_is_plain_transformers(alone, plain):
-    total, tokens, images = 0.0, 0, 0
+def test_one_process_is_plain_transformers(runs, plain):
+    alone, total, tokens, images = runs('1'), 0.0, 0, 0
     for batch in alone['one'].ok().saved('batches'):
         images += len(batch['student_inputs']['image_grid_thw'])
         s, t = (log_softmax(plain[side](batch) / 0.9, -1) for side in ('student', 'teacher'))
@@ -104,28 +122,24 @@ def test_one_process_is_plain_transformers(alone, plain):
 
 
 @pytest.mark.parametrize('split', ['EP2', 'DP2'])
-def test_layout_changes_nothing(run, alone, split):
-    own = layout(ep=2) if split == 'DP2' else {}
-    runs = run(split, one=own, packed={'micro_batch_size': 2, **own}, steps={'train_iters': 2, 'adam_eps': 1e-3, **own})
-    differences = {name: compared(other.ok(), alone[name].ok()) for name, other in runs.items()}
+def test_layout_changes_nothing(runs, split):
+    differences = {name: compared(runs(split)[name].ok(), runs('1')[name].ok()) for name in trained({})}
     assert {name: d for name, d in differences.items() if not (d[0] < 1e-6 and d[1] < 1e-5)} == {}
     # The vision tower has learnt something, on whatever rank.
-    assert any('visual' in name and gradient.abs().max() > 0 for name, gradient in runs['one'].gradients.items())
+    assert any('visual' in name and gradient.abs().max() > 0 for name, gradient in runs(split)['one'].gradients.items())
 
 
 @pytest.mark.parametrize('split', ['1', 'EP2', 'TP2+SP', 'PP2'])
-def test_answers_in_the_training_processes(run, plain, split):
+def test_answers_in_the_training_processes(runs, plain, split):
     """What is sampled greedily is what transformers holds to be likeliest at each place."""
-    greedy = {'temperature': 0, 'gkd_temperature': 1, 'max_completion_length': 8}
-    runs = run(split, student={**greedy, 'lmbda': 1}, teacher={**greedy, 'lmbda': 0, 'seq_kd': 'true'})
-    for side, one in runs.items():
+    for side in ('student', 'teacher'):
         images = 0
-        for batch in one.ok().saved('batches'):
+        for batch in runs(split)[f'{side} answers'].ok().saved('batches'):
             images += len(batch['student_inputs'].get('image_grid_thw', []))
             assert plain[side](batch).argmax(-1).tolist() == batch['labels'].tolist()
             assert len(batch['labels']) > 1
         assert images > 0
 
 
-def test_answers_only_with_whole_sequences(run):
-    assert 'use --use_vllm true, or --context_parallel_size 1' in run('CP2', one={'lmbda': 1})['one'].error
+def test_answers_only_with_whole_sequences(runs):
+    assert 'use --use_vllm true, or --context_parallel_size 1' in runs('CP2')['one'].error

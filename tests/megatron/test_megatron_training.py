@@ -9,6 +9,7 @@ import helpers
 import pytest
 from cases import LORA, make_datasets, plain
 from runs import Run, relative
+from teacher_cases import layout
 
 from swift_gkd_plugin.sources import Draw
 
@@ -47,22 +48,21 @@ def jobs(data, **cases):
 @pytest.fixture(scope='module')
 def alone(run_jobs, data, tmp_path_factory) -> dict[str, Run]:
     """One process, one run after the other."""
-    whole, answered, passes = (tmp_path_factory.mktemp(name) for name in ('whole', 'answered', 'passes'))
+    answered, passes = (tmp_path_factory.mktemp(name) for name in ('answered', 'passes'))
     runs = run_jobs(
         jobs(
             data,
             steps={**STEPS, 'export': True},
-            whole={**SAVED, 'save': True, 'output_dir': whole},
-            resumed={**SAVED, 'mcore_model': whole / 'checkpoint-3', 'finetune': 'false'},
             evaluated=EVALUATED,
             offloaded={**STEPS, 'offload_teacher_model': 'true'},
             qwen2={'teacher_model': 'qwen2'},
             bf16={'torch_dtype': 'bfloat16', 'bf16': 'true'},
             detailed={'gkd_detailed_metrics': 'true', 'sft_alpha': 0.1},
-            epochs={'dataset': 'ten', 'train_iters': None, 'num_train_epochs': 2, 'lr': 0},
             tokenizers={'teacher_model': 'other_tokens'},
             empty={'dataset': 'nothing'},
             missing={'gkd_logits_topk': 100000},
+            ranks=layout(tp=2),
+            layout_of_base={**LORA, 'teacher_model': 'student', **layout(tp=1)},
             on_policy=ON_POLICY,
             on_policy_lora={**LORA, **ON_POLICY, 'lmbda': 1},
             answered={**ON_POLICY, **SAVED, 'save': True, 'output_dir': answered},
@@ -121,9 +121,7 @@ def test_log_is_written_when_the_step_ends(alone):
 
 
 def test_resumed_is_not_interrupted(alone):
-    assert alone['resumed'].ok().losses == alone['whole'].ok().losses[3:]
-    assert alone['whole'].losses[:4] == alone['steps'].ok().losses  # a cycle of two steps has the same rows
-    assert alone['answered_resumed'].ok().losses == alone['answered'].ok().losses[3:] != alone['whole'].losses[3:]
+    assert alone['answered_resumed'].ok().losses == alone['answered'].ok().losses[3:]
     responses = [[(a['key'], a['token_ids']) for a in alone[name].answers] for name in ('answered', 'answered_resumed')]
     assert responses[1] == responses[0][-len(responses[1]) :] and responses[1]
 
@@ -190,25 +188,21 @@ def test_metrics_have_the_names_of_the_other_back_end(alone):
     assert row['tokens/trained'] == sum(len(batch['labels']) for batch in alone['detailed'].saved('batches'))
 
 
-def test_no_row_of_an_epoch_is_lost(alone):
-    # 10 rows in steps of 4: 3 steps an epoch, the third with 2 rows.
-    run = alone['epochs'].ok()
-    assert len(run.losses) == 6
-    sums = [loss * tokens for loss, tokens in zip(run.losses, run.values('tokens/trained'), strict=True)]
-    assert run.losses[:3] != run.losses[3:]  # another order
-    assert sum(sums[:3]) == pytest.approx(sum(sums[3:]), abs=1e-4)
-
-
 @pytest.mark.parametrize(
     ('name', 'message'),
     [
         ('tokenizers', 'have different tokenizers: id '),
         ('empty', '--dataset: the dataset has 0 rows'),
         ('missing', '--gkd_logits_topk 100000: the student has 512 token ids'),
+        ('ranks', '--teacher_tensor_model_parallel_size 2 x --teacher_pipeline_model_parallel_size 1 x '),
+        (
+            'layout_of_base',
+            '--teacher_tensor_model_parallel_size 1: only a --teacher_model other than the student has a layout of its own',
+        ),
     ],
 )
 def test_bad_input_before_any_weights(alone, name, message):
-    assert alone[name].error.startswith('OptionError: ') and message in alone[name].error
+    assert alone[name].error.startswith('OptionError: ') and message in alone[name].error and '\n' not in alone[name].error
     assert alone[name].loaded == 0
 
 

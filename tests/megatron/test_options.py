@@ -1,4 +1,4 @@
-"""What the Megatron back end refuses, option by option; tests/activation runs a few of these as commands."""
+"""What the Megatron back end refuses, option by option; tests/activation and test_command.py run one each as a command."""
 
 from __future__ import annotations
 

@@ -29,7 +29,6 @@ def pytest_collection_modifyitems(items) -> None:
         item.add_marker(pytest.mark.e2e)
         needs_engine = {
             'vllm_server',
-            'text_server',
             'deploy_server',
             'run_jobs_with_engine',
             'run_omni_with_engine',
@@ -111,13 +110,6 @@ def rollout_server(tmp_path_factory, vision_models) -> Iterator[RolloutServer]:
 def vllm_server(vision_models, tmp_path_factory) -> Iterator[str]:
     directory, environment = tmp_path_factory.mktemp('vllm'), tiny_vision.environment(vllm=True)
     with serving.vllm_serve(vision_models.teacher, directory, environment, '--enable-scale-out') as url:
-        yield url
-
-
-@pytest.fixture(scope='session')
-def text_server(vision_models, tmp_path_factory) -> Iterator[str]:
-    """The same as it is started without a flag: it takes media in chats only."""
-    with serving.vllm_serve(vision_models.teacher, tmp_path_factory.mktemp('plain'), tiny_vision.environment(vllm=True)) as url:
         yield url
 
 

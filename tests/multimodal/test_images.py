@@ -32,7 +32,7 @@ def asks(url: str) -> dict:
 
 
 @pytest.fixture(scope='module')
-def runs_with_servers(run_jobs, vllm_server, text_server, deploy_server):
+def runs_with_servers(run_jobs, vllm_server, deploy_server):
     return run_jobs(
         {
             'local': STEP,
@@ -40,7 +40,6 @@ def runs_with_servers(run_jobs, vllm_server, text_server, deploy_server):
             'dense path': {**STEP, 'gkd_logits_topk': None, 'dense': True},
             'vllm': {**STEP, **asks(vllm_server)},
             'deploy': {**STEP, **asks(deploy_server)},
-            'a server for text': {**STEP, **asks(text_server)},
             'mixed': MIXED,
             'mixed, greedy': {**MIXED, 'temperature': 0, 'gkd_temperature': 1},
             'mixed, greedy, vllm': {**MIXED, 'temperature': 0, 'gkd_temperature': 1, 'dataloader_num_workers': 1, **asks(vllm_server)},
@@ -61,11 +60,6 @@ def test_servers_equal_the_local_teacher(runs_with_servers, name):
     found, local = runs_with_servers[name].ok(), runs_with_servers['local'].ok()
     assert found.losses == pytest.approx(local.losses, rel=1e-5)
     assert job_runs.relative(found.gradients(1), local.gradients(1)) < 1e-4
-
-
-def test_a_server_that_takes_no_images_is_found_at_the_start(runs_with_servers):
-    run = runs_with_servers['a server for text']
-    assert '--enable-scale-out' in run.error and 'vLLM 0.32' in run.error and run.loaded == 0
 
 
 def test_student_and_teacher_answer(runs_with_servers):

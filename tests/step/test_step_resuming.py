@@ -26,6 +26,7 @@ KINDS = {
     'ahead, cycles shorter than a step': {'use_vllm': True, 'gkd_prefetch': True, 'steps_per_generation': 1, 'lmbda': 0.4, 'seq_kd': True},
     'ahead, cycles across steps': {'use_vllm': True, 'gkd_prefetch': True, 'steps_per_generation': 3, 'gkd_source_per': 'batch'},
     'several responses': {'gkd_num_samples': 3, 'steps_per_generation': 4},
+    'several responses, one coin for a cycle': {'gkd_num_samples': 3, 'gkd_source_per': 'batch', 'steps_per_generation': 3},
     'engine with a scheduler': {'use_vllm': True, 'steps_per_generation': 4, 'multi_turn_scheduler': 'asks once more', 'lmbda': 1},
     'endless': {'endless': True, 'steps_per_generation': 4},
 }

@@ -1,26 +1,31 @@
-"""What is wrong with a server is said before weights load; and ranks that share one."""
+"""What is wrong with a server is said before weights load."""
 
 from __future__ import annotations
+
+import json
 
 import helpers
 import numpy as np
 import proxy as faults
 import pytest
-from test_teacher_server import STEP, asks, dies_after
+from test_teacher_server import STEP, asks
 
 from swift_gkd_plugin.responses import SamplingOptions
-from swift_gkd_plugin.teachers.server import Question, ServerOptions, TeacherServer
+from swift_gkd_plugin.teachers.server import Question, ServerOptions, TeacherServer, TeacherServerError
 
 
 @pytest.fixture(scope='module')
-def refused(run_jobs, tmp_path_factory, vllm_server, deploy_server):
+def refused(run_jobs, tiny_models, tmp_path_factory, vllm_server, deploy_server):
     other = helpers.make_tiny_models(tmp_path_factory.mktemp('other'), vocab_size=400)
+    rows = [{**json.loads(line), 'images': ['a.png']} for line in tiny_models.train.read_text().splitlines()]
+    images = helpers.write_rows(tmp_path_factory.mktemp('images') / 'rows.jsonl', rows)
     return run_jobs(
         {
             'k vllm': {**STEP, **asks(vllm_server), 'gkd_logits_topk': 64},
             'k deploy': {**STEP, **asks(deploy_server), 'gkd_logits_topk': 64},
             'tokenizer vllm': {**STEP, **asks(vllm_server), 'model': other.student},
             'tokenizer deploy': {**STEP, **asks(deploy_server), 'model': other.student},
+            'images': {**STEP, **asks(vllm_server), 'dataset': images},
             'password': {**STEP, **asks('http://me:secret@127.0.0.1:9')},
             'tags': {**STEP, **asks(f'[{{"url": "{vllm_server}", "tags": ["a"]}}, {{"url": "{deploy_server}", "tags": ["b"]}}]')},
         }
@@ -34,6 +39,7 @@ def refused(run_jobs, tmp_path_factory, vllm_server, deploy_server):
         ('k deploy', ['--gkd_logits_topk 64', 'max_logprobs']),
         ('tokenizer vllm', ['tokenizers differ']),
         ('tokenizer deploy', ['tokenizers differ']),
+        ('images', ['--enable-scale-out', 'vLLM 0.32']),
         ('password', ['GKD_TEACHER_API_KEY']),
         ('tags', ['--teacher_tag_key dataset', 'row 0', 'a, b']),
     ],
@@ -45,9 +51,11 @@ def test_refused_before_weights_load(refused, name, words):
     assert 'secret' not in run.error
 
 
-def test_without_the_key(run_jobs, vllm_server):
-    run = run_jobs({'no key': {**STEP, **asks(vllm_server)}}, env={'GKD_TEACHER_API_KEY': ''})['no key']
-    assert run.loaded == 0 and 'HTTP 401' in run.error and 'GKD_TEACHER_API_KEY' in run.error
+def test_without_the_key(vllm_server, monkeypatch):
+    monkeypatch.setenv('GKD_TEACHER_API_KEY', '')
+    server = TeacherServer(vllm_server, ServerOptions(topk=16, timeout=60, retry_seconds=0, in_flight=1))
+    with pytest.raises(TeacherServerError, match=r'HTTP 401.*GKD_TEACHER_API_KEY'):
+        server.connect()
 
 
 def test_scores_of_an_answer_are_those_of_a_scoring_pass(tiny_models, vllm_server, monkeypatch):
@@ -65,26 +73,3 @@ def test_scores_of_an_answer_are_those_of_a_scoring_pass(tiny_models, vllm_serve
     ids = prompt + response.token_ids
     again = server.score(Question(ids, list(range(len(prompt), len(ids))), ids, {}))
     assert np.array_equal(scores.ids, again.ids) and np.abs(scores.logprobs - again.logprobs).max() < 1e-5
-
-
-@pytest.fixture(scope='module')
-def ranks(run_jobs, vllm_server, proxies, tmp_path_factory):
-    gone = dies_after(proxies(vllm_server), 2 + 8)
-    return run_jobs(
-        {
-            'two': {**STEP, **asks(vllm_server), 'gradient_accumulation_steps': 1},
-            'gone': {**STEP, **asks(gone.url, gkd_server_retry_seconds=2), 'gradient_accumulation_steps': 2},
-        },
-        nproc=2,
-    )
-
-
-def test_two_ranks_are_one(ranks, run_jobs, vllm_server):
-    one = run_jobs({'one': {**STEP, **asks(vllm_server)}})['one'].ok()
-    assert ranks['two'].ok().losses == pytest.approx(one.losses, rel=1e-5)
-
-
-def test_all_ranks_leave_together(ranks):
-    run = ranks['gone']
-    assert 'TeacherServerError' in run.error
-    assert (run.output_dir / 'checkpoint-1' / 'trainer_state.json').exists()
