@@ -71,7 +71,7 @@ class MegatronBackend(Backend):
         separate = source != STUDENT and self.trainer.teacher_models is not None
         eos = self._ending_ids(self.args.teacher_model_dir if separate else self.args.model_dir)
         generator = Generator(self.trainer.template, partial(self._lent, source), eos, self.args.gkd_generation_tokens)
-        return generator([prompt.inputs for prompt in prompts], seeds, options)
+        return generator(prompts, seeds, options)
 
     @contextmanager
     def _lent(self, source: Source) -> Iterator[list[nn.Module]]:

@@ -34,7 +34,7 @@ from torch import nn
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, StoppingCriteriaList, SuppressTokensLogitsProcessor
 
 from ..arguments import OptionError
-from ..responses import Response, SamplingOptions
+from ..responses import Prompt, Response, SamplingOptions
 from ..responses.budget import PASS_TOKENS, default_tokens
 from ..responses.local import ends_of_responses, evaluation_mode, inference_template, never_sampled, unpacked
 from ..responses.sampling import sampling_processors
@@ -163,16 +163,16 @@ class Generator:
     ):
         self.template, self.lend_model, self.eos, self.tokens = template, lend_model, eos, tokens
 
-    def __call__(self, prompts: list[dict[str, Any]], seeds: list[int], options: SamplingOptions) -> list[Response]:
+    def __call__(self, prompts: list[Prompt], seeds: list[int], options: SamplingOptions) -> list[Response]:
         """Answer each prompt. Every rank calls it, with none as well; ranks with the same rows give the same prompts.
 
         Args:
-            prompts: Inputs of ``template.encode`` without a response.
+            prompts: Other replicas are sent their ``inputs``, which are smaller than what images are encoded to.
             seeds: One per prompt; what a prompt is answered depends on no other prompt.
         """
         mine = mpu.get_data_parallel_rank()
         speaks = mpu.get_context_parallel_rank() == 0 and _first_of_replica()
-        asked: list[Any] = _everyone((mine, list(zip(prompts, seeds, strict=True))) if speaks else None)
+        asked: list[Any] = _everyone((mine, [(p.inputs, seed) for p, seed in zip(prompts, seeds, strict=True)]) if speaks else None)
         shares = dict(share for share in asked if share is not None)
         # [(data-parallel rank, number there)] of all prompts, in an order that all ranks know.
         everything = [(owner, number) for owner in sorted(shares) for number in range(len(shares[owner]))]
@@ -183,19 +183,27 @@ class Generator:
             replica = mpu.get_data_parallel_rank(with_context_parallel=True)
             replicas = mpu.get_data_parallel_world_size(with_context_parallel=True)
             here = range(replica, len(everything), replicas)
-            rows = [self._row(n, *shares[everything[n][0]][everything[n][1]], options) for n in here]
+            rows = []
+            for n in here:
+                owner, number = everything[n]
+                inputs, seed = shares[owner][number]
+                prompt = prompts[number] if owner == mine else Prompt(inputs, self._encoded(inputs))
+                rows.append(self._row(n, prompt, seed, options))
             _generate(chunks, rows, options.max_tokens, self.tokens)
             answers = [(row.number, row.answer, row.finish_reason) for row in rows] if _first_of_replica() else []
         found = {everything[number]: Response(ids, reason) for part in _everyone(answers) for number, ids, reason in part}
         return [found[mine, number] for number in range(len(prompts))]
 
-    def _row(self, number: int, prompt: dict[str, Any], seed: int, options: SamplingOptions) -> _Row:
+    def _encoded(self, inputs: dict[str, Any]) -> dict[str, Any]:
         with inference_template(self.template) as template:
-            encoded = template.encode(prompt)
-        ids, media, positions = encoded['input_ids'], {}, None
-        if template.model_meta.is_multimodal and any(prompt.get(kind) for kind in MEDIA):
+            return template.encode(inputs)
+
+    def _row(self, number: int, prompt: Prompt, seed: int, options: SamplingOptions) -> _Row:
+        template = self.template
+        ids, media, positions = prompt.encoded['input_ids'], {}, None
+        if template.model_meta.is_multimodal and any(prompt.inputs.get(kind) for kind in MEDIA):
             with unpacked(template):
-                media = template.data_collator([encoded], padding_to=None)
+                media = template.data_collator([dict(prompt.encoded)], padding_to=None)  # it takes the row apart
             positions = media.get('position_ids')
             media = {name: value for name, value in media.items() if name not in OF_TEXT}
         warp = LogitsProcessorList()

@@ -127,7 +127,7 @@ def make_recorder(caches: Caches):
             view = encoder.student_prompt if sample.source == 'student' else encoder.teacher_prompt
             with inference_template(encoder.template) as template:
                 prompt = template.encode(view(sample))['input_ids']
-            when = {'step': state.iteration, 'training': self.trainer.unwrapped_models[0].training}
+            when = {'step': state.iteration, 'training': not self.trainer.conductor.books.evaluating}
             return {**when, 'key': sample.row.key, 'source': sample.source, 'prompt': prompt, **vars(sample.response)}
 
         def on_step_end(self) -> None:
