@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-# Those that persist end five seconds each after the run.
+# Workers that persist take five seconds each to end, in a process that goes on.
 WORKERS = {'dataloader_num_workers': 2, 'dataloader_persistent_workers': 'false'}
 # 20 rows, 4 per step: an epoch has 5 steps. A cycle serves 2 steps, so of the checkpoints, 3 and 6 have half a cycle in flight.
 COMMON = {
