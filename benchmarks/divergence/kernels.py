@@ -2,6 +2,7 @@
 
     python benchmarks/divergence/kernels.py            # count, and write kernels.csv
     python benchmarks/divergence/kernels.py --sass DIR # also leave the machine code there
+    python benchmarks/divergence/kernels.py --check    # compare with kernels.csv, and fail where a count is larger
 
 The operator runs over a real vocabulary on a CPU that is taken for a GPU (tests/divergence/pretended_gpu.py). Its kernels
 are not run but compiled as that launch would have compiled them, and disassembled by the tools that Triton brings along.
@@ -20,6 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -48,7 +50,8 @@ class Row:
     spilled_bytes: int
     access_bits: int | None
     bytes_per_pair: float | None
-    launches: int  # of the case
+    launches: float  # of the case
+    triton: str = triton.__version__
 
 
 # ---- which kernels a call starts ----
@@ -148,7 +151,7 @@ def count(case: str, kernel: triton.JITFunction, args: tuple, options: dict, lau
     sass = disassembled(made.asm['cubin'])
     if keep is not None:
         (keep / f'{case} {kernel.__name__}.sass'.replace(' ', '_')).write_text(sass)
-    block = dict(zip(kernel.arg_names, args, strict=False)).get('BLOCK')
+    block = options.get('BLOCK')
     usage = {name: int(number) for name, number in re.findall(r'(REG|STACK|LOCAL):(\d+)', sass)}
     spilled = usage['STACK'] + usage['LOCAL']
     if block is None:
@@ -216,6 +219,7 @@ def measure(case: str, keep: Path | None = None) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--check', action='store_true')
     parser.add_argument('--sass', type=Path, metavar='DIR')
     parser.add_argument('--cases', nargs='+', default=list(CASES), choices=list(CASES), metavar='CASE')
     args = parser.parse_args()
@@ -226,11 +230,50 @@ def main() -> None:
         for row in measure(case, args.sass):
             rows.append(asdict(row))
             print(*('-' if value is None else value for value in rows[-1].values()), sep='\t', flush=True)
+    if args.check:
+        sys.exit('\n'.join(check(rows)) or 0)
     if args.cases == list(CASES):
         with TABLE.open('w', newline='') as file:
             writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator='\n')
             writer.writeheader()
             writer.writerows(rows)
+
+
+def check(rows: list[dict]) -> list[str]:
+    """What is larger than aimed at, or than it was with the same version of Triton."""
+    with TABLE.open() as file:
+        before = {(row['case'], row['kernel'], number): row for number, row in _numbered(csv.DictReader(file))}
+    found = []
+    for number, row in _numbered(rows):
+        name = f'{row["case"]}, {row["kernel"]}'
+        for column in ('instructions_per_pair', 'registers', 'spilled_bytes', 'bytes_per_pair', 'launches'):
+            limit, value = AIMS[column](row), row[column] or 0
+            was = before.get((row['case'], row['kernel'], number))
+            if was is not None and was['triton'] == triton.__version__:
+                limit = min(limit, float(was[column] or 0))
+            if value > limit:
+                found.append(f'{name}: {column} {value}, at most {limit}')
+        if row['access_bits'] not in (None, 128):
+            found.append(f'{name}: rows are read {row["access_bits"]} bits at a time')
+    return found
+
+
+def _numbered(rows):
+    """Each row with how many of the same case and kernel went before."""
+    seen = Counter()
+    for row in rows:
+        yield seen[row['case'], row['kernel']], row
+        seen[row['case'], row['kernel']] += 1
+
+
+AIMS = {
+    # A JSD at 1/2 leaves an H200 waiting for memory too; the others an H100.
+    'instructions_per_pair': lambda row: 62 if row['case'] == 'jsd' else 80,
+    'registers': lambda row: 128,  # with 256 threads a program two fit into a multiprocessor
+    'spilled_bytes': lambda row: 0,
+    'bytes_per_pair': lambda row: 14,
+    'launches': lambda row: 8 if 'detail' not in row['case'] else 24,
+}
 
 
 if __name__ == '__main__':

@@ -23,13 +23,13 @@ S_v/S_tail is a softmax over the tail's logits, finite however small S_tail is.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .heads import LOWEST_LOGIT
 from .kinds import Divergence, Scratch, columns
+from .sharding import Vocabulary
+from .sweeps import LOWEST_LOGIT, Setting, Tokens
 
 # How far 1 - Σ of a teacher's k probabilities may be from its tail's mass. torch's log_softmax over 151,936 fp32 logits is off
 # by up to 2e-5 on a CPU: beside one large probability most of a tail is lost in the running sum.
@@ -46,7 +46,6 @@ class TopKTeacher:
     logprobs: Tensor
     ids: Tensor
     tail: str
-    temperature: float
     tail_logprobs: Tensor | None
 
     def entries(self, rows: slice, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,21 +69,85 @@ class TopKTeacher:
         return tail, tail
 
 
-class Buckets(NamedTuple):
-    value: Tensor  # [rows], D
-    gradient: Tensor  # [rows, buckets], with respect to the student's log-probabilities
-    kls: tuple[Tensor, Tensor] | None  # forward and reverse [rows], where asked for
-    teacher_entropy: Tensor  # [rows]
+@dataclass
+class Listed:
+    """A block's entries, [rows, k]."""
+
+    teacher: TopKTeacher
+    rows: slice
+    ids: Tensor  # -1 where an entry does not count
+    logprobs: Tensor  # the teacher's, in fp64; LOWEST_LOGIT where it does not count
+    logits: Tensor | None = None  # the student's
+
+    @classmethod
+    def of(cls, teacher: TopKTeacher, rows: slice, vocabulary: Vocabulary) -> 'Listed':
+        logprobs, ids, present = teacher.entries(rows, vocabulary.size)
+        return cls(teacher, rows, ids.masked_fill(~present, -1), logprobs)
+
+    def compare(self, setting: Setting, tokens: Tokens) -> tuple[Tensor | None, Tensor]:
+        """D into `tokens.sums`, and the statistics. `tokens` know of the student's tail so far, and are told of the whole.
+
+        Returns the gradient of the block's loss with respect to the head's products: the tail's [rows] as a factor of the
+        softmax over it, None for none; and that of each entry [rows, k]. The buckets are few, so their arithmetic is in fp64.
+        """
+        present, teacher = self.ids >= 0, self.logprobs
+        z = self.logits.double().masked_fill(~present, LOWEST_LOGIT)
+        tail = tokens.lse[0][:, None]
+        total = torch.cat([z, tail], -1).logsumexp(-1, keepdim=True)
+        student = (z - total).masked_fill(~present, LOWEST_LOGIT)
+        sharpening = setting.temperature / setting.divergence.temperature
+        bucket = self.teacher.tail == 'bucket'
+        if bucket:
+            student = torch.cat([student, tail - total], -1)
+            least, largest = self.teacher.tail_range(self.rows, teacher, present)
+            teacher = torch.cat([teacher, nearest_tail(student, teacher, least, largest, sharpening)], -1)
+        log_s, log_t = (torch.log_softmax(side * sharpening, -1) for side in (student, teacher))
+        value, gradient = _buckets(setting.divergence, log_s, log_t)
+        tokens.sums[0] = value
+        if tokens.kls is not None:
+            self._in_detail(tokens, z, total, student, log_s, log_t)
+
+        weight = tokens.weight[:, None].double()
+        gradient = gradient * (sharpening * weight)
+        per_id = gradient[:, : z.shape[1]]
+        if tokens.label_lse is not None:
+            at_one = z * setting.temperature
+            tokens.label_lse.copy_(torch.logaddexp(tokens.label_lse, at_one.logsumexp(-1)))
+            if tokens.label_weight is not None:
+                softmax = (at_one - tokens.label_lse[:, None]).exp()
+                one_hot = self.ids == tokens.label[:, None]
+                per_id = per_id + (softmax - one_hot.double()) * tokens.label_weight[:, None]
+        if setting.softcap:
+            per_id = per_id * (1 - (z * (setting.temperature / setting.softcap)).square())
+        if not bucket:
+            return None, per_id
+        # Where all columns are listed (or masked) the student has no tail, and no columns to give its gradient to.
+        per_tail = gradient[:, -1].masked_fill(student[:, -1] < LOWEST_LOGIT / 2, 0)
+        return per_tail.to(tokens.weight.dtype), per_id
+
+    def _in_detail(self, tokens: Tokens, z: Tensor, total: Tensor, student: Tensor, log_s: Tensor, log_t: Tensor) -> None:
+        k = z.shape[1]
+        for out, kind in zip(tokens.kls, ('forward_kl', 'reverse_kl'), strict=True):
+            out.copy_(_buckets(Divergence(kind), log_s, log_t)[0])
+        log_tail = tokens.lse[0] - total[:, 0]
+        listed = torch.linalg.vecdot(student[:, :k].exp(), student[:, :k])
+        tokens.entropy[0] = log_tail.exp() * (tokens.entropy[0] - log_tail) - listed
+        tokens.entropy[1] = -torch.linalg.vecdot(log_t.exp(), log_t)
+        tokens.mass.copy_(student[:, :k].exp().sum(-1))
+        top = z.max(-1, keepdim=True).values
+        best = self.ids.masked_fill(z < top, torch.iinfo(torch.long).max).amin(-1)
+        tokens.best[0] = torch.where(top[:, 0] > tokens.top[0], best, tokens.best[0])
+        tokens.best[1] = self.ids.gather(1, self.logprobs.argmax(-1, keepdim=True))[:, 0]
+        if tokens.label is not None:
+            tokens.label_prob.copy_((self.logprobs.exp() * (self.ids == tokens.label[:, None])).sum(-1))
 
 
-def bucket_divergence(divergence: Divergence, student: Tensor, teacher: Tensor, sharpening: float, kl_sums: bool) -> Buckets:
-    """student, teacher: [rows, buckets] log-probabilities at τ; sharpening: τ/T."""
-    log_s, log_t = (torch.log_softmax(side * sharpening, -1) for side in (student, teacher))
+def _buckets(divergence: Divergence, log_s: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
+    """D [rows] of log-probabilities [rows, buckets], and its gradient with respect to the student's logits."""
     s, t = log_s.exp(), log_t.exp()
-    entropy = -torch.linalg.vecdot(t, log_t)
     scratch = Scratch(*(torch.empty_like(s) for _ in range(4)))
-    found, kls = columns(divergence, s, t, log_t - log_s, scratch, kl_sums)
-    return Buckets(found.value, found.gradient(s, found.centre) * (found.factor * sharpening), kls, entropy)
+    found = columns(divergence, s, t, log_t - log_s, scratch)
+    return found.value, found.gradient(s, found.centre) * found.factor
 
 
 def nearest_tail(student: Tensor, listed: Tensor, least: Tensor, largest: Tensor, sharpening: float) -> Tensor:

@@ -15,12 +15,12 @@ from swift_gkd_plugin.divergence import (
     Divergence,
     LogitTransform,
     TokenStats,
-    heads,
     linear_divergence,
     logits_divergence,
     memory,
     topk_divergence,
 )
+from swift_gkd_plugin.divergence import gradients as products
 
 TOKENS, DIM, VOCAB, RANK = 23, 16, 300, 4
 NAMES = ('hidden', 'weight', 'bias', 'a', 'b')
@@ -174,7 +174,7 @@ def test_gradients_kept_for_a_product_of_several_chunks(case, wanted, monkeypatc
     """As on a GPU, here on a CPU: all of them, two chunks of them, one."""
     found = []
     for tokens in (23, 8, 4):
-        monkeypatch.setattr(heads, 'tokens_per_product', lambda *args, tokens=tokens: tokens)
+        monkeypatch.setattr(products, 'tokens_per_product', lambda *args, tokens=tokens: tokens)
         x = {n: case[n].bfloat16().requires_grad_(n in wanted) for n in NAMES}
         extra = {'student_bias': x['bias'], 'student_lora': (x['a'], x['b'], 2.0)} if len(wanted) > 2 else {}
         other, head = case['other'].bfloat16(), case['head'].bfloat16()
@@ -197,7 +197,7 @@ def test_tokens_of_a_product():
         (1025, 'cpu', True, 200),
         (600, 'cpu', False, 200),
     ):
-        assert heads.tokens_per_product(tokens, 512, 200, device, replaces_sum) == expected
+        assert products.tokens_per_product(tokens, 512, 200, device, replaces_sum) == expected
 
 
 def test_only_what_needs_a_gradient_gets_one(case):
