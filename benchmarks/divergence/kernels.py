@@ -11,8 +11,8 @@ kernels.csv has a row for each kernel of each case. A sweep's instructions are t
 program that has none, divided by the pairs of logits (student's and teacher's; one logit, where there is one side) that a
 thread works on in it: with 132 multiprocessors at 1.7 GHz and 3.35 TB/s an H100 has time for about 8.6 instructions per
 byte that is read or written. `launches` are all that a chunk takes beside its matrix products, torch's included. The rest
-of the columns: registers and spilled bytes of a thread, bits of the widest access, bytes read and written per pair by
-accesses of at least 64 bits, without which a row is read one number at a time.
+of the columns: registers and spilled bytes of a thread, bits of the widest access, bytes read and written per pair, four
+logits at a time.
 """
 
 import argparse
@@ -34,10 +34,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / 'tests' / 'divergence'))
 from pretended_gpu import PretendedGPU  # noqa: E402
 
-from swift_gkd_plugin.divergence import Divergence, LogitTransform, TokenStats, _triton, linear_divergence  # noqa: E402
+from swift_gkd_plugin.divergence import Divergence, LogitTransform, TokenStats, _triton, linear_divergence, topk_divergence  # noqa: E402
 
 TABLE = Path(__file__).with_suffix('.csv')
-VOCAB, DIM, CHUNK = 151_936, 8, 2
+VOCAB, DIM, CHUNK = 151_936, 8, 3
+FOUR_CHUNKS = 4 * CHUNK  # which share one product of their gradients
 HOPPER = GPUTarget('cuda', 90, 32)
 
 
@@ -157,7 +158,9 @@ def count(case: str, kernel: triton.JITFunction, args: tuple, options: dict, lau
     if block is None:
         return Row(case, kernel.__name__, None, usage['REG'], spilled, None, None, launched)
     sweep, each = sweep_of(sass), block / (32 * made.metadata.num_warps)
-    widths = [int(w or 32) for w in re.findall(r'(?:LDG|STG)\.E(?:\.\w*[A-Z])*(?:\.U?(\d+))?(?:\.\w*[A-Z])* ', '\n'.join(sweep))]
+    accesses = re.findall(r'(LDG|STG)\.E(?:\.\w*[A-Z])*(?:\.U?(\d+))?(?:\.\w*[A-Z])* ', '\n'.join(sweep))
+    # A load of four logits, and a store of as many in half precision; what is narrower is of a row's own numbers.
+    widths = [int(w) for way, w in accesses if w and int(w) >= (128 if way == 'LDG' else 64)] or [32]
     return Row(
         case,
         kernel.__name__,
@@ -165,7 +168,7 @@ def count(case: str, kernel: triton.JITFunction, args: tuple, options: dict, lau
         usage['REG'],
         spilled,
         max(widths),
-        round(sum(w // 8 for w in widths if w >= 64) / each, 1),
+        round(sum(w // 8 for w in widths) / each, 1),
         launched,
     )
 
@@ -187,6 +190,25 @@ def dense(divergence: Divergence, labels: bool = False, **extra):
     return call
 
 
+def few(k: int, labels: bool = False, temperature: float = 1.0):
+    """k log-probabilities of a teacher, or none of it."""
+    torch.manual_seed(0)
+    weight = torch.randn(VOCAB, DIM).bfloat16()
+
+    def call(tokens: int) -> None:
+        hidden = torch.randn(tokens, DIM).bfloat16().requires_grad_()
+        more = {'labels': torch.zeros(tokens, dtype=torch.long), 'label_weights': torch.ones(tokens)} if labels else {}
+        more |= {'reduction': 'sum', 'chunk_tokens': CHUNK}
+        divergence = Divergence(temperature=temperature)
+        if k:
+            topk = torch.randn(tokens, VOCAB).log_softmax(-1).topk(k)
+            topk_divergence(hidden, weight, *topk, divergence, **more)
+        else:
+            linear_divergence(hidden, weight, None, None, divergence, **more)
+
+    return call
+
+
 CASES = {
     'jsd': dense(Divergence(temperature=0.9)),
     'jsd 0.2': dense(Divergence(beta=0.2)),
@@ -200,21 +222,26 @@ CASES = {
     'jsd, labels': dense(Divergence(temperature=0.9), labels=True),
     'jsd, labels, soft cap': dense(Divergence(temperature=0.9), labels=True, transform=LogitTransform(softcap=30.0)),
     'jsd, labels, detail': dense(Divergence(temperature=0.9), labels=True, detail=True),
+    'top-k': few(64),
+    'top-k, labels': few(64, labels=True, temperature=0.9),
+    'cross-entropy': few(0, labels=True),
+    'cross-entropy at 0.9': few(0, labels=True, temperature=0.9),
 }
 
 
 def measure(case: str, keep: Path | None = None) -> list[Row]:
     """The rows of a case; its kernels in the order of their launches."""
-    one, two = (launches(CASES[case], chunks * 4 * CHUNK) for chunks in (1, 2))
-    launched = (len(two.all) - len(one.all)) / 4  # four chunks share one product of their gradients
-    seen, rows = set(), []
-    for kernel, args, options in two.triton:
-        which = kernel.__name__, tuple(a for a in args if isinstance(a, (bool, int, float, tuple))), str(options)
-        if which not in seen and not seen.add(which):
-            row = count(case, kernel, args, options, round(launched, 1), keep)
-            if row not in rows:
-                rows.append(row)
-    return rows
+    ragged, one, two = (launches(CASES[case], tokens) for tokens in (FOUR_CHUNKS - 1, FOUR_CHUNKS, 2 * FOUR_CHUNKS))
+    launched = (len(two.all) - len(one.all)) / 4
+    rows, made = {}, {}
+    for kernel, args, options in ragged.triton + two.triton:
+        made.setdefault((kernel.__name__, str(options)), set()).add(compiled(kernel, args, options).hash)
+        if (kernel.__name__, str(options)) not in rows:
+            rows[kernel.__name__, str(options)] = count(case, kernel, args, options, round(launched, 1), keep)
+    for (kernel, options), hashes in made.items():
+        if len(hashes) > 1:
+            sys.exit(f'{case}, {kernel}: compiled {len(hashes)} times for {options}, by tokens and where in memory they are')
+    return list({str(row): row for row in rows.values()}.values())
 
 
 def main() -> None:
@@ -271,7 +298,7 @@ AIMS = {
     'instructions_per_pair': lambda row: 62 if row['case'] == 'jsd' else 80,
     'registers': lambda row: 128,  # with 256 threads a program two fit into a multiprocessor
     'spilled_bytes': lambda row: 0,
-    'bytes_per_pair': lambda row: 14,
+    'bytes_per_pair': lambda row: 10,
     'launches': lambda row: 8 if 'detail' not in row['case'] else 24,
 }
 

@@ -163,13 +163,13 @@ def _work_on(call: Call, sweeps: Sweeps, rows: slice, logits: Logits, tokens: To
         sweeps.take(logits.student, tokens.label[:, None], tokens.label_logit[:, None])
     listed = None
     if isinstance(teacher, TopKTeacher):
-        listed = Listed.of(teacher, rows, call.vocabulary)
-        listed.logits = reduce.sum(sweeps.take(logits.student, listed.ids, logits.student.new_empty(listed.ids.shape), erase=True))
+        ids = teacher.ids[rows]
+        listed = Listed(teacher, rows, reduce.sum(sweeps.take(logits.student, ids, logits.student.new_empty(ids.shape), erase=True)))
     sweeps.normalise(logits, tokens)
     if reduce.group is not None:
         _over_group(sweeps, reduce, tokens)
     if listed is not None:
-        tail_weight, per_id = listed.compare(call.setting, tokens)
+        tail_weight, per_id = sweeps.compare(listed, tokens)
     elif teacher is not None:
         if tokens.kls is not None:
             _compare_in_detail(call, sweeps, logits, tokens)

@@ -244,7 +244,7 @@ def topk_divergence(
         student = ReadyLogits(student_hidden, columns, topk_temperature)
     else:
         student = LinearHead(student_hidden, student_weight, student_bias, student_lora, student_transform, columns, topk_temperature)
-    teacher = TopKTeacher(topk_logprobs, topk_ids, tail, tail_logprobs)
+    teacher = TopKTeacher.of(topk_logprobs, topk_ids, tail, tail_logprobs, vocabulary.size)
     weights = _weights(student, teacher, token_weights, labels, label_weights)
     return _apply(Call(divergence, student, teacher, weights, vocabulary, chunk_tokens, stats), reduction)
 

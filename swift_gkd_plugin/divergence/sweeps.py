@@ -105,6 +105,10 @@ class Sweeps(ABC):
         """Fill norms [n, rows] with log Σ exp of what the ranks of a group have, [ranks, n, rows]."""
         norms.copy_(gathered.logsumexp(0))
 
+    def compare(self, listed, tokens: Tokens) -> tuple[Tensor | None, Tensor]:
+        """`topk.Listed.compare`."""
+        return listed.compare(self.setting, tokens)
+
     def take(self, logits: Tensor, ids: Tensor, out: Tensor, erase: bool = False) -> Tensor:
         """Fill out [rows, k] with the logits of ids, 0 of those that are not here; of [rows, columns], where `erase` leaves
         LOWEST_LOGIT."""
