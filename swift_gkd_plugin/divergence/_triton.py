@@ -12,6 +12,7 @@ from . import _triton_kernels as kernels
 from .kinds import MAX_LOG_RATIO, Divergence
 from .sharding import Vocabulary
 from .sweeps import Logits, Setting, Sweeps, Tokens
+from .topk import KNOWN, Listed
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class Triton(Sweeps):
                     AT_ONE=at_one,
                     DETAIL=detail,
                     BLOCK=_BLOCK,
-                    **_OPTIONS,
+                    **(_OPTIONS | dict(num_warps=16) if detail else _OPTIONS),  # its sums need more registers
                 )
             if detail:
                 tokens.best[side] = best + vocabulary.first_id
@@ -126,6 +127,42 @@ class Triton(Sweeps):
     def put(self, ids: Tensor, values: Tensor, out: Tensor) -> None:
         with torch.cuda.device_of(out):
             kernels.put_kernel[(len(ids),)](values.contiguous(), ids.contiguous(), out, *self._few(out, ids), **_few_options(ids))
+
+    def compare(self, listed: Listed, tokens: Tokens) -> tuple[Tensor | None, Tensor]:
+        if tokens.kls is not None:
+            return super().compare(listed, tokens)
+        teacher, ids, weight, setting = listed.teacher, listed.ids, tokens.weight, self.setting
+        tail_weight, per_id = torch.empty_like(weight), torch.empty_like(listed.logits)
+        form = _form(setting.divergence)
+        with torch.cuda.device_of(ids):
+            kernels.buckets_kernel[(len(ids),)](
+                listed.logits,
+                ids.contiguous(),
+                teacher.logprobs[listed.rows].contiguous(),
+                weight if teacher.tail_logprobs is None else teacher.tail_logprobs[listed.rows],
+                tokens.lse[0],
+                weight,
+                *(tokens.lse[0] if x is None else x for x in (tokens.label_lse, tokens.label_weight, tokens.label)),
+                tokens.sums[0],
+                tail_weight,
+                per_id,
+                ids.shape[1],
+                setting.temperature,
+                setting.softcap or 1.0,
+                SHARPENING=setting.temperature / setting.divergence.temperature,
+                KIND=form['KIND'],
+                W=form['W'],
+                REST=form['REST'],
+                TAIL=teacher.tail == 'bucket',
+                GIVEN=teacher.tail_logprobs is not None,
+                SLACK=teacher.slack,
+                KNOWN=KNOWN,
+                LABELS=tokens.label_lse is not None,
+                TRAINED=tokens.label_weight is not None,
+                SOFTCAP=bool(setting.softcap),
+                **_few_options(ids),
+            )
+        return tail_weight if teacher.tail == 'bucket' else None, per_id
 
     def _few(self, rows: Tensor, ids: Tensor) -> tuple[int, ...]:
         return ids.shape[1], rows.shape[1], rows.stride(0), self.setting.vocabulary.first_id

@@ -161,31 +161,22 @@ def _take_in(x, first, offsets, m, s, at_one, mean, index, temperature, AT_ONE: 
     return new, s * shrunk + p, at_one, mean, index
 
 
-# One compilation does for all numbers of tokens and columns: widths and ids are not looked at, nor where in memory a token's numbers
-# are. Rows of logits always start at a multiple of 16 bytes, which is.
-_PER_TOKEN = [
-    'lse',
-    'label_lse',
-    'top',
-    'best',
-    'entropy',
-    'norm_s',
-    'norm_t',
-    'norm',
-    'centre',
-    'weight',
-    'label_weight',
-    'label',
-    'ids',
-    'values',
-]
+# Rows of logits always start at a multiple of 16 bytes, and kernels are compiled for that; `out` is such rows in the sweeps.
+_ROWS = {'z', 'base', 'zs', 'zt', 'stride'}
 
 
 def _jit(kernel):
-    names = kernel.__code__.co_varnames
-    whole = [name for name in ('columns', 'first_id', 'out_stride', 'k', 'rows', 'norms_stride') if name in names]
-    aligned = [name for name in _PER_TOKEN if name in names] + (['out'] if 'out_stride' in names or 'ERASE' in names else [])
-    return triton.jit(kernel, do_not_specialize=whole, do_not_specialize_on_alignment=aligned)
+    """Compiled once for all numbers of tokens and columns: neither widths and ids are looked at, nor where in memory a token's
+    numbers are."""
+    code = kernel.__code__
+    names = [name for name in code.co_varnames[: code.co_argcount] if not name.isupper()]
+    rows = _ROWS | ({'out'} if not {'out_stride', 'ERASE'} & set(code.co_varnames) else set())
+    widths = {'columns', 'first_id', 'out_stride', 'norms_stride', 'rows', 'k'}
+    return triton.jit(
+        kernel,
+        do_not_specialize=[name for name in names if name in widths],
+        do_not_specialize_on_alignment=[name for name in names if name not in rows],
+    )
 
 
 @_jit
@@ -436,3 +427,148 @@ def combine_kernel(gathered, norms, rows, norms_stride, RANKS: tl.constexpr, BLO
     for rank in range(RANKS):
         total += tl.exp(tl.load(here + rank * step, mask=inside, other=0.0) - largest)
     tl.store(norms + which * norms_stride + place, largest + tl.log(total), mask=inside)
+
+
+# ---- a top-k teacher's buckets: what topk.py says, in fp64 ----
+
+_LOWEST = tl.constexpr(-1e30)  # sweeps.LOWEST_LOGIT
+
+
+@triton.jit
+def _logsumexp(x, one):
+    """log Σ exp of a row's entries and one more."""
+    top = tl.maximum(tl.max(x, 0), one)
+    return top + tl.log(tl.sum(tl.exp(x - top), 0) + tl.exp(one - top))
+
+
+@triton.jit
+def _bucket(log_s, log_t, KIND: tl.constexpr, W: tl.constexpr, REST: tl.constexpr):
+    """(S, column of D, slope or S·slope), as `_column`; fp64 has digits to spare for the definitions."""
+    S, T = tl.exp(log_s), tl.exp(log_t)
+    d = tl.minimum(tl.maximum(log_t - log_s, -_LIMIT), _LIMIT)
+    if KIND == 'forward_kl':
+        return S, tl.maximum(T * d - T + S, 0.0), S - T
+    if KIND == 'reverse_kl':
+        return S, tl.maximum(T - S - S * d, 0.0), -d
+    if KIND == 'tvd':
+        return S, tl.abs(T - S) * 0.5, tl.where(d > 0, -0.5, tl.where(d < 0, 0.5, 0.0))
+    y = tl.exp(-tl.abs(d)) - 1
+    m = tl.where(d > 0, REST * y, W * y) + 1  # M/P
+    over_s, over_t = tl.log(m) + tl.maximum(d, 0.0), tl.log(m) + tl.maximum(-d, 0.0)
+    ratio = tl.where(d > 0, y, -y) / m
+    if KIND == 'jsd':
+        return S, tl.maximum(-(W * T * over_t + REST * S * over_s), 0.0), -REST * over_s
+    if KIND == 'skew_forward_kl':
+        return S, tl.maximum(REST * (S - T) - T * over_t, 0.0), REST * REST * ratio
+    return S, tl.maximum(W * (T - S) - S * over_s, 0.0), -(over_s + REST * W * ratio)
+
+
+@triton.jit
+def _tail_of_teacher(
+    teacher,
+    student,
+    student_tail,
+    given,
+    elsewhere,
+    any_listed,
+    SHARPENING: tl.constexpr,
+    GIVEN: tl.constexpr,
+    SLACK: tl.constexpr,
+    KNOWN: tl.constexpr,
+):
+    """Its log-mass, as `TopKTeacher.tail_range` and `nearest_tail` have it."""
+    if GIVEN:
+        tail = tl.maximum(_logsumexp(elsewhere, given), _LOWEST)
+        return tl.where(any_listed, tail, 0.0)
+    mass = 1 - tl.sum(tl.exp(teacher), 0)
+    slack = tl.where(mass > KNOWN * SLACK, 0.0, SLACK)
+    least = tl.minimum(tl.maximum(mass - slack, 0.0), 1.0)
+    largest = tl.minimum(tl.maximum(mass, 0.0) + slack, 1.0)
+    least = tl.where(least > 0, tl.log(tl.maximum(least, 1e-300)), _LOWEST)
+    largest = tl.where(largest > 0, tl.log(tl.maximum(largest, 1e-300)), _LOWEST)
+    nothing = _LOWEST * SHARPENING
+    odds = student_tail * SHARPENING - _logsumexp(student * SHARPENING, nothing)
+    same = (odds + _logsumexp(teacher * SHARPENING, nothing)) / SHARPENING
+    return tl.minimum(tl.maximum(same, least), largest)
+
+
+@_jit
+def buckets_kernel(
+    logits,
+    ids,
+    logprobs,
+    tail_logprobs,
+    lse,
+    weight,
+    label_lse,
+    label_weight,
+    label,
+    value,
+    tail_weight,
+    per_id,
+    k,
+    temperature,
+    softcap,
+    SHARPENING: tl.constexpr,
+    KIND: tl.constexpr,
+    W: tl.constexpr,
+    REST: tl.constexpr,
+    TAIL: tl.constexpr,
+    GIVEN: tl.constexpr,
+    SLACK: tl.constexpr,
+    KNOWN: tl.constexpr,
+    LABELS: tl.constexpr,
+    TRAINED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    K: tl.constexpr,
+):
+    """`topk.Listed.compare`, a row a program. LABELS: label_lse is made that of all columns; TRAINED: and its gradient added."""
+    row, entry = tl.program_id(0), tl.arange(0, K)
+    inside, place = entry < k, row * k + entry
+    id = tl.load(ids + place, mask=inside, other=-1)
+    counts = id >= 0
+    z = tl.where(counts, tl.load(logits + place, mask=inside, other=0.0).to(tl.float64), _LOWEST)
+    listed = tl.load(logprobs + place, mask=inside, other=float('-inf')).to(tl.float64)
+    teacher = tl.where(counts, listed, _LOWEST)
+    tail = tl.load(lse + row)
+    total = _logsumexp(z, tail)
+    student, student_tail = tl.where(counts, z - total, _LOWEST), tail - total
+    # Without a bucket there is none of it on either side.
+    log_s_tail, log_t_tail = tail * 0 + _LOWEST, tail * 0 + _LOWEST
+    if TAIL:
+        any_listed = tl.max(counts.to(tl.int32), 0) > 0
+        given = tl.load(tail_logprobs + row).to(tl.float64) if GIVEN else tail
+        elsewhere = tl.maximum(tl.where(counts, _LOWEST, listed), _LOWEST)
+        log_t_tail = _tail_of_teacher(
+            teacher, student, student_tail, tl.maximum(given, _LOWEST), elsewhere, any_listed, SHARPENING, GIVEN, SLACK, KNOWN
+        )
+        log_s_tail = student_tail
+    log_s, log_t = student * SHARPENING, teacher * SHARPENING
+    log_s_tail, log_t_tail = log_s_tail * SHARPENING, log_t_tail * SHARPENING
+    norm_s, norm_t = _logsumexp(log_s, log_s_tail), _logsumexp(log_t, log_t_tail)
+    S, column, slope = _bucket(log_s - norm_s, log_t - norm_t, KIND, W, REST)
+    S_tail, column_tail, slope_tail = _bucket(log_s_tail - norm_s, log_t_tail - norm_t, KIND, W, REST)
+    column, S = tl.where(counts, column, 0.0), tl.where(counts, S, 0.0)
+    if KIND == 'forward_kl':
+        centre = tl.sum(tl.where(counts, slope, 0.0), 0) + slope_tail
+        gradient, gradient_tail = slope - S * centre, slope_tail - S_tail * centre
+    else:
+        centre = tl.sum(S * slope, 0) + S_tail * slope_tail
+        gradient, gradient_tail = S * (slope - centre), S_tail * (slope_tail - centre)
+    scale = SHARPENING * tl.load(weight + row).to(tl.float64)
+    gradient = tl.where(counts, gradient, 0.0) * scale
+    tl.store(value + row, (tl.sum(column, 0) + column_tail).to(tl.float32))
+    if TAIL:
+        gradient_tail = tl.where(student_tail < _LOWEST / 2, 0.0, gradient_tail) * scale
+        tl.store(tail_weight + row, gradient_tail.to(tl.float32))
+    if LABELS:
+        at_one = z * temperature
+        label_total = _logsumexp(at_one, tl.load(label_lse + row))
+        tl.store(label_lse + row, label_total)
+        if TRAINED:
+            one_hot = tl.where(id == tl.load(label + row), 1.0, 0.0)
+            gradient += (tl.exp(at_one - label_total) - one_hot) * tl.load(label_weight + row).to(tl.float64)
+    if SOFTCAP:
+        tanh = z * (temperature / softcap)
+        gradient = gradient * (1 - tanh * tanh)
+    tl.store(per_id + place, gradient.to(tl.float32), mask=inside)

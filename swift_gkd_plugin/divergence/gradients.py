@@ -1,5 +1,7 @@
 """From chunks of the gradient with respect to the logits back to the tensors of a head."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -34,11 +36,12 @@ class HeadGradients:
     """Gradients of a LinearHead, summed over the chunks: those `wanted` of (hidden, weight, bias, A, B).
 
     Half-precision products take the chunk's gradient in half precision, `narrow`. It is kept until there is enough of it
-    for a product, see `tokens_per_product`.
+    for a product, see `tokens_per_product`. Where it is kept of all tokens and the head's product is `late`, that is left to
+    `Found.scaled`.
     """
 
-    def __init__(self, head: LinearHead, wanted: tuple[bool, ...], reduce: Reduce):
-        self.head, self.reduce = head, reduce
+    def __init__(self, head: LinearHead, wanted: tuple[bool, ...], reduce: Reduce, late: bool):
+        self.head, self.reduce, self.late = head, reduce, late
         self.want_hidden, self.want_weight, self.want_bias, self.want_a, self.want_b = wanted
         hidden, vocab = head.hidden, len(head.tensors[1])
         halves = hidden.dtype == head.weight.dtype and (hidden.dtype == torch.bfloat16 or hidden.is_cuda)
@@ -48,7 +51,7 @@ class HeadGradients:
         # What is not a product with hidden or weight is made of the gradient in `head.dtype`, chunk by chunk.
         self.wide = self.narrow is None or self.want_bias or head.lora is not None
         self.kept: Kept | None = None
-        self.hidden = self.weight = self.bias = self.a = self.b = None
+        self.hidden = self.weight = self.bias = self.a = self.b = self.waiting = None
         if self.want_hidden:
             dtype = head.dtype if reduce.group else _before_scaling(hidden)
             self.hidden = torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
@@ -118,6 +121,9 @@ class HeadGradients:
         x, like = head.hidden[rows].detach().to(gradient.dtype), head.tensors[1]
         if not add:
             whole = rows.stop == len(head.hidden) and like.dtype == self.narrow  # no sum that would need fp32
+            if whole and self.late:
+                self.waiting = gradient
+                return
             self.weight = memory.empty(*like.shape, dtype=like.dtype if whole else head.dtype, device=like.device)
             self.weight[head.columns :].zero_()
         into = self.weight[: head.columns]
@@ -139,17 +145,52 @@ class HeadGradients:
         if self.want_a:
             self.a.addmm_((gradient @ b).t(), x, alpha=scaling)
 
-    def finish(self) -> tuple[Tensor | None, ...]:
-        """(hidden, weight, bias, A, B) in the dtypes of their tensors, but of fp16 tensors in fp32: a loss scale comes
-        later. Those not wanted are None."""
+    def finish(self) -> 'Found':
         head, self.kept = self.head, None
-        if self.want_weight and self.weight is None:  # there were no tokens
+        if self.want_weight and self.weight is None and self.waiting is None:  # there were no tokens
             self.weight = torch.zeros_like(head.tensors[1])
         for shared in (self.hidden, self.a):
             if shared is not None:
                 self.reduce.sum(shared)
         found = (self.hidden, self.weight, self.bias, self.a, self.b)
-        return tuple(None if g is None else _converted(g, _before_scaling(like)) for g, like in zip(found, head.tensors, strict=False))
+        return Found(found, self.waiting, None if self.waiting is None else head.hidden.detach())
+
+
+@dataclass(frozen=True)
+class Found:
+    """The gradients of a sum of losses, which are still to be multiplied by that of the sum. Those that are fp32 sums stay fp32
+    until then, so that scale and dtype are changed in one pass, and fp16 has room for them."""
+
+    sums: tuple[Tensor | None, ...]  # in the order of the head's tensors; None for those not wanted, and for a head's that waits
+    waiting: Tensor | None = None  # [tokens, columns], the gradient with respect to the products, of all tokens
+    hidden: Tensor | None = None  # [tokens, dim], to be multiplied by it
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return *self.sums, self.waiting, self.hidden
+
+    @classmethod
+    def of(cls, tensors: tuple[Tensor | None, ...]) -> 'Found':
+        return cls(tensors[:-2], *tensors[-2:])
+
+    def scaled(self, by: Tensor | None, like: list[tuple[torch.Size, torch.dtype] | None]) -> list[Tensor | None]:
+        """Times `by`, a scalar or [tokens, 1], in the shapes and dtypes of `like`: in place where they have them. None: as they are,
+        of which none waits."""
+        out = [None if g is None else _scaled(g, by, of[1]) for g, of in zip(self.sums, like, strict=False)]
+        if self.waiting is not None:
+            shape, dtype = like[1]
+            out[1] = memory.empty(*shape, dtype=dtype, device=self.waiting.device)
+            out[1][self.waiting.shape[1] :].zero_()
+            # The hidden states are a hundred times smaller than the product is.
+            torch.mm(self.waiting.t(), (self.hidden * by).to(self.waiting.dtype), out=out[1][: self.waiting.shape[1]])
+        return out
+
+
+def _scaled(gradient: Tensor, by: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if gradient.dtype == dtype:
+        return gradient if by is None else gradient.mul_(by)
+    out = memory.empty(*gradient.shape, dtype=dtype, device=gradient.device)
+    return out.copy_(gradient) if by is None else torch.mul(gradient, by, out=out)
 
 
 def tokens_per_product(tokens: int, dim: int, chunk: int, device: str, replaces_sum: bool) -> int:
@@ -179,12 +220,6 @@ def _before_scaling(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
 
 
-def _converted(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    if gradient.dtype == dtype:
-        return gradient
-    return memory.empty(*gradient.shape, dtype=dtype, device=gradient.device).copy_(gradient)
-
-
 class ReadyGradients:
     """The gradient of ReadyLogits, in the logits' dtype, fp32 for fp16; zero beyond the common columns."""
 
@@ -199,5 +234,5 @@ class ReadyGradients:
     def add(self, rows: slice, gradient: Tensor) -> None:
         self.gradient[rows, : self.head.columns].copy_(gradient)
 
-    def finish(self) -> tuple[Tensor]:
-        return (self.gradient,)
+    def finish(self) -> Found:
+        return Found((self.gradient,))

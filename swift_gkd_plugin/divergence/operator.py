@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .chunks import Call, LogitsTeacher, Weights, run
-from .gradients import HeadGradients, ReadyGradients
+from .gradients import Found, HeadGradients, ReadyGradients
 from .heads import LinearHead, LogitTransform, ReadyLogits
 from .kinds import Divergence
 from .sharding import Vocabulary, realigned, shard_widths, spans
@@ -30,40 +30,42 @@ class _Operator(torch.autograd.Function):
         ctx.call, ctx.reduction = call, reduction
         ctx.wanted = tuple(grad_enabled and t is not None and n for t, n in zip(tensors, ctx.needs_input_grad[3:], strict=False))
         ctx.second_pass = reduction == 'none' and any(ctx.wanted[1:])
-        ctx.dtypes = [None if t is None else t.dtype for t in tensors]
+        ctx.like = [None if t is None else (t.shape, t.dtype) for t in tensors]
         with torch.autocast(tensors[0].device.type, enabled=False):
-            gradients = _gradients(call, ctx.wanted) if any(ctx.wanted) and not ctx.second_pass else None
+            gradients = _gradients(call, ctx.wanted, late=True) if any(ctx.wanted) and not ctx.second_pass else None
             loss = run(call, gradients)
             if ctx.second_pass:
                 ctx.save_for_backward(*tensors)
             else:
                 ctx.call = None
-                ctx.save_for_backward(*(gradients.finish() if gradients is not None else ()))
+                ctx.save_for_backward(*(gradients.finish().tensors if gradients is not None else ()))
         return loss.sum() if reduction == 'sum' else loss
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
         if not ctx.second_pass:
+            found = Found.of(ctx.saved_tensors)
             scale = upstream if ctx.reduction == 'sum' else upstream[:, None]
-            found = [None if g is None else g.mul_(scale).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=False)]
-            return None, None, None, *found, *[None] * (len(ctx.wanted) - len(found))
-        call = replace(
-            ctx.call,
-            student=ctx.call.student.with_tensors(*ctx.saved_tensors),
-            stats=None,
-            weights=ctx.call.weights.scaled(upstream),
-        )
+        else:
+            call = replace(
+                ctx.call,
+                student=ctx.call.student.with_tensors(*ctx.saved_tensors),
+                stats=None,
+                weights=ctx.call.weights.scaled(upstream),
+            )
+            with torch.autocast(upstream.device.type, enabled=False):
+                gradients = _gradients(call, ctx.wanted, late=False)
+                run(call, gradients)
+                found = gradients.finish()
+            scale = None  # the weights of the tokens have it
         with torch.autocast(upstream.device.type, enabled=False):
-            gradients = _gradients(call, ctx.wanted)
-            run(call, gradients)
-            found = gradients.finish()
-            return None, None, None, *(None if g is None else g.to(dtype) for g, dtype in zip(found, ctx.dtypes, strict=True))
+            return None, None, None, *found.scaled(scale, ctx.like)
 
 
-def _gradients(call: Call, wanted: tuple[bool, ...]) -> HeadGradients | ReadyGradients:
+def _gradients(call: Call, wanted: tuple[bool, ...], late: bool) -> HeadGradients | ReadyGradients:
     if isinstance(call.student, ReadyLogits):
         return ReadyGradients(call.student)
-    return HeadGradients(call.student, wanted, call.vocabulary.reduce)
+    return HeadGradients(call.student, wanted, call.vocabulary.reduce, late)
 
 
 def linear_divergence(

@@ -108,7 +108,7 @@ def run_few(sweeps, divergence, x, topk, tail, transform, labels, weights, detai
         loss = linear_divergence(x['hidden'], x['weight'], None, None, divergence, **common)
     else:
         loss = topk_divergence(
-            x['hidden'], x['weight'], *topk, divergence, token_weights=weights, tail=tail, topk_temperature=1.0, **common
+            x['hidden'], x['weight'], *topk[:2], divergence, token_weights=weights, tail=tail, topk_temperature=1.0, **topk[2], **common
         )
     return loss, torch.autograd.grad(loss, list(x.values())), stats
 
@@ -117,20 +117,23 @@ def few():
     """A teacher of which k log-probabilities are known, and none: fp32 and bf16, in chunks, with a softcap and without."""
     x, _, labels, weights = inputs()
     values, ids = (torch.randn(5, 5003) * 3).log_softmax(-1).topk(7)
-    values[1, 4:], ids[2, 3] = -torch.inf, -1
+    values[1, 4:], values[4], ids[2, 3] = -torch.inf, -torch.inf, -1
     listed_label = torch.where(labels < 0, labels, ids[:, 1])
-    for wide, tail, transform, wanted in (
-        (True, 'bucket', None, None),
-        (True, 'bucket', LogitTransform(0.7, 9.0), listed_label),
-        (False, 'bucket', None, labels),
-        (True, 'renormalize', None, labels),
-        (False, None, None, labels),
-        (True, None, LogitTransform(0.7, 9.0), labels),
+    rest_of_mass = torch.log1p(-values.exp().sum(-1))
+    for wide, tail, transform, wanted, detail, kinds in (
+        (True, 'bucket', None, None, False, KINDS + SMALL),
+        (True, 'bucket', LogitTransform(0.7, 9.0), listed_label, False, KINDS[:4]),
+        (True, 'bucket', None, listed_label, True, KINDS[:2]),
+        (False, 'bucket', None, labels, False, KINDS[:2]),
+        (True, 'renormalize', None, labels, False, KINDS[:4]),
+        (False, None, None, labels, True, KINDS[:1]),
+        (True, None, LogitTransform(0.7, 9.0), labels, False, KINDS[:1]),
     ):
-        for divergence in (KINDS[0], Divergence('reverse_kl')):
+        for number, divergence in enumerate(kinds[:2] if compiled else kinds):
+            given = dict(tail_logprobs=rest_of_mass if number % 2 else None)
             same = x if wide else {name: t.bfloat16() for name, t in x.items()}
             right_x = {name: t.float() for name, t in same.items()}
-            rest = (None if tail is None else (values, ids), tail, transform, wanted, weights, True)
+            rest = (None if tail is None else (values, ids, given), tail, transform, wanted, weights, detail)
             (loss, gradients, stats), right = (
                 run_few(one, divergence, with_x, *rest) for one, with_x in ((sweeps, same), (Eager, right_x))
             )

@@ -186,6 +186,24 @@ def test_gradients_kept_for_a_product_of_several_chunks(case, wanted, monkeypatc
             assert relative(one, right.double()) < 5e-3
 
 
+@pytest.mark.parametrize('tokens_at_a_time, waits', [(23, True), (8, False)])
+def test_the_scale_of_the_loss_rides_in_the_last_product(case, monkeypatch, tokens_at_a_time, waits):
+    """Where one product makes the head's gradient it is made in the backward pass, from scaled hidden states; where it is a sum in
+    fp32, that is scaled and made half precision in one pass. Either way there is no half-precision one that is not scaled."""
+    monkeypatch.setattr(products, 'tokens_per_product', lambda *args: tokens_at_a_time)
+    found, saved = [], []
+    for dtype in (torch.bfloat16, torch.float32):
+        hidden, weight = (case[n].bfloat16().to(dtype).requires_grad_() for n in NAMES[:2])
+        other, head = case['other'].bfloat16().to(dtype), case['head'].bfloat16().to(dtype)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append((t.dtype, list(t.shape))) or t, lambda t: t):
+            loss = linear_divergence(hidden, weight, other, head, Divergence(), reduction='sum', chunk_tokens=4)
+        found.append(torch.autograd.grad(loss * 0.3, [hidden, weight]))
+    kept, whole = (torch.bfloat16, [TOKENS, VOCAB]), (torch.float32, [VOCAB, DIM])
+    assert (kept in saved[:3]) == waits and (whole in saved[:3]) == (not waits) and (torch.bfloat16, [VOCAB, DIM]) not in saved
+    for one, right in zip(*found, strict=True):
+        assert one.dtype == torch.bfloat16 and relative(one, right.double()) < 5e-3
+
+
 def test_tokens_of_a_product():
     """All where that takes no more than the fp32 sum which they replace."""
     for tokens, device, replaces_sum, expected in (
