@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
@@ -84,8 +85,8 @@ class _CountingGPU(PretendedGPU):
 class _Launches(TorchDispatchMode):
     """The kernels that Triton and torch would start on a GPU."""
 
-    # Views, and memory that nothing is written to.
-    FREE = re.compile(r'empty|view|slice|select|detach|alias|as_strided|expand|squeeze|transpose|\.t\.|unbind|lift_fresh|is_same_size')
+    # Views, memory that nothing is written to, and the collectives themselves.
+    FREE = re.compile(r'empty|view|slice|select|detach|alias|as_strided|expand|squeeze|transpose|\.t\.|unbind|lift_fresh|is_same_size|c10d')
 
     def __init__(self):
         super().__init__()
@@ -184,13 +185,21 @@ def dense(divergence: Divergence, labels: bool = False, **extra):
         hidden = torch.randn(tokens, DIM).bfloat16().requires_grad_()
         more = {'labels': torch.zeros(tokens, dtype=torch.long), 'label_weights': torch.ones(tokens)} if labels else {}
         stats = TokenStats(detail=extra.get('detail', False))
+        more |= {'vocab_group': group() if extra.get('sharded') else None}
         more |= {'student_transform': extra.get('transform'), 'stats': stats, 'reduction': 'sum', 'chunk_tokens': CHUNK}
         linear_divergence(hidden, weight, torch.randn(tokens, DIM).bfloat16(), head, divergence, **more)
 
     return call
 
 
-def few(k: int, labels: bool = False, temperature: float = 1.0):
+def group() -> dist.ProcessGroup:
+    """Of this process alone."""
+    if not dist.is_initialized():
+        dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    return dist.group.WORLD
+
+
+def few(k: int, labels: bool = False, temperature: float = 1.0, sharded: bool = False):
     """k log-probabilities of a teacher, or none of it."""
     torch.manual_seed(0)
     weight = torch.randn(VOCAB, DIM).bfloat16()
@@ -198,7 +207,7 @@ def few(k: int, labels: bool = False, temperature: float = 1.0):
     def call(tokens: int) -> None:
         hidden = torch.randn(tokens, DIM).bfloat16().requires_grad_()
         more = {'labels': torch.zeros(tokens, dtype=torch.long), 'label_weights': torch.ones(tokens)} if labels else {}
-        more |= {'reduction': 'sum', 'chunk_tokens': CHUNK}
+        more |= {'reduction': 'sum', 'chunk_tokens': CHUNK, 'vocab_group': group() if sharded else None}
         divergence = Divergence(temperature=temperature)
         if k:
             topk = torch.randn(tokens, VOCAB).log_softmax(-1).topk(k)
@@ -222,8 +231,10 @@ CASES = {
     'jsd, labels': dense(Divergence(temperature=0.9), labels=True),
     'jsd, labels, soft cap': dense(Divergence(temperature=0.9), labels=True, transform=LogitTransform(softcap=30.0)),
     'jsd, labels, detail': dense(Divergence(temperature=0.9), labels=True, detail=True),
+    'jsd, labels, sharded': dense(Divergence(temperature=0.9), labels=True, sharded=True),
     'top-k': few(64),
     'top-k, labels': few(64, labels=True, temperature=0.9),
+    'top-k, labels, sharded': few(64, labels=True, sharded=True),
     'cross-entropy': few(0, labels=True),
     'cross-entropy at 0.9': few(0, labels=True, temperature=0.9),
 }

@@ -23,19 +23,21 @@ _OPTIONS = dict(num_warps=8, enable_fp_fusion=True)
 
 
 class Triton(Sweeps):
+    kinds = frozenset({'jsd', 'forward_kl', 'reverse_kl', 'skew_forward_kl', 'skew_reverse_kl', 'tvd'})
+
     def normalise(self, logits: Logits, tokens: Tokens) -> None:
         nothing, detail, vocabulary = tokens.lse[0], tokens.best is not None, self.setting.vocabulary
         best = torch.empty(len(nothing), dtype=torch.int32, device=nothing.device) if detail else nothing
         for side, z in enumerate((logits.student, logits.teacher)):
             if z is None:
                 continue
-            at_one = not side and tokens.label_lse is not None
+            labels = not side and tokens.label_lse is not None
             with torch.cuda.device_of(z):
                 kernels.normalise_kernel[(len(z),)](
                     z,
                     logits.student,
                     tokens.lse[side],
-                    tokens.label_lse if at_one else nothing,
+                    tokens.label_lse if labels else nothing,
                     tokens.top[side] if detail else nothing,
                     best,
                     tokens.entropy[side] if detail else nothing,
@@ -43,7 +45,8 @@ class Triton(Sweeps):
                     z.stride(0),
                     self.setting.temperature,
                     ADD=bool(side and logits.difference),
-                    AT_ONE=at_one,
+                    LABELS=labels,
+                    AT_ONE=labels and self.setting.temperature != 1,
                     DETAIL=detail,
                     BLOCK=_BLOCK,
                     **(_OPTIONS | dict(num_warps=16) if detail else _OPTIONS),  # its sums need more registers
@@ -116,7 +119,7 @@ class Triton(Sweeps):
         n, rows = norms.shape
         with torch.cuda.device_of(norms):
             kernels.combine_kernel[(n, triton.cdiv(rows, 128))](
-                gathered, norms, rows, norms.stride(0), RANKS=len(gathered), BLOCK=128, num_warps=4
+                gathered, norms, rows, norms.stride(0), RANKS=len(gathered), PLACES=128, num_warps=4
             )
 
     def take(self, logits: Tensor, ids: Tensor, out: Tensor, erase: bool = False) -> Tensor:

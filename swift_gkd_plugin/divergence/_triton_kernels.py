@@ -192,10 +192,12 @@ def normalise_kernel(
     stride,
     temperature,
     ADD: tl.constexpr,
+    LABELS: tl.constexpr,
     AT_ONE: tl.constexpr,
     DETAIL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """LABELS: label_lse too, AT_ONE: which is another sum than lse."""
     row = tl.program_id(0)
     start = row.to(tl.int64) * stride
     offsets = tl.arange(0, BLOCK)
@@ -215,7 +217,10 @@ def normalise_kernel(
     counts = m > _NOTHING
     shrunk = tl.where(counts, _exp(m - highest), 0.0)
     total = tl.sum(s * shrunk, 0)
-    tl.store(lse + row, highest.to(tl.float64) + tl.log(total.to(tl.float64)))
+    norm = highest.to(tl.float64) + tl.log(total.to(tl.float64))
+    tl.store(lse + row, norm)
+    if LABELS and not AT_ONE:
+        tl.store(label_lse + row, norm)
     if AT_ONE:
         at_one = tl.sum(tl.where(counts, at_one * _exp((m - highest) * temperature), 0.0), 0)
         tl.store(label_lse + row, highest.to(tl.float64) * temperature + tl.log(at_one.to(tl.float64)))
@@ -413,17 +418,17 @@ def put_kernel(values, ids, out, k, columns, stride, first_id, K: tl.constexpr):
 
 
 @_jit
-def combine_kernel(gathered, norms, rows, norms_stride, RANKS: tl.constexpr, BLOCK: tl.constexpr):
+def combine_kernel(gathered, norms, rows, norms_stride, RANKS: tl.constexpr, PLACES: tl.constexpr):
     """log Σ exp over the ranks, of row program_id(0) of norms."""
     which = tl.program_id(0)
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.program_id(1) * PLACES + tl.arange(0, PLACES)
     inside = place < rows
     here = gathered + which * rows + place
     step = tl.num_programs(0) * rows
     largest = tl.load(here, mask=inside, other=0.0)
     for rank in range(1, RANKS):
         largest = tl.maximum(largest, tl.load(here + rank * step, mask=inside, other=0.0))
-    total = tl.zeros((BLOCK,), tl.float64)
+    total = tl.zeros((PLACES,), tl.float64)
     for rank in range(RANKS):
         total += tl.exp(tl.load(here + rank * step, mask=inside, other=0.0) - largest)
     tl.store(norms + which * norms_stride + place, largest + tl.log(total), mask=inside)

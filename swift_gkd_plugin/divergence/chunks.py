@@ -173,8 +173,10 @@ def _work_on(call: Call, sweeps: Sweeps, rows: slice, logits: Logits, tokens: To
     elif teacher is not None:
         if tokens.kls is not None:
             _compare_in_detail(call, sweeps, logits, tokens)
-        sweeps.sums(call.divergence, logits, tokens, tokens.sums)
-        reduce.sum(tokens.sums)
+        here = tokens.sums if reduce.group is None else tokens.sums.new_empty(tokens.sums.shape)
+        sweeps.sums(call.divergence, logits, tokens, here)
+        if here is not tokens.sums:
+            tokens.sums.copy_(reduce.sum(here))
     if into is None:
         return
     if isinstance(teacher, LogitsTeacher):
@@ -254,12 +256,14 @@ def _losses(call: Call, tokens: Tokens) -> Tensor:
 
 
 def implementation(call: Call) -> type[Sweeps]:
-    """Triton's kernels on a GPU, on a CPU loops that torch.compile makes once a run is long enough; else torch operations."""
+    """Triton's kernels on a GPU, on a CPU loops that torch.compile makes once a run is long enough; else, and
+    for a divergence that has no kernel yet, torch operations."""
     group = call.vocabulary.reduce.group
     if call.student.dtype != torch.float32:
         return Eager
     if call.student.hidden.is_cuda:
-        return _on_gpu(call.device, group)
+        sweeps = _on_gpu(call.device, group)
+        return sweeps if call.divergence.form[0] in sweeps.kinds else Eager
     # Not over a group: its ranks must agree, and only some of them might have a compiler.
     if call.device.type == 'cpu' and call.vocabulary.size >= _COMPILED_VOCABULARY and group is None:
         return _on_cpu(call.tokens * call.vocabulary.size)

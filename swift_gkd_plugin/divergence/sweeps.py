@@ -11,12 +11,13 @@ torch operations, `_compiled.py` by loops that torch.compile makes, `_triton.py`
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Container
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from .kinds import Divergence
+from .kinds import KINDS, Divergence
 from .sharding import Vocabulary
 
 # Stands for a logit of -inf: exp() of it is 0 beside any real logit, and differences of two of them are finite.
@@ -74,6 +75,7 @@ class Setting:
 class Sweeps(ABC):
     """One implementation. It may keep of one sweep what it needs for the next one over the same block."""
 
+    kinds: Container[str] = KINDS  # of divergences that it knows
     in_place = False  # whether gradients can be written in the place of the student's logits only
 
     def __init__(self, setting: Setting):

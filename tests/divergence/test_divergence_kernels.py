@@ -11,7 +11,8 @@ import pytest
 import torch
 from pretended_gpu import PretendedGPU
 
-from swift_gkd_plugin.divergence import Divergence, _compiled, chunks, linear_divergence
+from swift_gkd_plugin.divergence import Divergence, _compiled, chunks, linear_divergence, operator
+from swift_gkd_plugin.divergence._eager import Eager
 from swift_gkd_plugin.divergence.sharding import Vocabulary
 from swift_gkd_plugin.divergence.sweeps import Logits, Setting, Tokens
 
@@ -86,6 +87,22 @@ def test_triton_kernels_start_on_the_device_of_their_tensors(monkeypatch):
     sweeps.put(ids, torch.zeros(2, 3), z)
     sweeps.combine(double[None], double)
     assert started == ['cpu'] * 8 and current == ['another']
+
+
+def test_a_divergence_without_a_kernel(monkeypatch):
+    """Torch operations do its work on a GPU."""
+    pytest.importorskip('triton', reason='Triton is not installed')
+    from swift_gkd_plugin.divergence import _triton
+
+    monkeypatch.setattr(chunks, '_on_gpu', lambda device, group: _triton.Triton)
+    monkeypatch.setattr(_triton.Triton, 'kinds', {'jsd'})
+    chosen = []
+    monkeypatch.setattr(operator, '_apply', lambda call, reduction: chosen.append(chunks.implementation(call)))
+    hidden, weight = torch.randn(3, 4), torch.randn(50, 4)
+    for divergence in (Divergence(), Divergence('tvd'), Divergence(beta=0)):
+        with PretendedGPU():
+            linear_divergence(hidden, weight, hidden, weight.clone(), divergence)
+    assert chosen == [_triton.Triton, Eager, Eager]
 
 
 def test_without_a_compiler_for_triton(monkeypatch, caplog):
