@@ -43,23 +43,33 @@ class Compiled(Sweeps):
 
     def gradient(self, logits: Logits, tokens: Tokens, out: Tensor) -> None:
         sweep = _differentiating(self.setting.divergence, logits.difference, self.setting.temperature, self.setting.softcap)
-        inputs = logits.student, logits.teacher, *_norms(tokens), tokens.sums[1], tokens.weight, self._label(tokens)
+        inputs = logits.student, logits.teacher, *_norms(tokens), _own(tokens.sums[1]), _own(tokens.weight), self._label(tokens)
         sweep(*inputs, None if out is logits.student else out)
 
     def tail_gradient(self, logits: Logits, tokens: Tokens, tail_weight: Tensor | None, out: Tensor) -> None:
         sweep = _tail(tail_weight is not None, self.setting.temperature, self.setting.softcap)
-        norm = tokens.lse[0].to(torch.float32)
-        sweep(logits.student, norm, tail_weight, self._label(tokens), None if out is logits.student else out)
+        sweep(
+            logits.student,
+            _own(tokens.lse[0]),
+            None if tail_weight is None else _own(tail_weight),
+            self._label(tokens),
+            None if out is logits.student else out,
+        )
 
     def _label(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor] | None:
         if tokens.label_weight is None:
             return None
-        return tokens.label_lse.float(), tokens.label_weight, tokens.label - self.setting.vocabulary.first_id
+        return _own(tokens.label_lse), _own(tokens.label_weight), tokens.label - self.setting.vocabulary.first_id
 
 
 def _norms(tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
     """Both sides' log-sum-exp, and the teacher's minus the student's."""
-    return *tokens.lse.float(), (tokens.lse[1] - tokens.lse[0]).float()
+    return *(_own(side) for side in tokens.lse), (tokens.lse[1] - tokens.lse[0]).float()
+
+
+def _own(x: Tensor) -> Tensor:
+    """In fp32 and memory of its own: a view's place in memory is something that torch.compile compiles again for."""
+    return x.to(torch.float32, copy=True)
 
 
 def _compile(function):
