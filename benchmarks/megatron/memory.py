@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from swift_gkd_plugin.divergence.chunks import chunk_tokens
-from swift_gkd_plugin.divergence.heads import tokens_per_product
+from swift_gkd_plugin.divergence.gradients import tokens_per_product
 
 HERE = Path(__file__).parent
 BF16, FP32 = 2, 4

@@ -1,4 +1,20 @@
-"""How far apart a student's and a teacher's next-token distributions are, from hidden states and output heads."""
+"""How far apart a student's and a teacher's next-token distributions are, from hidden states and output heads.
+
+In the order to read them:
+
+    kinds.py       the divergences: a closed form each, of value and gradient, and why it is that one
+    operator.py    what callers use, and autograd
+    chunks.py      the engine: chunks of tokens, from logits to losses and gradients
+    sweeps.py      what the engine asks of the elementwise work: normalise, sums, gradient
+    _eager.py      that by torch operations on `kinds.py`
+    _compiled.py   by loops that torch.compile makes of `kinds.py`
+    _triton.py     by Triton's kernels, which are in _triton_kernels.py
+    topk.py        a teacher of which k log-probabilities are known
+    heads.py, gradients.py, sharding.py, memory.py, stats.py
+
+A divergence is added by its form in `kinds.py` (`Divergence.form`, `KINDS`, `_FORMS`) and its definition in
+tests/divergence/divergence_reference.py. A GPU takes torch operations for it until Triton's `kinds` and kernels know it.
+"""
 
 from .heads import LogitTransform, linear_logits
 from .kinds import Divergence

@@ -1,4 +1,4 @@
-"""The elementwise part of a chunk on a CPU with a C++ compiler: the sweeps of `_triton.py`, made by torch.compile.
+"""The sweeps on a CPU with a C++ compiler, made by torch.compile.
 
 What `kinds.py` does in some thirty passes over a block becomes one loop, so that a large vocabulary costs little beside
 its matrix products. There is no second statement of the mathematics: the functions compiled here call `kinds.columns`.
@@ -14,9 +14,62 @@ import types
 import torch
 from torch import Tensor
 
-from .kinds import Columns, Divergence, Scratch, columns
+from .kinds import Divergence, Scratch, columns
+from .sweeps import Logits, Sweeps, Tokens
 
 logger = logging.getLogger(__name__)
+
+
+class Compiled(Sweeps):
+    def normalise(self, logits: Logits, tokens: Tokens) -> None:
+        temperature, detail = self.setting.temperature, tokens.best is not None
+        for side, z in enumerate((logits.student, logits.teacher)):
+            if z is None:
+                continue
+            at_one = temperature if not side and tokens.label_lse is not None and temperature != 1 else None
+            base = (logits.student,) if side and logits.difference else ()
+            top, log_total, log_at_one, best, entropy = _normaliser(at_one, detail)(z, *base)
+            tokens.lse[side] = top.double() + log_total
+            if not side and tokens.label_lse is not None:
+                tokens.label_lse.copy_(top.double() * temperature + log_at_one)
+            if detail:
+                tokens.top[side], tokens.best[side] = top, best + self.setting.vocabulary.first_id
+                tokens.entropy[side] = entropy
+
+    def sums(self, divergence: Divergence, logits: Logits, tokens: Tokens, out: Tensor) -> None:
+        found = _summing(divergence, logits.difference)(logits.student, logits.teacher, *_norms(tokens))
+        for into, sums in zip(out, found, strict=False):
+            into.copy_(sums)
+
+    def gradient(self, logits: Logits, tokens: Tokens, out: Tensor) -> None:
+        sweep = _differentiating(self.setting.divergence, logits.difference, self.setting.temperature, self.setting.softcap)
+        inputs = logits.student, logits.teacher, *_norms(tokens), _own(tokens.sums[1]), _own(tokens.weight), self._label(tokens)
+        sweep(*inputs, None if out is logits.student else out)
+
+    def tail_gradient(self, logits: Logits, tokens: Tokens, tail_weight: Tensor | None, out: Tensor) -> None:
+        sweep = _tail(tail_weight is not None, self.setting.temperature, self.setting.softcap)
+        sweep(
+            logits.student,
+            _own(tokens.lse[0]),
+            None if tail_weight is None else _own(tail_weight),
+            self._label(tokens),
+            None if out is logits.student else out,
+        )
+
+    def _label(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor] | None:
+        if tokens.label_weight is None:
+            return None
+        return _own(tokens.label_lse), _own(tokens.label_weight), tokens.label - self.setting.vocabulary.first_id
+
+
+def _norms(tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+    """Both sides' log-sum-exp, and the teacher's minus the student's."""
+    return *(_own(side) for side in tokens.lse), (tokens.lse[1] - tokens.lse[0]).float()
+
+
+def _own(x: Tensor) -> Tensor:
+    """In fp32 and memory of its own: a view's place in memory is something that torch.compile compiles again for."""
+    return x.to(torch.float32, copy=True)
 
 
 def _compile(function):
@@ -51,92 +104,64 @@ def works() -> bool:
     return False
 
 
-def normalise(zs: Tensor, zt: Tensor, difference: bool, temperature: float, labels: bool, best: bool) -> list[tuple[Tensor, ...]]:
-    """As `_triton.normalise`, the sums in fp64."""
-    teacher = (zt, zs) if difference else (zt,)
-    return [_normaliser(temperature if labels and temperature != 1 else None, best)(zs), _normaliser(None, best)(*teacher)]
-
-
-def sums(
-    divergence: Divergence, zs: Tensor, zt: Tensor, difference: bool, norm_s: Tensor, norm_t: Tensor, shift: Tensor, detail: bool
-) -> Tensor:
-    """As `_triton.sums`, in fp64."""
-    return torch.stack(_summing(divergence, difference, detail)(zs, zt, norm_s, norm_t, shift))
-
-
-def gradient(
-    divergence: Divergence,
-    zs: Tensor,
-    zt: Tensor,
-    difference: bool,
-    norm_s: Tensor,
-    norm_t: Tensor,
-    shift: Tensor,
-    centre: Tensor,
-    weight: Tensor,
-    labels: tuple[Tensor, Tensor, Tensor] | None,
-    temperature: float,
-    softcap: float | None,
-    out: Tensor,
-) -> None:
-    """As `_triton.gradient`."""
-    sweep = _differentiating(divergence, difference, temperature, softcap)
-    sweep(zs, zt, norm_s, norm_t, shift, centre, weight, labels, None if out is zs else out)
-
-
 @functools.cache
-def _normaliser(label_temperature: float | None, best: bool):
+def _normaliser(label_temperature: float | None, detail: bool):
     def sweep(z, base=None):
         z = z if base is None else base + z
         top = z.amax(-1)
         below = z - top[:, None]
         total = below.exp().sum(-1, dtype=torch.float64)
         at_one = total if label_temperature is None else (below * label_temperature).exp().sum(-1, dtype=torch.float64)
-        return top, total, at_one, z.argmax(-1) if best else None
+        if not detail:
+            return top, total.log(), at_one.log(), None, None
+        entropy = total.log() - (below.exp() * below).sum(-1, dtype=torch.float64) / total
+        return top, total.log(), at_one.log(), z.argmax(-1), entropy
 
     return _compile(sweep)
 
 
 @functools.cache
-def _summing(divergence: Divergence, difference: bool, detail: bool):
+def _summing(divergence: Divergence, difference: bool):
     def sweep(zs, zt, norm_s, norm_t, shift):
-        zt, d = _both(zs, zt, difference)
-        student, teacher, found, kls = _columns(divergence, zs, zt, d, norm_s, norm_t, shift, detail)
-        if not detail:
-            return found.value, found.centre
-        sides = ((student, zs, norm_s), (teacher, zt, norm_t))
-        entropies = [-(p * (z - norm[:, None])).sum(-1, dtype=torch.float64) for p, z, norm in sides]
-        return found.value, found.centre, *kls, *entropies
+        found, _ = _columns(divergence, difference, zs, zt, norm_s, norm_t, shift)
+        return found.value, found.centre
 
     return _compile(sweep)
 
 
 @functools.cache
 def _differentiating(divergence: Divergence, difference: bool, temperature: float, softcap: float | None):
-    def sweep(zs, zt, norm_s, norm_t, shift, centre, weight, labels, out):
-        zt, d = _both(zs, zt, difference)
-        student, _, found, _ = _columns(divergence, zs, zt, d, norm_s, norm_t, shift)
+    def sweep(zs, zt, norm_s, norm_t, shift, centre, weight, label, out):
+        found, student = _columns(divergence, difference, zs, zt, norm_s, norm_t, shift)
         gradient = found.gradient(student, centre) * (found.factor * weight)[:, None]
-        if labels is not None:
-            norm, label_weight, column = (x[:, None] for x in labels)
-            one_hot = (torch.arange(zs.shape[1]) == column).to(zs.dtype)
-            gradient = gradient + ((zs * temperature - norm).exp() - one_hot) * label_weight
-        if softcap:
-            gradient = gradient * (1 - (zs * (temperature / softcap)).square())
-        (zs if out is None else out).copy_(gradient)
+        (zs if out is None else out).copy_(_finished(gradient, zs, label, temperature, softcap))
 
     return _compile(sweep)
 
 
-def _both(zs, zt, difference: bool) -> tuple[Tensor, Tensor]:
-    """The teacher's logits, and those minus the student's; zt holds the first or the second."""
-    return (zs + zt, zt) if difference else (zt, zt - zs)
+@functools.cache
+def _tail(any_tail: bool, temperature: float, softcap: float | None):
+    def sweep(zs, norm, weight, label, out):
+        gradient = (zs - norm[:, None]).exp() * weight[:, None] if any_tail else torch.zeros_like(zs)
+        (zs if out is None else out).copy_(_finished(gradient, zs, label, temperature, softcap))
+
+    return _compile(sweep)
 
 
-def _columns(divergence, zs, zt, d, norm_s, norm_t, shift, kl_sums=False) -> tuple[Tensor, Tensor, Columns, tuple[Tensor, Tensor] | None]:
-    """(student's probabilities, the teacher's, `kinds.columns` of them). The buffers are the compiler's, which keeps
-    none."""
+def _finished(gradient, zs, label, temperature: float, softcap: float | None) -> Tensor:
+    """The cross-entropy's gradient and the softcap's derivative."""
+    if label is not None:
+        norm, weight, column = (x[:, None] for x in label)
+        one_hot = (torch.arange(zs.shape[1]) == column).to(zs.dtype)
+        gradient = gradient + ((zs * temperature - norm).exp() - one_hot) * weight
+    if softcap:
+        gradient = gradient * (1 - (zs * (temperature / softcap)).square())
+    return gradient
+
+
+def _columns(divergence, difference, zs, zt, norm_s, norm_t, shift):
+    """`kinds.columns`, and the student's probabilities. The buffers are the compiler's, which keeps none."""
+    zt, d = (zs + zt, zt) if difference else (zt, zt - zs)
     student, teacher = (zs - norm_s[:, None]).exp(), (zt - norm_t[:, None]).exp()
     scratch = Scratch(*(torch.empty_like(zs) for _ in range(4)), sums=torch.float64)
-    found, kls = columns(divergence, student, teacher.clone(), d - shift[:, None], scratch, kl_sums)
-    return student, teacher, found, kls
+    return columns(divergence, student, teacher.clone(), d - shift[:, None], scratch), student

@@ -131,23 +131,18 @@ class Scratch(NamedTuple):
         return torch.mul(a, b, out=out).sum(-1, dtype=self.sums)
 
 
-def columns(
-    divergence: Divergence, student: Tensor, teacher: Tensor, log_ratio: Tensor, scratch: Scratch, kl_sums: bool = False
-) -> tuple[Columns, tuple[Tensor, Tensor] | None]:
+def columns(divergence: Divergence, student: Tensor, teacher: Tensor, log_ratio: Tensor, scratch: Scratch) -> Columns:
     """Value and slope of `divergence` for a block.
 
     student, teacher: [rows, columns] probabilities. log_ratio: log teacher - log student, finite, computed from the
-        logits
-    and not from the probabilities. `teacher`, `log_ratio` and the scratch are overwritten, `student` is not.
-    kl_sums: also return ([rows] forward KL, [rows] reverse KL) of the same distributions.
+        logits and not from the probabilities. `teacher`, `log_ratio` and the scratch are overwritten, `student` is not.
     """
     kind, w = divergence.form
-    if kl_sums or kind in ('forward_kl', 'reverse_kl'):
+    if kind in ('forward_kl', 'reverse_kl'):
         log_ratio.clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     larger = torch.maximum(student, teacher, out=teacher)
-    kls = _both_kl(larger, log_ratio, scratch) if kl_sums else None
     _exponents(log_ratio, scratch)
-    return _FORMS[kind](w, student, larger, log_ratio, scratch), kls
+    return _FORMS[kind](w, student, larger, log_ratio, scratch)
 
 
 def _exponents(log_ratio: Tensor, scratch: Scratch) -> None:
@@ -177,16 +172,6 @@ def _plain_near_and_far(scratch: Scratch) -> tuple[Tensor, Tensor]:
     near = torch.sub(scratch.y, scratch.e, out=scratch.h)
     far = scratch.e.mul_(scratch.y).sub_(near)
     return near.relu_(), far.relu_()
-
-
-def _both_kl(larger: Tensor, log_ratio: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
-    """Forward and reverse KL."""
-    _exponents(log_ratio, scratch)
-    teacher_larger = _teacher_larger(log_ratio, scratch.b)
-    near, far = _plain_near_and_far(scratch)
-    column = scratch.y
-    forward = scratch.dot(larger, torch.lerp(far, near, teacher_larger, out=column), column)
-    return forward, scratch.dot(larger, torch.lerp(near, far, teacher_larger, out=column), column)
 
 
 def _forward_kl(w: float, student: Tensor, larger: Tensor, log_ratio: Tensor, scratch: Scratch) -> Columns:

@@ -5,10 +5,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .chunks import Call, run
-from .heads import HeadGradients, LinearHead, LogitTransform, ReadyGradients, ReadyLogits
+from .chunks import Call, LogitsTeacher, Weights, run
+from .gradients import Found, HeadGradients, ReadyGradients
+from .heads import LinearHead, LogitTransform, ReadyLogits
 from .kinds import Divergence
-from .sharding import Reduce, local_span, realigned, shard_widths, spans
+from .sharding import Vocabulary, realigned, shard_widths, spans
 from .stats import TokenStats
 from .topk import TopKTeacher
 
@@ -29,42 +30,42 @@ class _Operator(torch.autograd.Function):
         ctx.call, ctx.reduction = call, reduction
         ctx.wanted = tuple(grad_enabled and t is not None and n for t, n in zip(tensors, ctx.needs_input_grad[3:], strict=False))
         ctx.second_pass = reduction == 'none' and any(ctx.wanted[1:])
-        ctx.dtypes = [None if t is None else t.dtype for t in tensors]
+        ctx.like = [None if t is None else (t.shape, t.dtype) for t in tensors]
         with torch.autocast(tensors[0].device.type, enabled=False):
-            gradients = _gradients(call, ctx.wanted) if any(ctx.wanted) and not ctx.second_pass else None
+            gradients = _gradients(call, ctx.wanted, late=True) if any(ctx.wanted) and not ctx.second_pass else None
             loss = run(call, gradients)
             if ctx.second_pass:
                 ctx.save_for_backward(*tensors)
             else:
                 ctx.call = None
-                ctx.save_for_backward(*(gradients.finish() if gradients is not None else ()))
+                ctx.save_for_backward(*(gradients.finish().tensors if gradients is not None else ()))
         return loss.sum() if reduction == 'sum' else loss
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
         if not ctx.second_pass:
+            found = Found.of(ctx.saved_tensors)
             scale = upstream if ctx.reduction == 'sum' else upstream[:, None]
-            found = [None if g is None else g.mul_(scale).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=False)]
-            return None, None, None, *found, *[None] * (len(ctx.wanted) - len(found))
-        call = replace(
-            ctx.call,
-            student=ctx.call.student.with_tensors(*ctx.saved_tensors),
-            stats=None,
-            token_weights=ctx.call.token_weights * upstream,
-        )
-        if call.label_weights is not None:
-            call = replace(call, label_weights=call.label_weights * upstream)
+        else:
+            call = replace(
+                ctx.call,
+                student=ctx.call.student.with_tensors(*ctx.saved_tensors),
+                stats=None,
+                weights=ctx.call.weights.scaled(upstream),
+            )
+            with torch.autocast(upstream.device.type, enabled=False):
+                gradients = _gradients(call, ctx.wanted, late=False)
+                run(call, gradients)
+                found = gradients.finish()
+            scale = None  # the weights of the tokens have it
         with torch.autocast(upstream.device.type, enabled=False):
-            gradients = _gradients(call, ctx.wanted)
-            run(call, gradients)
-            found = gradients.finish()
-            return None, None, None, *(None if g is None else g.to(dtype) for g, dtype in zip(found, ctx.dtypes, strict=True))
+            return None, None, None, *found.scaled(scale, ctx.like)
 
 
-def _gradients(call: Call, wanted: tuple[bool, ...]) -> HeadGradients | ReadyGradients:
+def _gradients(call: Call, wanted: tuple[bool, ...], late: bool) -> HeadGradients | ReadyGradients:
     if isinstance(call.student, ReadyLogits):
         return ReadyGradients(call.student)
-    return HeadGradients(call.student, wanted, call.reduce)
+    return HeadGradients(call.student, wanted, call.vocabulary.reduce, late)
 
 
 def linear_divergence(
@@ -116,8 +117,8 @@ def linear_divergence(
         vocab_group: torch.distributed group whose ranks hold consecutive vocabulary rows of both heads (weight, bias
             and LoRA B), in rank order, possibly uneven. Every rank passes the same hidden states, weights and labels
             and gets the whole loss; head gradients are those of its rows, hidden-state (and LoRA A) gradients are
-            all-reduced. Collectives per chunk: three all-reduces of a few numbers per token (1 MAX, 2 SUM); with labels
-            1 SUM more, 2 at a temperature other than 1; with `stats.detail` 2 MIN and at most 2 SUM more. Per call: one
+            all-reduced. Collectives per chunk, of a few numbers per token: an all-gather and an all-reduce; with
+            `stats.detail` three of the former and two of the latter more. Per call: one all-reduce of the labels' logits, one
             all-reduce of the hidden-state gradient (one more for LoRA A), and where the two heads are split at
             different ids one all-to-all of teacher rows (one more each for a bias and for LoRA B). The backward pass has none, but for
             reduction='none' with a trained head, where it is a second pass.
@@ -141,25 +142,17 @@ def linear_divergence(
         if len(teacher_hidden) != tokens:
             raise ValueError(f'student_hidden has {tokens} tokens, teacher_hidden {len(teacher_hidden)}')
         teacher_vocab = len(teacher_weight)
-    first_id, have, want = 0, None, None
-    if vocab_group is not None:
+    have = want = None
+    if vocab_group is None:
+        vocabulary = Vocabulary.whole(_common_vocab(vocab_size, student_vocab, teacher_vocab))
+    else:
         widths = shard_widths(vocab_group, student_vocab, teacher_vocab, student_hidden.device)
-        student_vocab, teacher_vocab = (sum(side) for side in zip(*widths, strict=False))
-    vocab_size = _common_vocab(vocab_size, student_vocab, teacher_vocab)
-    columns_here = widest = vocab_size
-    if vocab_group is not None:
-        want, have = (spans(list(side), vocab_size) for side in zip(*widths, strict=False))
-        first_id, columns_here, widest = local_span([width for width, _ in widths], vocab_size, vocab_group)
-    student = LinearHead(
-        student_hidden,
-        student_weight,
-        student_bias,
-        student_lora,
-        student_transform,
-        columns_here,
-        divergence.temperature,
-    )
-    teacher, difference = [], False
+        size = _common_vocab(vocab_size, *(sum(side) for side in zip(*widths, strict=False)))
+        want, have = (spans(list(side), size) for side in zip(*widths, strict=False))
+        vocabulary = Vocabulary.shard(size, [width for width, _ in widths], vocab_group)
+    columns, temperature = vocabulary.columns, divergence.temperature
+    student = LinearHead(student_hidden, student_weight, student_bias, student_lora, student_transform, columns, temperature)
+    teacher = None
     if teacher_hidden is not None:
         difference = student.plain and _same_head(
             (student_hidden, student_weight, student_bias, student_lora, student_transform),
@@ -168,27 +161,14 @@ def linear_divergence(
         if difference:
             teacher_hidden, teacher_bias = teacher_hidden - student_hidden.detach(), None
         a, b, scaling = teacher_lora or (None, None, None)
+        heads = []
         rows = (teacher_weight, teacher_bias, b)
-        for column, (weight, bias, b) in _teacher_pieces(rows, columns_here, have, want, vocab_group):
-            lora = None if b is None else (a, b, scaling)
-            teacher.append((column, LinearHead(teacher_hidden, weight, bias, lora, teacher_transform, len(weight), divergence.temperature)))
-    return _apply(
-        student,
-        teacher,
-        difference,
-        None,
-        divergence,
-        token_weights,
-        reduction,
-        labels,
-        label_weights,
-        vocab_size,
-        chunk_tokens,
-        Reduce(vocab_group),
-        first_id,
-        widest,
-        stats,
-    )
+        for column, (weight, bias, b_rows) in _teacher_pieces(rows, columns, have, want, vocab_group):
+            lora = None if b_rows is None else (a, b_rows, scaling)
+            heads.append((column, LinearHead(teacher_hidden, weight, bias, lora, teacher_transform, len(weight), temperature)))
+        teacher = LogitsTeacher(heads, difference)
+    weights = _weights(student, teacher, token_weights, labels, label_weights)
+    return _apply(Call(divergence, student, teacher, weights, vocabulary, chunk_tokens, stats), reduction)
 
 
 def topk_divergence(
@@ -233,7 +213,7 @@ def topk_divergence(
             use where tail is 'renormalize'.
         vocab_size: default: the student's vocabulary.
         vocab_group: as in `linear_divergence`, every rank passing the same topk_logprobs and topk_ids (global ids).
-            Collectives per chunk: 1 MAX, 2 SUM; labels and statistics as there.
+            Collectives per chunk: an all-reduce and an all-gather; labels and statistics as there.
     """
     if student_weight is not None:
         _check_head('student', student_hidden, student_weight, student_bias, student_lora)
@@ -253,36 +233,22 @@ def topk_divergence(
         topk_temperature = divergence.temperature
     elif not 0 < topk_temperature < float('inf'):
         raise ValueError(f'topk_temperature must be positive and finite, got {topk_temperature}')
-    student_vocab, first_id = student_hidden.shape[1] if student_weight is None else len(student_weight), 0
-    if vocab_group is not None:
-        widths = [s for s, _ in shard_widths(vocab_group, student_vocab, 0, student_hidden.device)]
-        student_vocab = sum(widths)
-    vocab_size = columns_here = widest = _common_vocab(vocab_size, student_vocab, student_vocab)
-    if topk_ids.shape[1] > vocab_size:
-        raise ValueError(f'k = {topk_ids.shape[1]} is larger than the vocabulary of {vocab_size}')
-    if vocab_group is not None:
-        first_id, columns_here, widest = local_span(widths, vocab_size, vocab_group)
-    if student_weight is None:
-        student = ReadyLogits(student_hidden, columns_here, topk_temperature)
+    student_vocab = student_hidden.shape[1] if student_weight is None else len(student_weight)
+    if vocab_group is None:
+        vocabulary = Vocabulary.whole(_common_vocab(vocab_size, student_vocab, student_vocab))
     else:
-        student = LinearHead(student_hidden, student_weight, student_bias, student_lora, student_transform, columns_here, topk_temperature)
-    return _apply(
-        student,
-        [],
-        False,
-        TopKTeacher(topk_logprobs, topk_ids, tail, topk_temperature, tail_logprobs),
-        divergence,
-        token_weights,
-        reduction,
-        labels,
-        label_weights,
-        vocab_size,
-        chunk_tokens,
-        Reduce(vocab_group),
-        first_id,
-        widest,
-        stats,
-    )
+        widths = [width for width, _ in shard_widths(vocab_group, student_vocab, 0, student_hidden.device)]
+        vocabulary = Vocabulary.shard(_common_vocab(vocab_size, sum(widths), sum(widths)), widths, vocab_group)
+    if topk_ids.shape[1] > vocabulary.size:
+        raise ValueError(f'k = {topk_ids.shape[1]} is larger than the vocabulary of {vocabulary.size}')
+    columns = vocabulary.columns
+    if student_weight is None:
+        student = ReadyLogits(student_hidden, columns, topk_temperature)
+    else:
+        student = LinearHead(student_hidden, student_weight, student_bias, student_lora, student_transform, columns, topk_temperature)
+    teacher = TopKTeacher.of(topk_logprobs, topk_ids, tail, tail_logprobs, vocabulary.size)
+    weights = _weights(student, teacher, token_weights, labels, label_weights)
+    return _apply(Call(divergence, student, teacher, weights, vocabulary, chunk_tokens, stats), reduction)
 
 
 def logits_divergence(
@@ -307,30 +273,15 @@ def logits_divergence(
     for name, logits in (('student_logits', student_logits), ('teacher_logits', teacher_logits)):
         if logits is not None and logits.dim() != 2:
             raise ValueError(f'{name} must be [tokens, vocab], got {list(logits.shape)}')
-    student_vocab, teacher = student_logits.shape[1], []
     if teacher_logits is not None and len(teacher_logits) != len(student_logits):
         raise ValueError(f'student_logits has {len(student_logits)} tokens, teacher_logits {len(teacher_logits)}')
-    vocab_size = _common_vocab(vocab_size, student_vocab, student_vocab if teacher_logits is None else teacher_logits.shape[1])
-    student = ReadyLogits(student_logits, vocab_size, divergence.temperature)
+    student_vocab = student_logits.shape[1]
+    size = _common_vocab(vocab_size, student_vocab, student_vocab if teacher_logits is None else teacher_logits.shape[1])
+    student, teacher = ReadyLogits(student_logits, size, divergence.temperature), None
     if teacher_logits is not None:
-        teacher = [(0, ReadyLogits(teacher_logits, vocab_size, divergence.temperature))]
-    return _apply(
-        student,
-        teacher,
-        False,
-        None,
-        divergence,
-        token_weights,
-        reduction,
-        labels,
-        label_weights,
-        vocab_size,
-        chunk_tokens,
-        Reduce(None),
-        0,
-        vocab_size,
-        stats,
-    )
+        teacher = LogitsTeacher([(0, ReadyLogits(teacher_logits, size, divergence.temperature))])
+    weights = _weights(student, teacher, token_weights, labels, label_weights)
+    return _apply(Call(divergence, student, teacher, weights, Vocabulary.whole(size), chunk_tokens, stats), reduction)
 
 
 def _teacher_pieces(rows: tuple[Tensor | None, ...], columns_here: int, have, want, group) -> list[tuple[int, tuple[Tensor | None, ...]]]:
@@ -342,57 +293,28 @@ def _teacher_pieces(rows: tuple[Tensor | None, ...], columns_here: int, have, wa
     return [(start - first, tuple(None if x is None else x[i][1] for x in pieces)) for i, (start, _) in enumerate(pieces[0])]
 
 
-def _apply(
-    student,
-    teacher,
-    difference,
-    topk,
-    divergence,
-    token_weights,
-    reduction,
-    labels,
-    label_weights,
-    vocab_size,
-    chunk_tokens,
-    reduce,
-    first_id,
-    widest,
-    stats,
-) -> Tensor:
-    """Checks what all operators share, and calls autograd."""
-    tokens, device = len(student.hidden), student.hidden.device
-    if reduction not in ('none', 'sum'):
-        raise ValueError(f"reduction must be 'none' or 'sum', got {reduction!r}")
+def _weights(student, teacher, token_weights: Tensor | None, labels: Tensor | None, label_weights: Tensor | None) -> Weights:
+    tokens = len(student.hidden)
     for name, x in (('token_weights', token_weights), ('labels', labels), ('label_weights', label_weights)):
         if x is not None and x.shape != (tokens,):
             raise ValueError(f'{name} must have shape [{tokens}] like the tokens, got {list(x.shape)}')
     if label_weights is not None and labels is None:
         raise ValueError('label_weights were given without labels')
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f'chunk_tokens must be at least 1, got {chunk_tokens}')
-    has_teacher = bool(teacher) or topk is not None
-    if not has_teacher and labels is None:
+    if teacher is None and labels is None:
         raise ValueError('without a teacher there must be labels')
-    ones = torch.ones(tokens, dtype=student.dtype, device=device)
-    if labels is not None and label_weights is None and not has_teacher:
+    ones = torch.ones(tokens, dtype=student.dtype, device=student.hidden.device)
+    if label_weights is None and teacher is None:
         label_weights = ones
-    call = Call(
-        divergence,
-        student,
-        teacher,
-        difference,
-        topk,
-        ones if token_weights is None else token_weights.detach(),
-        labels,
-        None if label_weights is None else label_weights.detach(),
-        vocab_size,
-        chunk_tokens,
-        reduce,
-        first_id,
-        widest,
-        stats,
-    )
-    return _Operator.apply(call, reduction, torch.is_grad_enabled(), *student.tensors)
+    divergence = ones if token_weights is None else token_weights.detach()
+    return Weights(divergence, labels, None if label_weights is None else label_weights.detach())
+
+
+def _apply(call: Call, reduction: str) -> Tensor:
+    if reduction not in ('none', 'sum'):
+        raise ValueError(f"reduction must be 'none' or 'sum', got {reduction!r}")
+    if call.chunk is not None and call.chunk < 1:
+        raise ValueError(f'chunk_tokens must be at least 1, got {call.chunk}')
+    return _Operator.apply(call, reduction, torch.is_grad_enabled(), *call.student.tensors)
 
 
 def _same_head(student: tuple, teacher: tuple) -> bool:

@@ -23,16 +23,58 @@ class Reduce:
     def sum(self, x: Tensor) -> Tensor:
         return self._reduce(x, dist.ReduceOp.SUM)
 
-    def max(self, x: Tensor) -> Tensor:
-        return self._reduce(x, dist.ReduceOp.MAX)
+    def gather(self, x: Tensor) -> Tensor:
+        """[ranks, *shape]."""
+        if self.group is None:
+            return x[None]
+        found = x.new_empty(dist.get_world_size(self.group), *x.shape)
+        dist.all_gather(list(found), x.contiguous(), group=self.group)
+        return found
 
     def min(self, x: Tensor) -> Tensor:
         return self._reduce(x, dist.ReduceOp.MIN)
 
     def _reduce(self, x: Tensor, op) -> Tensor:
         if self.group is not None:
-            dist.all_reduce(x, op=op, group=self.group)
+            whole = x.contiguous()  # a collective takes a view's memory as it lies
+            dist.all_reduce(whole, op=op, group=self.group)
+            if whole is not x:
+                x.copy_(whole)
         return x
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The ids that both sides are normalised over, and which of them are columns of this rank."""
+
+    size: int
+    columns: int  # of this rank
+    first_id: int  # of this rank
+    widest: int  # columns of the rank that has most: what all ranks must choose alike is chosen from that
+    reduce: Reduce
+
+    @classmethod
+    def whole(cls, size: int) -> 'Vocabulary':
+        return cls(size, size, 0, size, Reduce())
+
+    @classmethod
+    def shard(cls, size: int, widths: list[int], group) -> 'Vocabulary':
+        """widths: rows of the student's head on each rank. The error for a rank without any of the `size` ids is raised on all
+        ranks, so that none waits for it."""
+        out = spans(widths, size)
+        for rank, (first, last) in enumerate(out):
+            if first == last:
+                raise ValueError(
+                    f'rank {rank} of vocab_group holds the ids from {sum(widths[:rank])} on, none of the {size} that both sides have'
+                )
+        first, last = out[dist.get_rank(group)]
+        return cls(size, last - first, first, max(last - first for first, last in out), Reduce(group))
+
+    def find(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(columns of this rank, 0 where an id has none here; whether it has one)."""
+        column = ids - self.first_id
+        here = (column >= 0) & (column < self.columns)
+        return column.masked_fill(~here, 0), here
 
 
 _widths: dict[tuple, list[tuple[int, int]]] = {}
@@ -66,19 +108,6 @@ def spans(widths: list[int], vocab_size: int) -> list[tuple[int, int]]:
         out.append((min(first, vocab_size), min(first + width, vocab_size)))
         first += width
     return out
-
-
-def local_span(widths: list[int], vocab_size: int, group) -> tuple[int, int, int]:
-    """This rank's first id, its columns, and the columns of the rank that has most: what all ranks must choose alike is
-    chosen from that. The error for a rank without any is raised on all ranks, so that none waits for it."""
-    out = spans(widths, vocab_size)
-    for rank, (first, last) in enumerate(out):
-        if first == last:
-            raise ValueError(
-                f'rank {rank} of vocab_group holds the ids from {sum(widths[:rank])} on, none of the {vocab_size} that both sides have'
-            )
-    first, last = out[dist.get_rank(group)]
-    return first, last - first, max(last - first for first, last in out)
 
 
 def realigned(rows: Tensor, have: list[tuple[int, int]], want: list[tuple[int, int]], group) -> list[tuple[int, Tensor]]:

@@ -23,46 +23,48 @@ S_v/S_tail is a softmax over the tail's logits, finite however small S_tail is.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .heads import LOWEST_LOGIT
 from .kinds import Divergence, Scratch, columns
+from .sweeps import LOWEST_LOGIT, Setting, Tokens
 
 # How far 1 - Σ of a teacher's k probabilities may be from its tail's mass. torch's log_softmax over 151,936 fp32 logits is off
 # by up to 2e-5 on a CPU: beside one large probability most of a tail is lost in the running sum.
 _SLACK = 2.0**-15
 # A tail so many times larger is taken as it is: its logarithm is hardly off, and neither is the divergence.
-_KNOWN = 32
+KNOWN = 32
 
 
-@dataclass
+@dataclass(frozen=True)
 class TopKTeacher:
-    """logprobs, ids: [tokens, k]. An entry counts where its log-probability is finite and its id in [0, vocab_size).
-    tail_logprobs: [tokens] log of the mass of what is not listed, or None."""
+    """logprobs, ids: [tokens, k], ids -1 where an entry does not count; tail_logprobs: [tokens] log of the mass of what is not
+    listed, or None."""
 
     logprobs: Tensor
     ids: Tensor
     tail: str
-    temperature: float
     tail_logprobs: Tensor | None
 
-    def entries(self, rows: slice, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """([rows, k] log-probabilities in fp64, LOWEST_LOGIT where the entry does not count; ids; which count)."""
-        logprobs, ids = self.logprobs[rows].double(), self.ids[rows]
-        present = (ids >= 0) & (ids < vocab_size) & (logprobs > -torch.inf)
-        return logprobs.masked_fill(~present, LOWEST_LOGIT), ids, present
+    @classmethod
+    def of(cls, logprobs: Tensor, ids: Tensor, tail: str, tail_logprobs: Tensor | None, vocab_size: int) -> 'TopKTeacher':
+        """An entry counts where its log-probability is finite and its id in [0, vocab_size)."""
+        counts = (ids >= 0) & (ids < vocab_size) & (logprobs > -torch.inf)
+        return cls(logprobs, ids.masked_fill(~counts, -1), tail, tail_logprobs)
+
+    @property
+    def slack(self) -> float:
+        """How far 1 - Σ of the k probabilities may be from the tail's mass."""
+        eps = torch.finfo(self.logprobs.dtype).eps
+        return 4 * eps if self.logprobs.dtype == torch.float64 else max(_SLACK, 4 * eps)
 
     def tail_range(self, rows: slice, counted: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-        """The least and the largest log-mass [rows, 1] that the tail can have, LOWEST_LOGIT for none. counted, present:
-        as `entries` gives them."""
+        """The least and the largest log-mass [rows, 1] that the tail can have, LOWEST_LOGIT for none. counted: [rows, k] the
+        log-probabilities in fp64, LOWEST_LOGIT of entries that are not `present`."""
         if self.tail_logprobs is None:
             mass = -torch.expm1(torch.logsumexp(counted, -1, keepdim=True))
-            eps = torch.finfo(self.logprobs.dtype).eps
-            slack = 4 * eps if self.logprobs.dtype == torch.float64 else max(_SLACK, 4 * eps)
-            slack = torch.where(mass > _KNOWN * slack, 0.0, slack)
+            slack = torch.where(mass > KNOWN * self.slack, 0.0, self.slack)
             return tuple(x.clamp(0, 1).log().clamp_min(LOWEST_LOGIT) for x in (mass - slack, mass.clamp_min(0) + slack))
         elsewhere = self.logprobs[rows].double().masked_fill(present, -torch.inf)  # an id that the student lacks is tail, too
         tail = torch.cat([self.tail_logprobs[rows, None].double(), elsewhere], -1).logsumexp(-1, keepdim=True)
@@ -70,21 +72,86 @@ class TopKTeacher:
         return tail, tail
 
 
-class Buckets(NamedTuple):
-    value: Tensor  # [rows], D
-    gradient: Tensor  # [rows, buckets], with respect to the student's log-probabilities
-    kls: tuple[Tensor, Tensor] | None  # forward and reverse [rows], where asked for
-    teacher_entropy: Tensor  # [rows]
+@dataclass
+class Listed:
+    """A block's entries, and the student's logits [rows, k] of their ids."""
+
+    teacher: TopKTeacher
+    rows: slice
+    logits: Tensor
+
+    @property
+    def ids(self) -> Tensor:
+        return self.teacher.ids[self.rows]
+
+    def compare(self, setting: Setting, tokens: Tokens) -> tuple[Tensor | None, Tensor]:
+        """D into `tokens.sums`, and the statistics. `tokens` know of the student's tail so far, and are told of the whole.
+
+        Returns the gradient of the block's loss with respect to the head's products: the tail's [rows] as a factor of the
+        softmax over it, None for none; and that of each entry [rows, k]. The buckets are few, so their arithmetic is in fp64.
+        """
+        ids = self.ids
+        present = ids >= 0
+        listed = teacher = self.teacher.logprobs[self.rows].double().masked_fill(~present, LOWEST_LOGIT)
+        z = self.logits.double().masked_fill(~present, LOWEST_LOGIT)
+        tail = tokens.lse[0][:, None]
+        total = torch.cat([z, tail], -1).logsumexp(-1, keepdim=True)
+        student = (z - total).masked_fill(~present, LOWEST_LOGIT)
+        sharpening = setting.temperature / setting.divergence.temperature
+        bucket = self.teacher.tail == 'bucket'
+        if bucket:
+            student = torch.cat([student, tail - total], -1)
+            least, largest = self.teacher.tail_range(self.rows, teacher, present)
+            teacher = torch.cat([teacher, nearest_tail(student, teacher, least, largest, sharpening)], -1)
+        log_s, log_t = (torch.log_softmax(side * sharpening, -1) for side in (student, teacher))
+        value, gradient = _buckets(setting.divergence, log_s, log_t)
+        tokens.sums[0] = value
+        if tokens.kls is not None:
+            self._in_detail(tokens, z, total, student, listed, log_s, log_t)
+
+        weight = tokens.weight[:, None].double()
+        gradient = gradient * (sharpening * weight)
+        per_id = gradient[:, : z.shape[1]]
+        if tokens.label_lse is not None:
+            at_one = z * setting.temperature
+            tokens.label_lse.copy_(torch.logaddexp(tokens.label_lse, at_one.logsumexp(-1)))
+            if tokens.label_weight is not None:
+                softmax = (at_one - tokens.label_lse[:, None]).exp()
+                one_hot = ids == tokens.label[:, None]
+                per_id = per_id + (softmax - one_hot.double()) * tokens.label_weight[:, None]
+        if setting.softcap:
+            per_id = per_id * (1 - (z * (setting.temperature / setting.softcap)).square())
+        if not bucket:
+            return None, per_id
+        # Where all columns are listed (or masked) the student has no tail, and no columns to give its gradient to.
+        per_tail = gradient[:, -1].masked_fill(student[:, -1] < LOWEST_LOGIT / 2, 0)
+        return per_tail.to(tokens.weight.dtype), per_id
+
+    def _in_detail(self, tokens: Tokens, z, total, student, teacher, log_s: Tensor, log_t: Tensor) -> None:
+        k, ids = z.shape[1], self.ids
+        for out, kind in zip(tokens.kls, ('forward_kl', 'reverse_kl'), strict=True):
+            out.copy_(_buckets(Divergence(kind), log_s, log_t)[0])
+        log_tail = tokens.lse[0] - total[:, 0]
+        listed = torch.linalg.vecdot(student[:, :k].exp(), student[:, :k])
+        tokens.entropy[0] = log_tail.exp() * (tokens.entropy[0] - log_tail) - listed
+        tokens.entropy[1] = -torch.linalg.vecdot(log_t.exp(), log_t)
+        tokens.mass.copy_(student[:, :k].exp().sum(-1))
+        top = z.max(-1, keepdim=True).values
+        best = ids.masked_fill(z < top, torch.iinfo(torch.long).max).amin(-1)
+        of_tail = tokens.best[0]
+        first = torch.where(top[:, 0] == tokens.top[0], torch.minimum(best, of_tail), of_tail)
+        tokens.best[0] = torch.where(top[:, 0] > tokens.top[0], best, first)
+        tokens.best[1] = ids.gather(1, teacher.argmax(-1, keepdim=True))[:, 0]
+        if tokens.label is not None:
+            tokens.label_prob.copy_((teacher.exp() * (ids == tokens.label[:, None])).sum(-1))
 
 
-def bucket_divergence(divergence: Divergence, student: Tensor, teacher: Tensor, sharpening: float, kl_sums: bool) -> Buckets:
-    """student, teacher: [rows, buckets] log-probabilities at τ; sharpening: τ/T."""
-    log_s, log_t = (torch.log_softmax(side * sharpening, -1) for side in (student, teacher))
+def _buckets(divergence: Divergence, log_s: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
+    """D [rows] of log-probabilities [rows, buckets], and its gradient with respect to the student's logits."""
     s, t = log_s.exp(), log_t.exp()
-    entropy = -torch.linalg.vecdot(t, log_t)
     scratch = Scratch(*(torch.empty_like(s) for _ in range(4)))
-    found, kls = columns(divergence, s, t, log_t - log_s, scratch, kl_sums)
-    return Buckets(found.value, found.gradient(s, found.centre) * (found.factor * sharpening), kls, entropy)
+    found = columns(divergence, s, t, log_t - log_s, scratch)
+    return found.value, found.gradient(s, found.centre) * found.factor
 
 
 def nearest_tail(student: Tensor, listed: Tensor, least: Tensor, largest: Tensor, sharpening: float) -> Tensor:

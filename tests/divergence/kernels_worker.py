@@ -1,5 +1,5 @@
-"""The kernels of divergence/_triton.py or divergence/_compiled.py, named as the argument, against the torch path. Started
-by test_divergence_kernels.py with TRITON_INTERPRET=1."""
+"""The sweeps of Triton or Compiled, whichever the first argument names, against torch operations. The other
+arguments name the parts to run. Started by test_divergence_kernels.py with TRITON_INTERPRET=1."""
 
 import importlib
 import sys
@@ -7,7 +7,18 @@ import sys
 import torch
 from divergence_reference import relative
 
-from swift_gkd_plugin.divergence import Divergence, LogitTransform, TokenStats, chunks, heads, linear_divergence
+from swift_gkd_plugin.divergence import (
+    Divergence,
+    LogitTransform,
+    TokenStats,
+    chunks,
+    linear_divergence,
+    logits_divergence,
+    topk_divergence,
+)
+from swift_gkd_plugin.divergence import gradients as products
+from swift_gkd_plugin.divergence._eager import Eager
+from swift_gkd_plugin.divergence.kinds import KINDS as ALL_KINDS
 
 KINDS = [
     Divergence(temperature=0.9),
@@ -32,8 +43,8 @@ def close(found, expected, bound, what):
     assert error < bound, f'{what} is off by {error}'
 
 
-def run(kernels, divergence, x, other, head, transform, labels, weights, detail, chunk=3):
-    chunks.kernels_for = lambda call: kernels
+def run(sweeps, divergence, x, other, head, transform, labels, weights, detail, chunk=3):
+    chunks.implementation = lambda call: sweeps
     x = {n: t.clone().requires_grad_() for n, t in x.items()}
     stats = TokenStats(detail=detail)
     loss = linear_divergence(
@@ -53,48 +64,135 @@ def run(kernels, divergence, x, other, head, transform, labels, weights, detail,
     return loss, torch.autograd.grad(loss, list(x.values())), stats
 
 
-torch.manual_seed(0)
-module = importlib.import_module(f'swift_gkd_plugin.divergence.{sys.argv[1]}')
-compiled = sys.argv[1] == '_compiled'
-for divergence in KINDS + (SMALL[:2] if compiled else SMALL):
-    for distance in (1e-3, 1.0, 4.0):
-        x = {'hidden': torch.randn(5, 8), 'weight': torch.randn(5003, 8)}
-        other = x['hidden'] + distance * torch.randn(5, 8)
-        labels = torch.tensor([3, -100, 5002, 0, 4096])
-        weights = torch.rand(5)
-        # One head for both sides gives the difference of their logits; with a softcap, or another head, both are made.
-        variants = [(None, None, labels, False), (None, None, None, True), (x['weight'], LogitTransform(0.7, 9.0), labels, True)]
-        if divergence in SMALL or (divergence is not KINDS[0] and compiled):
-            variants = [(None, None, None, False)]  # each variant takes seconds; this one is needed below
-        for head, transform, wanted, detail in variants:
-            args = (divergence, x, other, head, transform, wanted, weights, detail)
-            (loss, gradients, stats), (right, right_gradients, right_stats) = run(module, *args), run(None, *args)
-            close(loss, right, 1e-4 if distance == 1e-3 else 1e-5, f'{divergence.kind} at {distance}')
-            for one, other_one in zip(gradients, right_gradients, strict=True):
-                close(one, other_one, 1e-4, f'{divergence.kind} gradient at {distance}')
-            for name, value in vars(right_stats).items():
-                if isinstance(value, torch.Tensor):
-                    assert torch.allclose(getattr(stats, name), value, rtol=1e-4, atol=1e-5), (
-                        name,
-                        divergence.kind,
-                        distance,
-                    )
-    equal = run(module, divergence, x, x['hidden'], None, None, None, weights, False)
-    assert equal[0] == 0 and not any(g.any() for g in equal[1]), divergence.kind
+compiled = sys.argv[1] == 'Compiled'
+sweeps = getattr(importlib.import_module(f'swift_gkd_plugin.divergence._{sys.argv[1].lower()}'), sys.argv[1])
 
-# Half-precision inputs: the sweep writes the gradient of a chunk in half precision itself, into memory where one chunk's,
-# two chunks' or all are kept. Against the torch path on the same numbers in fp32.
-for divergence in KINDS[:1] if compiled else KINDS:
-    rounded = {name: (t * 0.5).bfloat16() for name, t in x.items()}
-    wide = {name: t.float() for name, t in rounded.items()}
-    teacher, head, transform = other.bfloat16(), torch.randn(5003, 8).bfloat16(), LogitTransform(0.7, 9.0)
-    # On a CPU a chunk's: the kernel compiled for 5 tokens has to do for chunks of 3 and 2.
-    for chunk, tokens in ((5, 5), (3, 3)) if compiled else ((3, 3), (3, 6), (3, 5)):
-        torch._dynamo.config.error_on_recompile = compiled and chunk == 3
-        heads.tokens_per_product = lambda *args, tokens=tokens: tokens
-        found = run(module, divergence, rounded, teacher, head, transform, labels, weights, False, chunk)
-        right = run(None, divergence, wide, teacher.float(), head.float(), transform, labels, weights, False)
-        close(found[0], right[0], 1e-5, f'{divergence.kind} of bf16')
-        for one, other_one in zip(found[1], right[1], strict=True):
-            assert one.dtype == torch.bfloat16
-            close(one, other_one, 5e-3, f'{divergence.kind} gradient of bf16, {tokens} tokens a product')
+
+def inputs(distance=1.0):
+    x = {'hidden': torch.randn(5, 8), 'weight': torch.randn(5003, 8)}
+    return x, x['hidden'] + distance * torch.randn(5, 8), torch.tensor([3, -100, 5002, 0, 4096]), torch.rand(5)
+
+
+def dense():
+    for divergence in KINDS + (SMALL[:2] if compiled else SMALL):
+        for distance in (1e-3, 1.0, 4.0):
+            x, other, labels, weights = inputs(distance)
+            # One head for both sides gives the difference of their logits; with a softcap, or another head, both are made.
+            variants = [(None, None, labels, False), (None, None, None, True), (x['weight'], LogitTransform(0.7, 9.0), labels, True)]
+            if divergence in SMALL or (divergence is not KINDS[0] and compiled):
+                variants = [(None, None, None, False)]  # each variant takes seconds; this one is needed below
+            for head, transform, wanted, detail in variants:
+                args = (divergence, x, other, head, transform, wanted, weights, detail)
+                (loss, gradients, stats), (right, right_gradients, right_stats) = run(sweeps, *args), run(Eager, *args)
+                close(loss, right, 1e-4 if distance == 1e-3 else 1e-5, f'{divergence.kind} at {distance}')
+                for one, other_one in zip(gradients, right_gradients, strict=True):
+                    close(one, other_one, 1e-4, f'{divergence.kind} gradient at {distance}')
+                for name, value in vars(right_stats).items():
+                    if isinstance(value, torch.Tensor):
+                        assert torch.allclose(getattr(stats, name), value, rtol=1e-4, atol=1e-5), (
+                            name,
+                            divergence.kind,
+                            distance,
+                        )
+        equal = run(sweeps, divergence, x, x['hidden'], None, None, None, weights, False)
+        assert equal[0] == 0 and not any(g.any() for g in equal[1]), divergence.kind
+
+
+def run_few(sweeps, divergence, x, topk, tail, transform, labels, weights, detail):
+    chunks.implementation = lambda call: sweeps
+    x = {n: t.clone().requires_grad_() for n, t in x.items()}
+    stats = TokenStats(detail=detail)
+    common = dict(labels=labels, label_weights=None if labels is None else weights, stats=stats, chunk_tokens=3, reduction='sum')
+    common |= dict(student_transform=transform, vocab_size=5001)
+    if topk is None:
+        loss = linear_divergence(x['hidden'], x['weight'], None, None, divergence, **common)
+    else:
+        loss = topk_divergence(
+            x['hidden'], x['weight'], *topk[:2], divergence, token_weights=weights, tail=tail, topk_temperature=1.0, **topk[2], **common
+        )
+    return loss, torch.autograd.grad(loss, list(x.values())), stats
+
+
+def few():
+    """A teacher of which k log-probabilities are known, and none: fp32 and bf16, in chunks, with a softcap and without."""
+    x, _, labels, weights = inputs()
+    values, ids = (torch.randn(5, 5003) * 3).log_softmax(-1).topk(7)
+    values[1, 4:], values[4], ids[2, 3] = -torch.inf, -torch.inf, -1
+    listed_label = torch.where(labels < 0, labels, ids[:, 1])
+    rest_of_mass = torch.log1p(-values.exp().sum(-1))
+    for wide, tail, transform, wanted, detail, kinds in (
+        (True, 'bucket', None, None, False, KINDS + SMALL),
+        (True, 'bucket', LogitTransform(0.7, 9.0), listed_label, False, KINDS[:4]),
+        (True, 'bucket', None, listed_label, True, KINDS[:2]),
+        (False, 'bucket', None, labels, False, KINDS[:2]),
+        (True, 'renormalize', None, labels, False, KINDS[:4]),
+        (False, None, None, labels, True, KINDS[:1]),
+        (True, None, LogitTransform(0.7, 9.0), labels, False, KINDS[:1]),
+    ):
+        for number, divergence in enumerate(kinds[:2] if compiled else kinds):
+            given = dict(tail_logprobs=rest_of_mass if number % 2 else None)
+            same = x if wide else {name: t.bfloat16() for name, t in x.items()}
+            right_x = {name: t.float() for name, t in same.items()}
+            rest = (None if tail is None else (values, ids, given), tail, transform, wanted, weights, detail)
+            (loss, gradients, stats), right = (
+                run_few(one, divergence, with_x, *rest) for one, with_x in ((sweeps, same), (Eager, right_x))
+            )
+            case = f'top-k {tail} {transform} {wanted} {divergence.kind}'
+            close(loss, right[0], 1e-5, case)
+            for one, other_one in zip(gradients, right[1], strict=True):
+                close(one, other_one, 1e-4 if wide else 2e-2, case)  # the interpreter cuts the end of a bf16 number off
+            for name, value in vars(right[2]).items():
+                if isinstance(value, torch.Tensor):
+                    assert torch.allclose(getattr(stats, name), value, rtol=1e-4, atol=1e-5), (name, case)
+
+
+def half():
+    """Half-precision inputs: the sweep writes the gradient of a chunk in half precision itself, into memory where one chunk's,
+    two chunks' or all are kept. Against torch operations on the same numbers in fp32."""
+    x, other, labels, weights = inputs()
+    for divergence in KINDS[:1] if compiled else KINDS:
+        rounded = {name: (t * 0.5).bfloat16() for name, t in x.items()}
+        wide = {name: t.float() for name, t in rounded.items()}
+        teacher, head, transform = other.bfloat16(), torch.randn(5003, 8).bfloat16(), LogitTransform(0.7, 9.0)
+        # On a CPU a chunk's: the kernel compiled for 5 tokens has to do for chunks of 3 and 2.
+        for chunk, tokens in ((5, 5), (3, 3)) if compiled else ((3, 3), (3, 6), (3, 5)):
+            torch._dynamo.config.error_on_recompile = compiled and chunk == 3
+            products.tokens_per_product = lambda *args, tokens=tokens: tokens
+            found = run(sweeps, divergence, rounded, teacher, head, transform, labels, weights, False, chunk)
+            right = run(Eager, divergence, wide, teacher.float(), head.float(), transform, labels, weights, False)
+            close(found[0], right[0], 1e-5, f'{divergence.kind} of bf16')
+            for one, other_one in zip(found[1], right[1], strict=True):
+                assert one.dtype == torch.bfloat16
+                close(one, other_one, 5e-3 if compiled else 1e-2, f'{divergence.kind} gradient of bf16, {tokens} tokens a product')
+
+
+def extremes():
+    """Logits that differ by 1e-7 to 1e30 in one column, masked ones, and temperatures from 0.1 to 4, against float64."""
+    for number in range(90):
+        kind = ALL_KINDS[number % len(ALL_KINDS)]
+        weight = (1e-6, 1e-3, 0.1, 0.5, 0.9, 1 - 1e-3, 1 - 1e-6)[number % 7]
+        divergence = Divergence(kind, weight, 0.1 * 40 ** float(torch.rand(())), weight)
+        student = torch.randn(4, 40)
+        teacher = student + torch.randn(4, 40) * torch.tensor([[0.0], [1e-3], [0.1], [3.0]])
+        teacher[:, 7] = student[:, 7] + (1 if number % 2 else -1) * 10 ** float(torch.rand(()) * 37 - 7)
+        for side in (student, teacher)[number % 3 :]:
+            side[:, 3] = -torch.inf
+        found = []
+        for one, dtype in ((sweeps, torch.float32), (Eager, torch.float64)):
+            chunks.implementation = lambda call, one=one: one
+            x = student.to(dtype).requires_grad_()
+            loss = logits_divergence(x, teacher.to(dtype), divergence)
+            found += [loss.detach(), torch.autograd.grad(loss.sum(), x)[0]]
+        value, gradient, right, right_gradient = found
+        assert (value >= 0).all() and value.isfinite().all() and gradient.isfinite().all(), divergence
+        rounded = 2e-7 * (5 + float(max(student.max(), teacher.max())) / divergence.temperature)
+        assert ((value - right).abs() <= 2e-5 * right + rounded).all(), (divergence, value, right)
+        if divergence.form[0] not in ('forward_kl', 'reverse_kl', 'tvd') and rounded < 1e-4:
+            # A plain KL's slope is a log-ratio that is rounded, a TVD's jumps where two probabilities are equal.
+            off = (gradient - right_gradient).norm(dim=-1)
+            assert (off <= 1e-5 * right_gradient.norm(dim=-1) + 2 * rounded / divergence.temperature).all(), (divergence, off)
+
+
+torch.manual_seed(0)
+for part in sys.argv[2:]:
+    globals()[part]()

@@ -15,12 +15,12 @@ from swift_gkd_plugin.divergence import (
     Divergence,
     LogitTransform,
     TokenStats,
-    heads,
     linear_divergence,
     logits_divergence,
     memory,
     topk_divergence,
 )
+from swift_gkd_plugin.divergence import gradients as products
 
 TOKENS, DIM, VOCAB, RANK = 23, 16, 300, 4
 NAMES = ('hidden', 'weight', 'bias', 'a', 'b')
@@ -174,7 +174,7 @@ def test_gradients_kept_for_a_product_of_several_chunks(case, wanted, monkeypatc
     """As on a GPU, here on a CPU: all of them, two chunks of them, one."""
     found = []
     for tokens in (23, 8, 4):
-        monkeypatch.setattr(heads, 'tokens_per_product', lambda *args, tokens=tokens: tokens)
+        monkeypatch.setattr(products, 'tokens_per_product', lambda *args, tokens=tokens: tokens)
         x = {n: case[n].bfloat16().requires_grad_(n in wanted) for n in NAMES}
         extra = {'student_bias': x['bias'], 'student_lora': (x['a'], x['b'], 2.0)} if len(wanted) > 2 else {}
         other, head = case['other'].bfloat16(), case['head'].bfloat16()
@@ -184,6 +184,24 @@ def test_gradients_kept_for_a_product_of_several_chunks(case, wanted, monkeypatc
     for fewer in found[1:]:
         for one, right in zip(fewer, found[0], strict=True):
             assert relative(one, right.double()) < 5e-3
+
+
+@pytest.mark.parametrize('tokens_at_a_time, waits', [(23, True), (8, False)])
+def test_the_scale_of_the_loss_rides_in_the_last_product(case, monkeypatch, tokens_at_a_time, waits):
+    """Where one product makes the head's gradient it is made in the backward pass, from scaled hidden states; where it is a sum in
+    fp32, that is scaled and made half precision in one pass. Either way there is no half-precision one that is not scaled."""
+    monkeypatch.setattr(products, 'tokens_per_product', lambda *args: tokens_at_a_time)
+    found, saved = [], []
+    for dtype in (torch.bfloat16, torch.float32):
+        hidden, weight = (case[n].bfloat16().to(dtype).requires_grad_() for n in NAMES[:2])
+        other, head = case['other'].bfloat16().to(dtype), case['head'].bfloat16().to(dtype)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append((t.dtype, list(t.shape))) or t, lambda t: t):
+            loss = linear_divergence(hidden, weight, other, head, Divergence(), reduction='sum', chunk_tokens=4)
+        found.append(torch.autograd.grad(loss * 0.3, [hidden, weight]))
+    kept, whole = (torch.bfloat16, [TOKENS, VOCAB]), (torch.float32, [VOCAB, DIM])
+    assert (kept in saved[:3]) == waits and (whole in saved[:3]) == (not waits) and (torch.bfloat16, [VOCAB, DIM]) not in saved
+    for one, right in zip(*found, strict=True):
+        assert one.dtype == torch.bfloat16 and relative(one, right.double()) < 5e-3
 
 
 def test_tokens_of_a_product():
@@ -197,7 +215,7 @@ def test_tokens_of_a_product():
         (1025, 'cpu', True, 200),
         (600, 'cpu', False, 200),
     ):
-        assert heads.tokens_per_product(tokens, 512, 200, device, replaces_sum) == expected
+        assert products.tokens_per_product(tokens, 512, 200, device, replaces_sum) == expected
 
 
 def test_only_what_needs_a_gradient_gets_one(case):

@@ -1,0 +1,579 @@
+"""The Triton kernels of `_triton.py`: one program per row of logits, or per row and block of columns; fp32 throughout.
+
+The mathematics is that of `kinds.py`, whose notation is used here, column by column instead of pass by pass, and in the
+fewest instructions: on Hopper a sweep has time for about nine per byte that it moves.
+
+**Near and far.** Where |d| < NEAR all is a polynomial in d that is relatively exact, so that nothing cancels where two models
+are close: D's column is a probability times d²·V(d), its slope d·A(d). `_triton.py` makes V and A. Farther away the terms are
+of the size of their sum, and the definitions do, from S, T and one exponential and one logarithm of their ratio.
+
+**Exponentials.** In base two, by the instruction that the GPU has for them, wrong by 2⁻²² at most. Differences of logits are
+taken first: a logit of 1e30 is no more than the largest.
+
+Rows lie `stride` numbers apart, on a GPU a multiple of 64 (`memory.Rows`). All blocks but a row's last are worked on without
+masks; there, what lies between the columns and the stride is read and written too, and counts for nothing: masks that end at
+an odd column would make one load of four numbers four loads.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+NEAR = 0.75
+_NEAR = tl.constexpr(NEAR)
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
+_LIMIT = tl.constexpr(10000.0)  # kinds.MAX_LOG_RATIO
+_NOTHING = tl.constexpr(-3e38)  # below any logit
+
+# Triton's own exponential takes care of results that are no normal numbers: four instructions for one. Its interpreter has no
+# inline assembly, and other GPUs have another one.
+if triton.knobs.runtime.interpret or torch.version.hip:
+
+    @triton.jit
+    def _exp2(x):
+        return tl.exp2(x)
+
+    @triton.jit
+    def _log2(x):
+        return tl.log2(x)
+
+    @triton.jit
+    def _reciprocal(x):
+        return 1.0 / x
+
+else:
+
+    @triton.jit
+    def _exp2(x):
+        return tl.inline_asm_elementwise('ex2.approx.ftz.f32 $0, $1;', '=f,f', [x], dtype=tl.float32, is_pure=True, pack=1)
+
+    @triton.jit
+    def _log2(x):
+        return tl.inline_asm_elementwise('lg2.approx.ftz.f32 $0, $1;', '=f,f', [x], dtype=tl.float32, is_pure=True, pack=1)
+
+    @triton.jit
+    def _reciprocal(x):
+        return tl.inline_asm_elementwise('rcp.approx.ftz.f32 $0, $1;', '=f,f', [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _exp(x):
+    return _exp2(x * _LOG2E)
+
+
+@triton.jit
+def _polynomial(x, C: tl.constexpr):
+    """Σ C[i]·xⁱ."""
+    N: tl.constexpr = len(C)
+    p = x * C[N - 1] + C[N - 2]
+    for i in tl.static_range(3, N + 1):
+        p = p * x + C[N - i]
+    return p
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) for x > -1/8, as 2·atanh(x / (2 + x)) near 0."""
+    s = x * _reciprocal(2 + x)
+    q = s * s
+    p = 1 + q * (0.3333333333333333 + q * (0.2 + q * (0.14285714285714285 + q * (0.1111111111111111 + q * 0.09090909090909091))))
+    return tl.where(tl.abs(x) < 0.5, 2 * s * p, _log2(1 + x) * _LN2)
+
+
+@triton.jit
+def _mixture(d, W: tl.constexpr, REST: tl.constexpr):
+    """For |d| >= NEAR: log(M/S), log(M/T) and (S - T)/M. The smaller weight, where it is small indeed, is that of an
+    exponential that may be large: 1 - W·(1 - e^d) would leave nothing of a W of 1e-6."""
+    if W < 1 / 16 or REST < 1 / 16:
+        first: tl.constexpr = W < 1 / 16
+        small: tl.constexpr = W if first else REST
+        difference = d if first else -d
+        exponent = tl.minimum(difference, 80.0)
+        grown = _exp(exponent) - 1
+        h = _log1p(small * grown)
+        ratio = grown * _reciprocal(1 + small * grown)
+        beyond = h + (difference - exponent)
+        return (beyond, h - exponent, -ratio) if first else (h - exponent, beyond, ratio)
+    y = _exp(-tl.abs(d)) - 1
+    m = tl.where(d > 0, REST, W) * y + 1  # M/P
+    h = _log2(m) * _LN2
+    return h + tl.maximum(d, 0.0), h + tl.maximum(-d, 0.0), tl.where(d > 0, y, -y) * _reciprocal(m)
+
+
+@triton.jit
+def _column(log_s, log_t, d, KIND: tl.constexpr, W: tl.constexpr, REST: tl.constexpr, V: tl.constexpr, A: tl.constexpr):
+    """(S, column of D, slope or S·slope): see the docstrings of kinds.py. S·slope for the forward KL only. REST: 1 - W, of
+    which a W near 1 would leave little."""
+    S, T = _exp(log_s), _exp(log_t)
+    near = tl.abs(d) < _NEAR
+    if KIND == 'forward_kl':
+        d = tl.minimum(tl.maximum(d, -_LIMIT), _LIMIT)
+        value = tl.where(near, T * (d * d) * _polynomial(d, V), T * d + (S - T))
+        return S, value, tl.where(near, -S * d * _polynomial(d, A), S - T)
+    if KIND == 'reverse_kl':
+        d = tl.minimum(tl.maximum(d, -_LIMIT), _LIMIT)
+        return S, tl.where(near, S * (d * d) * _polynomial(d, V), (T - S) - S * d), -d
+    if KIND == 'tvd':
+        value = tl.where(near, tl.abs(S * d * _polynomial(d, A)), tl.abs(T - S)) * 0.5
+        return S, value, tl.where(d > 0, -0.5, tl.where(d < 0, 0.5, 0.0))
+    if KIND == 'jsd' and W == 0.5:  # symmetrical: log(M/S) - d/2 = log cosh(d/2), and it and D's column over M are even
+        square = d * d
+        h = _log2(_exp(-tl.abs(d)) + 1) * _LN2 - _LN2
+        over_s = tl.where(near, d * 0.5 + square * _polynomial(square, A), h + tl.maximum(d, 0.0))
+        far = (S + T) * h + tl.abs(d) * tl.minimum(S, T)
+        return S, tl.where(near, (S + T) * (square * _polynomial(square, V)), -far) * 0.5, over_s * -0.5
+    over_s, over_t, ratio = _mixture(d, W, REST)
+    linear = d * _polynomial(d, A)
+    if KIND == 'jsd':
+        value = tl.where(near, (W * T + REST * S) * ((d * d) * _polynomial(d, V)), -(W * T * over_t + REST * S * over_s))
+        return S, value, tl.where(near, linear, -REST * over_s)
+    if KIND == 'skew_forward_kl':
+        value = tl.where(near, T * (d * d) * _polynomial(d, V), REST * (S - T) - T * over_t)
+        return S, value, tl.where(near, linear, REST * REST * ratio)
+    value = tl.where(near, S * (d * d) * _polynomial(d, V), W * (T - S) - S * over_s)
+    return S, value, tl.where(near, linear, -(over_s + REST * W * ratio))
+
+
+# ---- the sweeps ----
+
+
+@triton.jit
+def _block_of(z, base, place, limit, other, ADD: tl.constexpr, MASKED: tl.constexpr):
+    if MASKED:
+        x = tl.load(z + place, mask=limit, other=other)
+        return x + tl.load(base + place, mask=limit, other=0.0) if ADD else x
+    x = tl.load(z + place)
+    return x + tl.load(base + place) if ADD else x
+
+
+@triton.jit
+def _take_in(x, first, offsets, m, s, at_one, mean, index, temperature, AT_ONE: tl.constexpr, DETAIL: tl.constexpr):
+    """A block's logits into each lane's running maximum m and sum s."""
+    new = tl.maximum(m, x)
+    if AT_ONE:
+        at_one = at_one * _exp((m - new) * temperature) + _exp((x - new) * temperature)
+    if DETAIL:
+        index = tl.where(x > m, first + offsets, index)
+    shrunk, p = _exp(m - new), _exp(x - new)
+    if DETAIL:  # Σ p·(x - m); a lane's first maximum is infinitely higher than none
+        mean = shrunk * (mean + tl.maximum(m - new, -1000.0) * s) + p * tl.maximum(x - new, -1000.0)
+    return new, s * shrunk + p, at_one, mean, index
+
+
+# Rows of logits always start at a multiple of 16 bytes, and kernels are compiled for that; `out` is such rows in the sweeps.
+_ROWS = {'z', 'base', 'zs', 'zt', 'stride'}
+
+
+def _jit(kernel):
+    """Compiled once for all numbers of tokens and columns: neither widths and ids are looked at, nor where in memory a token's
+    numbers are."""
+    code = kernel.__code__
+    names = [name for name in code.co_varnames[: code.co_argcount] if not name.isupper()]
+    rows = _ROWS | ({'out'} if not {'out_stride', 'ERASE'} & set(code.co_varnames) else set())
+    widths = {'columns', 'first_id', 'out_stride', 'norms_stride', 'rows', 'k'}
+    return triton.jit(
+        kernel,
+        do_not_specialize=[name for name in names if name in widths],
+        do_not_specialize_on_alignment=[name for name in names if name not in rows],
+    )
+
+
+@_jit
+def normalise_kernel(
+    z,
+    base,
+    lse,
+    label_lse,
+    top,
+    best,
+    entropy,
+    columns,
+    stride,
+    temperature,
+    ADD: tl.constexpr,
+    LABELS: tl.constexpr,
+    AT_ONE: tl.constexpr,
+    DETAIL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """LABELS: label_lse too, AT_ONE: which is another sum than lse."""
+    row = tl.program_id(0)
+    start = row.to(tl.int64) * stride
+    offsets = tl.arange(0, BLOCK)
+    m = tl.full((BLOCK,), _NOTHING, tl.float32)
+    s, at_one, mean = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    index = tl.zeros((BLOCK,), tl.int32)
+    whole = columns // BLOCK * BLOCK
+    for first in range(0, whole, BLOCK):
+        x = _block_of(z, base, start + first + offsets, None, None, ADD, False)
+        m, s, at_one, mean, index = _take_in(x, first, offsets, m, s, at_one, mean, index, temperature, AT_ONE, DETAIL)
+    place = whole + offsets
+    x = _block_of(z, base, start + place, place < stride, 0.0, ADD, True)
+    x = tl.where(place < columns, x, _NOTHING)
+    m, s, at_one, mean, index = _take_in(x, whole, offsets, m, s, at_one, mean, index, temperature, AT_ONE, DETAIL)
+
+    highest = tl.max(m, 0)
+    counts = m > _NOTHING
+    shrunk = tl.where(counts, _exp(m - highest), 0.0)
+    total = tl.sum(s * shrunk, 0)
+    norm = highest.to(tl.float64) + tl.log(total.to(tl.float64))
+    tl.store(lse + row, norm)
+    if LABELS and not AT_ONE:
+        tl.store(label_lse + row, norm)
+    if AT_ONE:
+        at_one = tl.sum(tl.where(counts, at_one * _exp((m - highest) * temperature), 0.0), 0)
+        tl.store(label_lse + row, highest.to(tl.float64) * temperature + tl.log(at_one.to(tl.float64)))
+    if DETAIL:
+        tl.store(top + row, highest)
+        tl.store(best + row, tl.min(tl.where(m == highest, index, 2147483647), 0))
+        mean = tl.sum(tl.where(counts, shrunk * (mean + (m - highest) * s), 0.0), 0) / total
+        tl.store(entropy + row, tl.log(total.to(tl.float64)) - mean)
+
+
+@triton.jit
+def _both(zs, zt, place, limit, DIFFERENCE: tl.constexpr, MASKED: tl.constexpr):
+    """The student's logits, the teacher's, and the latter minus the former; zt holds the second or the third."""
+    s = _block_of(zs, zs, place, limit, -1e30, False, MASKED)
+    t = _block_of(zt, zt, place, limit, 0.0 if DIFFERENCE else -1e30, False, MASKED)
+    if DIFFERENCE:
+        return s, s + t, t
+    return s, t, t - s
+
+
+@triton.jit
+def _sum_up(s, t, d, lse_s, lse_t, inside, sums, KIND: tl.constexpr, W: tl.constexpr, REST: tl.constexpr, V: tl.constexpr, A: tl.constexpr):
+    """A block's columns into each lane's sums of the value and the slope."""
+    value, centre = sums
+    student, column, slope = _column(s - lse_s, t - lse_t, d, KIND, W, REST, V, A)
+    if KIND != 'forward_kl':
+        slope = student * slope
+    if inside is not None:
+        column, slope = tl.where(inside, column, 0.0), tl.where(inside, slope, 0.0)
+    return value + column, centre + slope
+
+
+@_jit
+def value_kernel(
+    zs,
+    zt,
+    norm_s,
+    norm_t,
+    out,
+    out_stride,
+    columns,
+    stride,
+    KIND: tl.constexpr,
+    W: tl.constexpr,
+    REST: tl.constexpr,
+    V: tl.constexpr,
+    A: tl.constexpr,
+    DIFFERENCE: tl.constexpr,
+    CENTRE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """D into out[0], and with CENTRE Σ S·a into out[1]; rows of out are out_stride apart."""
+    row = tl.program_id(0)
+    start = row.to(tl.int64) * stride
+    offsets = tl.arange(0, BLOCK)
+    lse_s, lse_t = tl.load(norm_s + row), tl.load(norm_t + row)
+    shift = (lse_t - lse_s).to(tl.float32)
+    lse_s, lse_t = lse_s.to(tl.float32), lse_t.to(tl.float32)
+    sums = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    whole = columns // BLOCK * BLOCK
+    for first in range(0, whole, BLOCK):
+        s, t, d = _both(zs, zt, start + first + offsets, None, DIFFERENCE, False)
+        sums = _sum_up(s, t, d - shift, lse_s, lse_t, None, sums, KIND, W, REST, V, A)
+    place = whole + offsets
+    s, t, d = _both(zs, zt, start + place, place < stride, DIFFERENCE, True)
+    sums = _sum_up(s, t, d - shift, lse_s, lse_t, place < columns, sums, KIND, W, REST, V, A)
+    tl.store(out + row, tl.sum(sums[0], 0))
+    if CENTRE:
+        tl.store(out + out_stride + row, tl.sum(sums[1], 0))
+
+
+@triton.jit
+def _with_labels_and_softcap(
+    gradient,
+    s,
+    place,
+    row,
+    label_lse,
+    label_weight,
+    label,
+    first_id,
+    temperature,
+    softcap,
+    LABELS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """The gradient of the cross-entropy added, times the softcap's derivative."""
+    if LABELS:
+        one_hot = tl.where(place == (tl.load(label + row) - first_id).to(tl.int32), 1.0, 0.0)
+        gradient += (_exp(s * temperature - tl.load(label_lse + row).to(tl.float32)) - one_hot) * tl.load(label_weight + row)
+    if SOFTCAP:
+        tanh = s * (temperature / softcap)
+        gradient *= 1 - tanh * tanh
+    return gradient
+
+
+@_jit
+def gradient_kernel(
+    zs,
+    zt,
+    norm_s,
+    norm_t,
+    centre,
+    weight,
+    label_lse,
+    label_weight,
+    label,
+    out,
+    stride,
+    first_id,
+    temperature,
+    softcap,
+    KIND: tl.constexpr,
+    W: tl.constexpr,
+    REST: tl.constexpr,
+    V: tl.constexpr,
+    A: tl.constexpr,
+    DIFFERENCE: tl.constexpr,
+    LABELS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < stride
+    start = row.to(tl.int64) * stride
+    lse_s, lse_t = tl.load(norm_s + row), tl.load(norm_t + row)
+    s, t, d = _both(zs, zt, start + place, inside, DIFFERENCE, True)
+    d -= (lse_t - lse_s).to(tl.float32)
+    student, _, slope = _column(s - lse_s.to(tl.float32), t - lse_t.to(tl.float32), d, KIND, W, REST, V, A)
+    c, weight = tl.load(centre + row), tl.load(weight + row)
+    gradient = (slope - student * c if KIND == 'forward_kl' else student * (slope - c)) * weight
+    gradient = _with_labels_and_softcap(
+        gradient, s, place, row, label_lse, label_weight, label, first_id, temperature, softcap, LABELS, SOFTCAP
+    )
+    tl.store(out + start + place, gradient.to(out.dtype.element_ty), mask=inside)
+
+
+@_jit
+def tail_gradient_kernel(
+    z,
+    norm,
+    weight,
+    label_lse,
+    label_weight,
+    label,
+    out,
+    stride,
+    first_id,
+    temperature,
+    softcap,
+    TAIL: tl.constexpr,
+    LABELS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """weight·softmax of a top-k teacher's tail, where TAIL; and the cross-entropy's gradient."""
+    row = tl.program_id(0)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < stride
+    start = row.to(tl.int64) * stride
+    s = tl.load(z + start + place, mask=inside, other=-1e30)
+    gradient = tl.zeros((BLOCK,), tl.float32)
+    if TAIL:
+        gradient = _exp(s - tl.load(norm + row).to(tl.float32)) * tl.load(weight + row)
+    gradient = _with_labels_and_softcap(
+        gradient, s, place, row, label_lse, label_weight, label, first_id, temperature, softcap, LABELS, SOFTCAP
+    )
+    tl.store(out + start + place, gradient.to(out.dtype.element_ty), mask=inside)
+
+
+# ---- few columns of each row ----
+
+
+@_jit
+def take_kernel(z, ids, out, k, columns, stride, first_id, ERASE: tl.constexpr, K: tl.constexpr):
+    """The logits of k ids, 0 of those that are not here; ERASE: -1e30 in their place."""
+    row, entry = tl.program_id(0), tl.arange(0, K)
+    column = tl.load(ids + row * k + entry, mask=entry < k, other=-1) - first_id
+    here = (entry < k) & (column >= 0) & (column < columns)
+    place = z + row.to(tl.int64) * stride + column
+    tl.store(out + row * k + entry, tl.load(place, mask=here, other=0.0), mask=entry < k)
+    if ERASE:
+        tl.store(place, tl.full((K,), -1e30, tl.float32), mask=here)
+
+
+@_jit
+def put_kernel(values, ids, out, k, columns, stride, first_id, K: tl.constexpr):
+    """The opposite."""
+    row, entry = tl.program_id(0), tl.arange(0, K)
+    column = tl.load(ids + row * k + entry, mask=entry < k, other=-1) - first_id
+    here = (entry < k) & (column >= 0) & (column < columns)
+    value = tl.load(values + row * k + entry, mask=here, other=0.0)
+    tl.store(out + row.to(tl.int64) * stride + column, value.to(out.dtype.element_ty), mask=here)
+
+
+@_jit
+def combine_kernel(gathered, norms, rows, norms_stride, RANKS: tl.constexpr, PLACES: tl.constexpr):
+    """log Σ exp over the ranks, of row program_id(0) of norms."""
+    which = tl.program_id(0)
+    place = tl.program_id(1) * PLACES + tl.arange(0, PLACES)
+    inside = place < rows
+    here = gathered + which * rows + place
+    step = tl.num_programs(0) * rows
+    largest = tl.load(here, mask=inside, other=0.0)
+    for rank in range(1, RANKS):
+        largest = tl.maximum(largest, tl.load(here + rank * step, mask=inside, other=0.0))
+    total = tl.zeros((PLACES,), tl.float64)
+    for rank in range(RANKS):
+        total += tl.exp(tl.load(here + rank * step, mask=inside, other=0.0) - largest)
+    tl.store(norms + which * norms_stride + place, largest + tl.log(total), mask=inside)
+
+
+# ---- a top-k teacher's buckets: what topk.py says, in fp64 ----
+
+_LOWEST = tl.constexpr(-1e30)  # sweeps.LOWEST_LOGIT
+
+
+@triton.jit
+def _logsumexp(x, one):
+    """log Σ exp of a row's entries and one more."""
+    top = tl.maximum(tl.max(x, 0), one)
+    return top + tl.log(tl.sum(tl.exp(x - top), 0) + tl.exp(one - top))
+
+
+@triton.jit
+def _bucket(log_s, log_t, KIND: tl.constexpr, W: tl.constexpr, REST: tl.constexpr):
+    """(S, column of D, slope or S·slope), as `_column`; fp64 has digits to spare for the definitions."""
+    S, T = tl.exp(log_s), tl.exp(log_t)
+    d = tl.minimum(tl.maximum(log_t - log_s, -_LIMIT), _LIMIT)
+    if KIND == 'forward_kl':
+        return S, tl.maximum(T * d - T + S, 0.0), S - T
+    if KIND == 'reverse_kl':
+        return S, tl.maximum(T - S - S * d, 0.0), -d
+    if KIND == 'tvd':
+        return S, tl.abs(T - S) * 0.5, tl.where(d > 0, -0.5, tl.where(d < 0, 0.5, 0.0))
+    y = tl.exp(-tl.abs(d)) - 1
+    m = tl.where(d > 0, REST * y, W * y) + 1  # M/P
+    over_s, over_t = tl.log(m) + tl.maximum(d, 0.0), tl.log(m) + tl.maximum(-d, 0.0)
+    ratio = tl.where(d > 0, y, -y) / m
+    if KIND == 'jsd':
+        return S, tl.maximum(-(W * T * over_t + REST * S * over_s), 0.0), -REST * over_s
+    if KIND == 'skew_forward_kl':
+        return S, tl.maximum(REST * (S - T) - T * over_t, 0.0), REST * REST * ratio
+    return S, tl.maximum(W * (T - S) - S * over_s, 0.0), -(over_s + REST * W * ratio)
+
+
+@triton.jit
+def _tail_of_teacher(
+    teacher,
+    student,
+    student_tail,
+    given,
+    elsewhere,
+    any_listed,
+    SHARPENING: tl.constexpr,
+    GIVEN: tl.constexpr,
+    SLACK: tl.constexpr,
+    KNOWN: tl.constexpr,
+):
+    """Its log-mass, as `TopKTeacher.tail_range` and `nearest_tail` have it."""
+    if GIVEN:
+        tail = tl.maximum(_logsumexp(elsewhere, given), _LOWEST)
+        return tl.where(any_listed, tail, 0.0)
+    mass = 1 - tl.sum(tl.exp(teacher), 0)
+    slack = tl.where(mass > KNOWN * SLACK, 0.0, SLACK)
+    least = tl.minimum(tl.maximum(mass - slack, 0.0), 1.0)
+    largest = tl.minimum(tl.maximum(mass, 0.0) + slack, 1.0)
+    least = tl.where(least > 0, tl.log(tl.maximum(least, 1e-300)), _LOWEST)
+    largest = tl.where(largest > 0, tl.log(tl.maximum(largest, 1e-300)), _LOWEST)
+    nothing = _LOWEST * SHARPENING
+    odds = student_tail * SHARPENING - _logsumexp(student * SHARPENING, nothing)
+    same = (odds + _logsumexp(teacher * SHARPENING, nothing)) / SHARPENING
+    return tl.minimum(tl.maximum(same, least), largest)
+
+
+@_jit
+def buckets_kernel(
+    logits,
+    ids,
+    logprobs,
+    tail_logprobs,
+    lse,
+    weight,
+    label_lse,
+    label_weight,
+    label,
+    value,
+    tail_weight,
+    per_id,
+    k,
+    temperature,
+    softcap,
+    SHARPENING: tl.constexpr,
+    KIND: tl.constexpr,
+    W: tl.constexpr,
+    REST: tl.constexpr,
+    TAIL: tl.constexpr,
+    GIVEN: tl.constexpr,
+    SLACK: tl.constexpr,
+    KNOWN: tl.constexpr,
+    LABELS: tl.constexpr,
+    TRAINED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    K: tl.constexpr,
+):
+    """`topk.Listed.compare`, a row a program. LABELS: label_lse is made that of all columns; TRAINED: and its gradient added."""
+    row, entry = tl.program_id(0), tl.arange(0, K)
+    inside, place = entry < k, row * k + entry
+    id = tl.load(ids + place, mask=inside, other=-1)
+    counts = id >= 0
+    z = tl.where(counts, tl.load(logits + place, mask=inside, other=0.0).to(tl.float64), _LOWEST)
+    listed = tl.load(logprobs + place, mask=inside, other=float('-inf')).to(tl.float64)
+    teacher = tl.where(counts, listed, _LOWEST)
+    tail = tl.load(lse + row)
+    total = _logsumexp(z, tail)
+    student, student_tail = tl.where(counts, z - total, _LOWEST), tail - total
+    # Without a bucket there is none of it on either side.
+    log_s_tail, log_t_tail = tail * 0 + _LOWEST, tail * 0 + _LOWEST
+    if TAIL:
+        any_listed = tl.max(counts.to(tl.int32), 0) > 0
+        given = tl.load(tail_logprobs + row).to(tl.float64) if GIVEN else tail
+        elsewhere = tl.maximum(tl.where(counts, _LOWEST, listed), _LOWEST)
+        log_t_tail = _tail_of_teacher(
+            teacher, student, student_tail, tl.maximum(given, _LOWEST), elsewhere, any_listed, SHARPENING, GIVEN, SLACK, KNOWN
+        )
+        log_s_tail = student_tail
+    log_s, log_t = student * SHARPENING, teacher * SHARPENING
+    log_s_tail, log_t_tail = log_s_tail * SHARPENING, log_t_tail * SHARPENING
+    norm_s, norm_t = _logsumexp(log_s, log_s_tail), _logsumexp(log_t, log_t_tail)
+    S, column, slope = _bucket(log_s - norm_s, log_t - norm_t, KIND, W, REST)
+    S_tail, column_tail, slope_tail = _bucket(log_s_tail - norm_s, log_t_tail - norm_t, KIND, W, REST)
+    column, S = tl.where(counts, column, 0.0), tl.where(counts, S, 0.0)
+    if KIND == 'forward_kl':
+        centre = tl.sum(tl.where(counts, slope, 0.0), 0) + slope_tail
+        gradient, gradient_tail = slope - S * centre, slope_tail - S_tail * centre
+    else:
+        centre = tl.sum(S * slope, 0) + S_tail * slope_tail
+        gradient, gradient_tail = S * (slope - centre), S_tail * (slope_tail - centre)
+    scale = SHARPENING * tl.load(weight + row).to(tl.float64)
+    gradient = tl.where(counts, gradient, 0.0) * scale
+    tl.store(value + row, (tl.sum(column, 0) + column_tail).to(tl.float32))
+    if TAIL:
+        gradient_tail = tl.where(student_tail < _LOWEST / 2, 0.0, gradient_tail) * scale
+        tl.store(tail_weight + row, gradient_tail.to(tl.float32))
+    if LABELS:
+        at_one = z * temperature
+        label_total = _logsumexp(at_one, tl.load(label_lse + row))
+        tl.store(label_lse + row, label_total)
+        if TRAINED:
+            one_hot = tl.where(id == tl.load(label + row), 1.0, 0.0)
+            gradient += (tl.exp(at_one - label_total) - one_hot) * tl.load(label_weight + row).to(tl.float64)
+    if SOFTCAP:
+        tanh = z * (temperature / softcap)
+        gradient = gradient * (1 - tanh * tanh)
+    tl.store(per_id + place, gradient.to(tl.float32), mask=inside)
