@@ -107,6 +107,8 @@ def profiled(step, meter):
         step()
         meter.wait()
     events = profiler.key_averages()
+    if meter.cuda:  # an operation of the CPU's counts what it has started, too
+        events = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
     time_of = (lambda event: event.self_device_time_total) if meter.cuda else (lambda event: event.self_cpu_time_total)
     seen = sorted((event for event in events if time_of(event) > 0), key=time_of, reverse=True)
     for event in seen[:12]:
