@@ -102,7 +102,7 @@ class Run:
         print(*(f'{key}={value}' for key, value in row.items()), flush=True)
 
     def fail(self, part: str, case: dict, why: str) -> None:
-        self.write(part, case, status='failed', why=' '.join(why.split())[-LAST_WORDS:])
+        self.write(part, case, status='failed', why=why.rstrip(': '))
 
     def save_table(self) -> str:
         text = table(self.rows)
@@ -241,9 +241,13 @@ def _read_rows(file: Path) -> list[dict]:
 
 
 def _tail(log: Path) -> str:
+    """The last words of the case that the process was at."""
     with log.open('rb') as file:
         file.seek(max(0, log.stat().st_size - 4000))
-        return file.read().decode(errors='replace')
+        text = file.read().decode(errors='replace')
+    _, begun, after = text.rpartition('\n---- ')
+    words = after.partition('\n')[2] if begun else text
+    return ' '.join(words.split())[-LAST_WORDS:]
 
 
 def main() -> None:
