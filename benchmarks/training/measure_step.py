@@ -2,7 +2,8 @@
 
 Written to the file that the variable STEP_LOG names: {"step": 1, "seconds": ..., "above_weights_gb": ...}. Memory is that of the process
 (of the GPU, where training is on one) above what it held when training began, the models' weights included in the latter; so gradients
-and optimizer state count.
+and optimizer state count. On a GPU also "weights_gb", what was there when training began, and "reserved_gb", what torch's allocator
+held at most.
 """
 
 import json
@@ -51,7 +52,10 @@ class MeasureStep(TrainerCallback):
         self.started = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        found = {'step': state.global_step, 'seconds': time.perf_counter() - self.started, 'above_weights_gb': peak() - self.weights}
+        most = peak()  # waits for a GPU
+        found = {'step': state.global_step, 'seconds': time.perf_counter() - self.started, 'above_weights_gb': most - self.weights}
+        if torch.cuda.is_available():
+            found |= {'weights_gb': self.weights, 'reserved_gb': torch.cuda.max_memory_reserved() / 1e9}
         with open(os.environ['STEP_LOG'], 'a') as file:
             file.write(json.dumps(found) + '\n')
 

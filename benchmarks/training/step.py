@@ -23,41 +23,50 @@ VOCAB, WORDS, RESPONSE = 151936, 1000, 250
 IMPLEMENTATIONS = {'ms-swift': '0', 'ours': '1'}
 
 
-def make_inputs(directory: Path, hidden: int) -> None:
+def small(hidden: int) -> dict:
+    """The shape of a model of two layers."""
+    shape = dict(hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4)
+    return shape | dict(head_dim=hidden // 4, tie_word_embeddings=False)
+
+
+def make_inputs(directory: Path, shapes: dict[str, dict], words: int = RESPONSE, vocab: int = VOCAB, **kind) -> None:
+    """A Qwen3 of random weights for each name, and rows whose responses have so many words.
+
+    Args:
+        kind: `dtype` and `device` with which the models are made, torch's defaults otherwise.
+    """
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
     special = ['<|endoftext|>', '<|im_start|>', '<|im_end|>', 'user', 'assistant', 'system']
-    words = [f'w{i}' for i in range(WORDS)]
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate([*special, *words])}, unk_token='<|endoftext|>'))
+    vocabulary = [f'w{i}' for i in range(WORDS)]
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate([*special, *vocabulary])}, unk_token='<|endoftext|>'))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token='<|im_end|>', pad_token='<|endoftext|>')
     fast.add_special_tokens({'additional_special_tokens': ['<|im_start|>']})
-    for name, seed in (('student', 0), ('teacher', 1)):
+    for seed, (name, shape) in enumerate(shapes.items()):
         torch.manual_seed(seed)
-        config = Qwen3Config(
-            vocab_size=VOCAB,
-            hidden_size=hidden,
-            intermediate_size=2 * hidden,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            head_dim=hidden // 4,
-            tie_word_embeddings=False,
-            eos_token_id=2,
-            pad_token_id=0,
-            bos_token_id=None,
-        )
-        Qwen3ForCausalLM(config).save_pretrained(directory / name)
+        config = Qwen3Config(vocab_size=vocab, eos_token_id=2, pad_token_id=0, bos_token_id=None, **shape)
+        with torch.device(kind.get('device', 'cpu')):
+            model = Qwen3ForCausalLM(config)
+        model.to(kind.get('dtype', torch.float32)).save_pretrained(directory / name)
         fast.save_pretrained(directory / name)
     draw = random.Random(0)
-    text = lambda n: ' '.join(draw.choices(words, k=n))  # noqa: E731
-    rows = [{'messages': [{'role': 'user', 'content': text(8)}, {'role': 'assistant', 'content': text(RESPONSE)}]} for _ in range(64)]
+    text = lambda n: ' '.join(draw.choices(vocabulary, k=n))  # noqa: E731
+    rows = [{'messages': [{'role': 'user', 'content': text(8)}, {'role': 'assistant', 'content': text(words)}]} for _ in range(64)]
     (directory / 'rows.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
 
 
-def run(directory: Path, implementation: str, dtype: str, batch: int, steps: int, device: str) -> list[dict]:
+def run(
+    directory: Path, implementation: str, dtype: str, batch: int, steps: int, device: str, command: list | None = None, **changed
+) -> list[dict]:
+    """What `measure_step.py` wrote about each step.
+
+    Args:
+        command: What stands for `swift rlhf`.
+        changed: Options with other values, None for those that are left out.
+    """
     log = directory / 'steps.jsonl'
     log.unlink(missing_ok=True)
     options = {
@@ -92,12 +101,14 @@ def run(directory: Path, implementation: str, dtype: str, batch: int, steps: int
         'output_dir': directory / 'output',
         'external_plugins': HERE / 'measure_step.py',
         'callbacks': 'measure_step',
+        **changed,
     }
-    argv = [Path(sys.executable).parent / 'swift', 'rlhf', *(str(x) for name, value in options.items() for x in (f'--{name}', value))]
+    command = command or [Path(sys.executable).parent / 'swift', 'rlhf']
+    argv = [*command, *(x for name, value in options.items() if value is not None for x in (f'--{name}', value))]
     env = {**os.environ, 'SWIFT_GKD_PLUGIN': IMPLEMENTATIONS[implementation], 'STEP_LOG': str(log), 'HF_HUB_OFFLINE': '1'}
     done = subprocess.run([str(a) for a in argv], env=env, capture_output=True, text=True, cwd=directory)
     if done.returncode:
-        raise SystemExit(f'{implementation}, {dtype}: {done.stdout[-2000:]}{done.stderr[-4000:]}')
+        raise RuntimeError(f'{implementation}, {dtype}: {done.stdout[-2000:]}{done.stderr[-4000:]}')
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 
@@ -114,7 +125,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         directory = Path(directory)
-        make_inputs(directory, args.hidden)
+        make_inputs(directory, {'student': small(args.hidden), 'teacher': small(args.hidden)})
         for dtype in args.dtypes:
             steps = {name: [] for name in IMPLEMENTATIONS}
             for _ in range(args.repeats):

@@ -1,0 +1,56 @@
+"""The one place here that knows more of the operator than its public functions: which Triton kernels a call starts."""
+
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class Launch:
+    kernel: str
+    columns: int  # in all rows, of the largest matrix that it is given
+    span: Any
+
+
+# The environment variable that takes the kernel that reads a row once (1) or the three sweeps (0), where there is a choice.
+ONE_LOAD: str | None = None
+
+# Bytes that a sweep moves for each of a row's columns: what it reads and what it writes, the gradient being bf16.
+BYTES_PER_COLUMN = {'normalise': 4, 'value': 8, 'gradient': 10, 'tail_gradient': 6}
+
+
+def sweep_of(kernel: str) -> str:
+    return kernel.strip('_').removesuffix('_kernel')
+
+
+@contextmanager
+def kernel_launches(meter):
+    """The list of Triton kernels that are started inside, with events around each; empty where Triton is not there."""
+    found: list[Launch] = []
+    try:
+        import triton
+        from triton.runtime.interpreter import InterpretedFunction
+    except ModuleNotFoundError:
+        yield found
+        return
+
+    def recording(run):
+        def recorded(self, *args, grid, warmup, **options):
+            if warmup:
+                return run(self, *args, grid=grid, warmup=warmup, **options)
+            span = meter.span()
+            span.start()
+            result = run(self, *args, grid=grid, warmup=warmup, **options)
+            span.end()
+            columns = max((x.numel() for x in args if getattr(x, 'ndim', 0) == 2), default=0)
+            found.append(Launch(self.__name__, columns, span))
+            return result
+
+        return recorded
+
+    with ExitStack() as stack:
+        for kind in (triton.JITFunction, InterpretedFunction):
+            run = kind.run
+            stack.callback(setattr, kind, 'run', run)
+            kind.run = recording(run)
+        yield found
