@@ -54,8 +54,8 @@ class ForkServer:
         with tempfile.NamedTemporaryFile('r', errors='replace') as output:
             what = {'script': str(script), 'arguments': list(map(str, arguments)), 'ranks': ranks, 'env': dict(env)}
             what |= {'port': str(helpers.free_port()), 'cwd': str(cwd), 'output': output.name}
-            self.process.stdin.write(json.dumps(what).encode() + b'\n')
-            self.process.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):  # said below, with the reason
+                self.process.stdin.write(json.dumps(what).encode() + b'\n')
             pid = self._answer(300)  # the first one waits for the imports
             try:
                 status = self._answer(timeout)

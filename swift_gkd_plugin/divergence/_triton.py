@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 # Eight columns a thread: four of a row's float4 in flight on each side, and few registers, so that many rows are.
 _BLOCK = 2048
+# A program holds all that is listed of a token.
+_MOST_LISTED = 1024
 # Multiplications and additions are to be one instruction, which Triton's newer versions no longer take for granted.
 _OPTIONS = dict(num_warps=8, enable_fp_fusion=True)
 
@@ -123,16 +125,20 @@ class Triton(Sweeps):
             )
 
     def take(self, logits: Tensor, ids: Tensor, out: Tensor, erase: bool = False) -> Tensor:
+        if ids.shape[1] > _MOST_LISTED:
+            return super().take(logits, ids, out, erase)
         with torch.cuda.device_of(logits):
             kernels.take_kernel[(len(ids),)](logits, ids.contiguous(), out, *self._few(logits, ids), ERASE=erase, **_few_options(ids))
         return out
 
     def put(self, ids: Tensor, values: Tensor, out: Tensor) -> None:
+        if ids.shape[1] > _MOST_LISTED:
+            return super().put(ids, values, out)
         with torch.cuda.device_of(out):
             kernels.put_kernel[(len(ids),)](values.contiguous(), ids.contiguous(), out, *self._few(out, ids), **_few_options(ids))
 
     def compare(self, listed: Listed, tokens: Tokens) -> tuple[Tensor | None, Tensor]:
-        if tokens.kls is not None:
+        if tokens.kls is not None or listed.ids.shape[1] > _MOST_LISTED:
             return super().compare(listed, tokens)
         teacher, ids, weight, setting = listed.teacher, listed.ids, tokens.weight, self.setting
         tail_weight, per_id = torch.empty_like(weight), torch.empty_like(listed.logits)
@@ -140,8 +146,8 @@ class Triton(Sweeps):
         with torch.cuda.device_of(ids):
             kernels.buckets_kernel[(len(ids),)](
                 listed.logits,
-                ids.contiguous(),
-                teacher.logprobs[listed.rows].contiguous(),
+                ids,
+                teacher.logprobs[listed.rows],
                 weight if teacher.tail_logprobs is None else teacher.tail_logprobs[listed.rows],
                 tokens.lse[0],
                 weight,
@@ -182,7 +188,8 @@ class Triton(Sweeps):
 
 
 def _few_options(ids: Tensor) -> dict:
-    return dict(K=triton.next_power_of_2(max(ids.shape[1], 2)), num_warps=1)
+    k = triton.next_power_of_2(max(ids.shape[1], 2))
+    return dict(K=k, num_warps=max(1, k // 128))
 
 
 @functools.cache

@@ -129,9 +129,9 @@ def _column(log_s, log_t, d, KIND: tl.constexpr, W: tl.constexpr, REST: tl.const
         value = tl.where(near, (W * T + REST * S) * ((d * d) * _polynomial(d, V)), -(W * T * over_t + REST * S * over_s))
         return S, value, tl.where(near, linear, -REST * over_s)
     if KIND == 'skew_forward_kl':
-        value = tl.where(near, T * (d * d) * _polynomial(d, V), REST * (S - T) - T * over_t)
+        value = tl.where(near, T * (d * d) * _polynomial(d, V), tl.maximum(REST * (S - T) - T * over_t, 0.0))
         return S, value, tl.where(near, linear, REST * REST * ratio)
-    value = tl.where(near, S * (d * d) * _polynomial(d, V), W * (T - S) - S * over_s)
+    value = tl.where(near, S * (d * d) * _polynomial(d, V), tl.maximum(W * (T - S) - S * over_s, 0.0))
     return S, value, tl.where(near, linear, -(over_s + REST * W * ratio))
 
 

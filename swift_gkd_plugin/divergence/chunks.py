@@ -275,9 +275,12 @@ def _on_gpu(device: torch.device, group) -> type[Sweeps]:
     """Triton's, where its kernels run: on every rank of the group, for the ranks must make the same reductions."""
     works = False
     if _HAS_TRITON:
-        from . import _triton
-
-        works = _triton.works(device)
+        try:
+            from . import _triton
+        except Exception as error:  # of another version than those that are known
+            logger.warning('Triton cannot be used (%s): the divergence is computed without it, right but slower', error)
+        else:
+            works = _triton.works(device)
     return _triton.Triton if on_all_ranks(group, works, device) else Eager
 
 

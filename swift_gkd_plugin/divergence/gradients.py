@@ -181,8 +181,8 @@ class Found:
             shape, dtype = like[1]
             out[1] = memory.empty(*shape, dtype=dtype, device=self.waiting.device)
             out[1][self.waiting.shape[1] :].zero_()
-            # The hidden states are a hundred times smaller than the product is.
-            torch.mm(self.waiting.t(), (self.hidden * by).to(self.waiting.dtype), out=out[1][: self.waiting.shape[1]])
+            # The hidden states are a hundred times smaller than the product is. In fp32: fp16 has not the range of a loss scale.
+            torch.mm(self.waiting.t(), (self.hidden.float() * by).to(self.waiting.dtype), out=out[1][: self.waiting.shape[1]])
         return out
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .chunks import Call, LogitsTeacher, Weights, run
 from .gradients import Found, HeadGradients, ReadyGradients
@@ -42,6 +43,7 @@ class _Operator(torch.autograd.Function):
         return loss.sum() if reduction == 'sum' else loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream: Tensor):
         if not ctx.second_pass:
             found = Found.of(ctx.saved_tensors)
@@ -306,6 +308,7 @@ def _weights(student, teacher, token_weights: Tensor | None, labels: Tensor | No
     if label_weights is None and teacher is None:
         label_weights = ones
     divergence = ones if token_weights is None else token_weights.detach()
+    labels = None if labels is None else labels.contiguous()  # kernels read them one after the other
     return Weights(divergence, labels, None if label_weights is None else label_weights.detach())
 
 

@@ -50,8 +50,12 @@ class TopKTeacher:
     @classmethod
     def of(cls, logprobs: Tensor, ids: Tensor, tail: str, tail_logprobs: Tensor | None, vocab_size: int) -> 'TopKTeacher':
         """An entry counts where its log-probability is finite and its id in [0, vocab_size)."""
+        if not ids.shape[1]:  # one that does not count is less trouble than none
+            logprobs, ids = logprobs.new_full((len(ids), 1), -torch.inf), ids.new_full((len(ids), 1), -1)
         counts = (ids >= 0) & (ids < vocab_size) & (logprobs > -torch.inf)
-        return cls(logprobs, ids.masked_fill(~counts, -1), tail, tail_logprobs)
+        # In memory as kernels read them, one after the other.
+        given = None if tail_logprobs is None else tail_logprobs.contiguous()
+        return cls(logprobs.contiguous(), ids.masked_fill(~counts, -1).contiguous(), tail, given)
 
     @property
     def slack(self) -> float:

@@ -6,7 +6,6 @@ stays of it are the hidden states of the trained tokens, on the ranks of the las
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -23,6 +22,7 @@ from ..step.samples import InTurn, MicroBatch
 from ..teachers import HiddenStates, Signal, TopK, TopKOptions
 from ..teachers.adapters import adapters_off, check_frozen_base
 from ..teachers.offload import HostCopy
+from .chunks import for_each_chunk
 from .head import OutputHead
 from .views import LocalView, local_view
 
@@ -86,8 +86,7 @@ class LocalTeacher:
         """Hidden states of each micro-batch, what :meth:`_kept` keeps of them; nothing before the last stage."""
         return get_forward_backward_func()(
             forward_step_func=self._forward_step,
-            # Every virtual stage reads the same micro-batches.
-            data_iterator=list(itertools.tee(batches, len(self.chunks))),
+            data_iterator=for_each_chunk(batches, len(self.chunks)),
             model=self.chunks,
             num_microbatches=len(batches),
             seq_length=self.args.seq_length,

@@ -32,6 +32,7 @@ from ..step.remote import RemoteTeacher, teacher_that_answers
 from ..step.samples import InTurn, MicroBatch
 from ..teachers.adapters import adapter_has_effect
 from .backend import MegatronBackend
+from .chunks import for_each_chunk
 from .engine import EngineRollout
 from .head import OutputHead, mark_shards
 from .layouts import common_padding
@@ -165,8 +166,8 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
         return self.for_each_chunk(self.conductor.next_step(rows, per_step, per_step * self.steps_per_generation))
 
     def for_each_chunk(self, batches: InTurn) -> list[Iterator[MicroBatch]]:
-        """All virtual stages run every micro-batch, which is there until the last one has."""
-        return list(itertools.tee(batches, len(self.unwrapped_models)))
+        """Of the student."""
+        return for_each_chunk(batches, len(self.unwrapped_models))
 
     # -- the loss --------------------------------------------------------------------------------------------------------------------
 

@@ -74,10 +74,10 @@ class Conductor:
         args = self.args
         view = TeacherView(args.gkd_teacher_system, args.gkd_teacher_enable_thinking)
         tag_key = args.teacher_tag_key if isinstance(teacher, RemoteTeacher) else None
-        self.encoder = SampleEncoder(template, view, teacher is not None, tag_key)
+        scored = teacher is not None and args.gkd_loss_weight > 0
+        self.encoder = SampleEncoder(template, view, scored, tag_key)
         self.books = Books(backend, self.encoder, write_on_rank)
         self.answers = Answers(backend, self.encoder, self.books, answering, options.vocab_size, write_on_rank)
-        scored = teacher is not None and args.gkd_loss_weight > 0
         self.evaluation = Evaluation(
             backend, self.encoder, self.answers, self.books, lambda samples: InTurn(self._taught(samples), self._in_turn), scored
         )
@@ -344,6 +344,8 @@ class Conductor:
             if self._failure is not None:  # other ranks may be waiting for this one in the middle of the step, so it goes on to its end
                 counted.signal = self.teacher.silence(counted)
         batch = self.encoder.micro_batch(counted.samples)
+        for sample in counted.samples:
+            sample.views = sample.encoded = None  # what was encoded, images above all, goes with the micro-batch
         batch.signal, counted.signal = counted.signal, None  # hidden states take room; these go when the micro-batch goes
         return batch
 

@@ -306,6 +306,7 @@ def restored(cycle: Cycle, state: dict[str, Any], micro_batches: list[list[Row]]
                 sample.generated = cycle.encoder.inner(sample)
                 for name, value in one['generated'].items():
                     setattr(sample.generated, name, value)
+                sample.generated.rollout_infos = {name: value for name, value in one['generated'].items() if name in MEDIA}
     # A teacher server may have failed in the middle of the cycle.
     unanswered = any(s.row.counts and s.source != DATASET and s.response is None for samples in result for s in samples)
     return cycle.answer(result) if cycle.ranks.anywhere(int(unanswered)) else result

@@ -132,7 +132,9 @@ class Sample:
                 return copies.setdefault(id(value), value.clone())
             if isinstance(value, dict):
                 return {name: own(one) for name, one in value.items()}
-            return tuple(map(own, value)) if isinstance(value, tuple) else value
+            if isinstance(value, tuple) or (isinstance(value, list) and value and not isinstance(value[0], int | float)):
+                return type(value)(map(own, value))
+            return value
 
         self.encoded, self.prompts, self.views = own(self.encoded), own(self.prompts), own(self.views)
         return self
@@ -186,15 +188,31 @@ def without_media(result: GKDSample, template) -> GKDSample:
         return result
     cut = copy.copy(result)
 
-    def upto(parts: list[list[Any]]) -> list[list[Any]]:
-        return [*parts[:turn], parts[turn][:place]] if parts else parts
+    def upto(parts: list[list[Any]]) -> list[list[Any]]:  # nothing, or only of the last turn, where a scheduler left it out
+        return [*parts[:turn], parts[turn][:place]] if parts and len(parts) == len(turns) else []
 
     cut.response_token_ids, cut.finish_reason = upto(turns), 'length'
     cut.response_loss_mask, cut.rollout_logprobs = upto(result.response_loss_mask), upto(result.rollout_logprobs)
     answers = [i for i, message in enumerate(result.messages) if message['role'] == 'assistant'][-len(turns) :]
     text = template.safe_decode(cut.response_token_ids[-1])
     cut.messages = [*result.messages[: answers[turn]], {**result.messages[answers[turn]], 'content': text}]
+    later = ''.join(str(message['content']) for message in result.messages[answers[turn] + 1 :])
+    for kind in MEDIA:
+        shown_later = later.count(f'<{kind[:-1]}>')
+        if shown_later:
+            setattr(cut, kind, getattr(result, kind)[:-shown_later])
+            if kind in cut.rollout_infos:
+                cut.rollout_infos = {**cut.rollout_infos, kind: getattr(cut, kind)}
     return cut
+
+
+def _runs_of_ids(inner: GKDSample) -> int:
+    """How many runs of trained tokens its response ids are; they are the last ones."""
+    turns = inner.response_token_ids
+    if not turns or isinstance(turns[0], int):
+        return int(bool(turns))
+    masks = inner.response_loss_mask or [[1] * len(turn) for turn in turns]
+    return sum(bool(kept) and not before for mask in masks for before, kept in itertools.pairwise([0, *mask]))
 
 
 def check_one_each(made: int, asked: int, scheduler: str | None) -> None:
@@ -313,7 +331,7 @@ class MicroBatch:
 
 
 class InTurn:
-    """Micro-batches, each collated when its turn comes and kept by nobody here: their images need not fit all at once.
+    """Micro-batches, each collated when its turn comes and kept by nobody here.
 
     Args:
         counted: Something of each.
@@ -424,11 +442,12 @@ class SampleEncoder:
         ms-swift puts it itself, and a model may have sampled it once more."""
         encoded = encode_sample(inner, self.template)
         encoded.pop('_extra_kwargs', None)
-        prefix = None if inner.response_token_ids else self._response_prefix(inner)
+        prefix = self._response_prefix(inner)
         if prefix:
             ids, labels = encoded['input_ids'], encoded['labels']
-            for start in range(1, len(labels)):
-                if labels[start] != IGNORED and labels[start - 1] == IGNORED and ids[start : start + len(prefix)] == prefix:
+            starts = [i for i in range(1, len(labels)) if labels[i] != IGNORED and labels[i - 1] == IGNORED]
+            for start in starts[: len(starts) - _runs_of_ids(inner)]:
+                if ids[start : start + len(prefix)] == prefix:
                     labels[start : start + len(prefix)] = [IGNORED] * len(prefix)
         return encoded
 
@@ -459,9 +478,9 @@ class SampleEncoder:
             student = dict(sample.encoded)
         else:
             student = self._generated(sample, 0, inner)
-        if not self.needs_teacher or not self.teacher_view.differs(inner):
+        if not sample.row.counts or not self.needs_teacher or not self.teacher_view.differs(inner):
             return student, None
-        if sample.source == DATASET or not sample.row.counts:
+        if sample.source == DATASET:
             with self._limit(None):
                 teacher = self._encode(self.teacher_view.of(inner))
         else:
@@ -476,7 +495,16 @@ class SampleEncoder:
             with self._limit(self._response_limit(sample)):
                 return self._encode(view)
 
-        return self._continue(sample.prompts and sample.prompts[which], view, encode)
+        prompt = sample.prompts[which] if sample.prompts is not None and self._answers_the_row(sample) else None
+        return self._continue(prompt, view, encode)
+
+    def _answers_the_row(self, sample: Sample) -> bool:
+        """Whether the response is to the row as it is; a scheduler may have asked something else, or shown other media."""
+        if sample.generated is None:
+            return True
+        asked, inner = sample.generated, self.inner(sample)
+        remove_response(inner.messages)
+        return asked.messages[:-1] == inner.messages and all(getattr(asked, kind) == getattr(inner, kind) for kind in MEDIA)
 
     def _filler(self, inner: GKDSample) -> dict[str, Any]:
         """A row's prompt, or any if it can't be encoded, with nothing to train on."""
@@ -505,7 +533,8 @@ class SampleEncoder:
     def counted(self, samples: list[Sample]) -> Counted:
         """Encode, on the CPU; a teacher's server can be asked about it."""
         encoded = [self.views(sample)[0] for sample in samples]
-        self.ask(samples)
+        if self.needs_teacher:
+            self.ask(samples)
         trained = [sum(t != IGNORED for t in one['labels'][1:]) for one in encoded]
         rows = [len(one['input_ids']) for one in encoded]
         return Counted(samples, trained, sum(rows) if self.template.padding_free else len(rows) * max(rows, default=0))

@@ -29,7 +29,8 @@ class Finished:
     @property
     def probes(self) -> list[dict[str, Any]]:
         assert self.returncode == 0, self.output[-4000:]
-        return [json.loads(line.removeprefix('PROBE ')) for line in self.output.splitlines() if line.startswith('PROBE ')]
+        # Ranks may print into one line.
+        return [json.JSONDecoder().raw_decode(rest)[0] for rest in self.output.split('PROBE ')[1:]]
 
     @property
     def probe(self) -> dict[str, Any]:

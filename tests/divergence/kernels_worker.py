@@ -146,6 +146,23 @@ def few():
                     assert torch.allclose(getattr(stats, name), value, rtol=1e-4, atol=1e-5), (name, case)
 
 
+def strided():
+    """Labels and tails that don't lie one after the other in memory, and no listed id at all."""
+    x, _, labels, weights = inputs()
+    values, ids = (torch.randn(5, 5003) * 3).log_softmax(-1).topk(7)
+    rest_of_mass = torch.log1p(-values.exp().sum(-1))
+    apart = [torch.stack([t, torch.zeros_like(t)], 1)[:, 0] for t in (labels, rest_of_mass)]
+    plain, found = (
+        run_few(sweeps, KINDS[0], x, (values, ids, dict(tail_logprobs=tail)), 'bucket', None, wanted, weights, False)
+        for wanted, tail in ((labels, rest_of_mass), apart)
+    )
+    for one, other_one in zip([found[0], *found[1]], [plain[0], *plain[1]], strict=True):
+        close(one, other_one, 1e-6, 'strided')
+    none = (values[:, :0], ids[:, :0], {})
+    right, found = (run_few(one, KINDS[0], x, none, 'bucket', None, labels, weights, False) for one in (Eager, sweeps))
+    close(found[0], right[0], 1e-5, 'nothing listed')
+
+
 def half():
     """Half-precision inputs: the sweep writes the gradient of a chunk in half precision itself, into memory where one chunk's,
     two chunks' or all are kept. Against torch operations on the same numbers in fp32."""

@@ -30,7 +30,7 @@ def run_worker(name, *arguments):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize('part', ['dense', 'few', 'half', 'extremes'])
+@pytest.mark.parametrize('part', ['dense', 'few', 'strided', 'half', 'extremes'])
 @pytest.mark.parametrize('sweeps', ['Triton', 'Compiled'])
 def test_kernels_and_torch_operations_agree(sweeps, part):
     if sweeps == 'Triton':

@@ -583,3 +583,12 @@ def test_large_buffers_are_tensors_like_others(monkeypatch, refused):
     kept.seek(0)
     assert buffer.sum(1).tolist() == [1000, 2000, 1000]
     assert torch.load(kept).equal(copy.deepcopy(buffer)[:, :5])
+
+
+@pytest.mark.parametrize('scale', [1e-6, 4e6])
+def test_a_scale_beyond_fp16_reaches_the_gradient_of_a_head(scale):
+    """Of fp16 hidden states and a bf16 head: what waits for the backward pass is scaled in fp32."""
+    waiting, hidden = torch.randn(5, 7).bfloat16(), (torch.randn(5, 3) / 50).half()
+    found = products.Found((None, None), waiting, hidden).scaled(torch.tensor(scale), [None, (torch.Size([7, 3]), torch.bfloat16)])
+    right = scale * waiting.double().t() @ hidden.double()
+    assert (found[1].double() - right).norm() < 1e-2 * right.norm()

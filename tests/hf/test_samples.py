@@ -272,3 +272,46 @@ def test_a_loss_scale_sees_the_whole(template, count, monkeypatch):
         del count[:]
         views_of(template, TeacherView(), encoder=encoder)
         assert len(count) == 2
+
+
+@pytest.mark.parametrize('source', ['student', 'teacher'])
+def test_earlier_answers_are_trained_alike_whatever_the_source(template, source):
+    """Their empty think block is prompt; one that the student has sampled itself is not."""
+    prefix = template.tokenizer.encode(PREFIX, add_special_tokens=False)
+    of_dataset, _ = checked(SampleEncoder(template, TeacherView()), sample('dataset', messages=HISTORY))
+    generated, _ = views_of(template, TeacherView(), [*prefix, 20, 21], source, messages=HISTORY)
+    earlier = trained(of_dataset)[: -len(template.tokenizer.encode('3 plus 4 is 7 .<|im_end|>\n', add_special_tokens=False))]
+    assert trained(generated) == [*earlier, *prefix, 20, 21] and earlier[: len(prefix)] != prefix
+
+
+def test_what_a_scheduler_has_asked_instead_is_the_prompt(template):
+    encoder = SampleEncoder(template, TeacherView())
+    views_of(template, TeacherView(), encoder=encoder)
+    one = sample('student')
+    encoder.check(one)
+    result = encoder.inner(one)
+    result.messages = [{'role': 'system', 'content': 'be terse'}, {'role': 'user', 'content': 'a hint: 7 ?'}, dict(ANSWER)]
+    result.response_token_ids, result.finish_reason, result.add_eos = [[20, 21]], 'length', False
+    encoder.take(one, result)
+    student, _ = encoder.views(one)
+    text = template.tokenizer.decode(student['input_ids'])
+    assert 'be terse' in text and 'a hint' in text and trained(student) == [20, 21]
+
+
+def test_the_filler_of_a_row_that_cannot_be_encoded_needs_no_view_of_the_teacher(template):
+    one = sample(counts=False, messages=[{'role': 'nobody', 'content': 'a'}, dict(ANSWER)])
+    student, teacher = SampleEncoder(template, TeacherView(system='be terse')).views(one)
+    assert teacher is None and not trained(student)
+
+
+def test_media_of_turns_that_are_cut_go_too(vision_template):
+    """And log-probabilities of which only the last turn's are there."""
+    encoder, one = SampleEncoder(vision_template, TeacherView()), sample('student', images=['row.png'])
+    result = encoder.inner(one)
+    asked = {'role': 'user', 'content': '<image>what is this ?'}
+    result.messages = [asked, {'role': 'assistant', 'content': 'a'}, {'role': 'user', 'content': '<image>closer'}, dict(ANSWER)]
+    result.images, result.rollout_infos = ['row.png', 'zoom.png'], {'images': ['row.png', 'zoom.png']}
+    result.response_token_ids, result.rollout_logprobs, result.add_eos = [[20, 9], [22]], [[-1.0]], False
+    encoder.take(one, result)
+    assert one.generated.images == one.generated.rollout_infos['images'] == ['row.png'] and one.generated.rollout_logprobs == []
+    assert one.response == Response([20], 'length')
