@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
@@ -94,6 +95,9 @@ def test_a_step_of_too_many_tokens_takes_several_visits(make, run, monkeypatch):
 def test_ranks_that_share_weights_run_the_same_number_of_batches(template, rows, make):
     """This one has two rows, another rank has enough for four batches."""
     run = make(lmbda=0, max_steps=1).train()
+    for sample in itertools.chain.from_iterable(run.conductor._step):
+        assert sample.encoded is None and sample.views is None  # they have gone with their micro-batches
+        run.conductor.encoder.check(sample)
     counted = [run.conductor.encoder.counted(samples) for samples in run.conductor._step]
     ranks, looked = SimpleNamespace(at_most=lambda number: max(number, 4)), []
 
