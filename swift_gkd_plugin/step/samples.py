@@ -161,13 +161,18 @@ class Sample:
         return str(replace(self, content=self.row.content))
 
 
-def sampled_turns(result: GKDSample) -> list[list[int]]:
-    """What the student sampled in each turn of ms-swift's rollout; not what a scheduler or the template put in between."""
+def response_turns(result: GKDSample) -> list[tuple[list[int], list[int]]]:
+    """The ids of each turn of a response, and for each of them whether the student sampled it (1), or a scheduler or the template put it in
+    between (0)."""
     turns = result.response_token_ids
     if not turns or isinstance(turns[0], int):
-        return [list(turns)]
-    masks = result.response_loss_mask or [[1] * len(turn) for turn in turns]
-    return [[token for token, kept in zip(turn, mask, strict=True) if kept] for turn, mask in zip(turns, masks, strict=True)]
+        return [(list(turns), [1] * len(turns))]
+    return list(zip(turns, result.response_loss_mask or [[1] * len(turn) for turn in turns], strict=True))
+
+
+def sampled_turns(result: GKDSample) -> list[list[int]]:
+    """What the student sampled in each turn of ms-swift's rollout."""
+    return [[token for token, kept in zip(ids, mask, strict=True) if kept] for ids, mask in response_turns(result)]
 
 
 def sampled_ids(result: GKDSample) -> list[int]:
@@ -178,12 +183,9 @@ def sampled_ids(result: GKDSample) -> list[int]:
 def without_media(result: GKDSample, template) -> GKDSample:
     """The rollout's sample up to the first id of a medium that the student sampled; itself if there is none. What a scheduler put in
     between may hold such ids."""
-    turns = result.response_token_ids
-    if not turns or isinstance(turns[0], int):
-        turns = [list(turns)]
-    masks = result.response_loss_mask or [[1] * len(turn) for turn in turns]
-    sampled = ((k, i) for k, turn in enumerate(turns) for i, token in enumerate(turn) if masks[k][i] and token in never_sampled(template))
-    turn, place = next(sampled, (None, 0))
+    never, turns = set(never_sampled(template)), response_turns(result)
+    places = ((k, i) for k, turn in enumerate(turns) for i, (token, kept) in enumerate(zip(*turn, strict=True)) if kept and token in never)
+    turn, place = next(places, (None, 0))
     if turn is None:
         return result
     cut = copy.copy(result)
@@ -191,7 +193,7 @@ def without_media(result: GKDSample, template) -> GKDSample:
     def upto(parts: list[list[Any]]) -> list[list[Any]]:  # nothing, or only of the last turn, where a scheduler left it out
         return [*parts[:turn], parts[turn][:place]] if parts and len(parts) == len(turns) else []
 
-    cut.response_token_ids, cut.finish_reason = upto(turns), 'length'
+    cut.response_token_ids, cut.finish_reason = upto([ids for ids, _ in turns]), 'length'
     cut.response_loss_mask, cut.rollout_logprobs = upto(result.response_loss_mask), upto(result.rollout_logprobs)
     answers = [i for i, message in enumerate(result.messages) if message['role'] == 'assistant'][-len(turns) :]
     text = template.safe_decode(cut.response_token_ids[-1])
@@ -208,11 +210,7 @@ def without_media(result: GKDSample, template) -> GKDSample:
 
 def _runs_of_ids(inner: GKDSample) -> int:
     """How many runs of trained tokens its response ids are; they are the last ones."""
-    turns = inner.response_token_ids
-    if not turns or isinstance(turns[0], int):
-        return int(bool(turns))
-    masks = inner.response_loss_mask or [[1] * len(turn) for turn in turns]
-    return sum(bool(kept) and not before for mask in masks for before, kept in itertools.pairwise([0, *mask]))
+    return sum(bool(kept) and not before for _, mask in response_turns(inner) for before, kept in itertools.pairwise([0, *mask]))
 
 
 def check_one_each(made: int, asked: int, scheduler: str | None) -> None:
@@ -459,10 +457,7 @@ class SampleEncoder:
         """Length limit under which a generated response is encoded: that of its prompt, and the response on top."""
         if self.template.max_length is None or self.template.truncation_strategy == 'raise':
             return None  # the prompt was checked
-        inner = self._answered(sample)
-        turns = inner.response_token_ids
-        length = sum(map(len, turns)) if turns and isinstance(turns[0], list) else len(turns)
-        return self.template.max_length + length
+        return self.template.max_length + sum(len(ids) for ids, _ in response_turns(self._answered(sample)))
 
     def views(self, sample: Sample) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """The encoded student's view, and the teacher's if it differs, with the same trained tokens. Encoded once."""
