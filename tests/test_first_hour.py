@@ -53,7 +53,6 @@ def test_what_fails_is_recorded_and_skipped(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(GPU))
     (tmp_path / 'unruly.py').write_text(UNRULY)
     monkeypatch.setenv('PYTHONPATH', str(tmp_path))
-    import cases
     import first_hour
 
     def unruly(tiny):
@@ -62,7 +61,7 @@ def test_what_fails_is_recorded_and_skipped(tmp_path, monkeypatch):
         ]
 
     monkeypatch.setitem(first_hour.PARTS, 'unruly', 1)
-    monkeypatch.setattr(cases, 'of', lambda part, tiny: unruly(tiny))
+    monkeypatch.setattr(first_hour.plan, 'of', lambda part, tiny: unruly(tiny))
 
     def run(minutes: float) -> list[tuple]:
         hour = first_hour.Run(Namespace(out=tmp_path / 'out', minutes=minutes, parts=['unruly'], device='cpu', tiny=True))

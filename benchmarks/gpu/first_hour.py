@@ -35,7 +35,7 @@ import time
 from itertools import takewhile
 from pathlib import Path
 
-import cases
+import plan
 from table import table
 
 # In this order; a part may take the share of what is left when its turn comes, and what it leaves is the others'.
@@ -118,7 +118,7 @@ class Run:
         done = {(row['part'], row['case']) for row in self.rows if row.get('end')}
         todo = {}
         for part in self.args.parts:
-            todo[part] = [case for case in cases.of(part, self.args.tiny) if (part, case['name']) not in done]
+            todo[part] = [case for case in plan.of(part, self.args.tiny) if (part, case['name']) not in done]
         for last in (False, True):
             for number, part in enumerate(self.args.parts):
                 left = self.deadline - time.monotonic()
