@@ -7,8 +7,8 @@
 The operator runs over a real vocabulary on a CPU that is taken for a GPU (tests/divergence/pretended_gpu.py). Its kernels
 are not run but compiled as that launch would have compiled them, and disassembled by the tools that Triton brings along.
 
-kernels.csv has a row for each kernel of each case. A sweep's instructions are those of one turn of its loop, or of a whole
-program that has none, divided by the pairs of logits (student's and teacher's; one logit, where there is one side) that a
+kernels.csv has a row for each kernel of each case. A sweep's instructions are those of one turn of its loop, or of the way
+through a program that has none, divided by the pairs of logits (student's and teacher's; one logit, where there is one side) that a
 thread works on in it: with 132 multiprocessors at 1.7 GHz and 3.35 TB/s an H100 has time for about 8.6 instructions per
 byte that is read or written. `launches` are all that a chunk takes beside its matrix products, torch's included. The rest
 of the columns: registers and spilled bytes of a thread, bits of the widest access, bytes read and written per pair, four
@@ -17,6 +17,7 @@ logits at a time.
 
 import argparse
 import csv
+import os
 import re
 import subprocess
 import sys
@@ -104,17 +105,17 @@ class _Launches(TorchDispatchMode):
 
 def launches(call, tokens: int) -> _Launches:
     """Those of call(tokens)."""
-    found, run, works = _Launches(), triton.JITFunction.run, _triton.works
+    found, run, works = _Launches(), triton.JITFunction.run, (_triton.works, _triton._one_load_works)
 
     def record(kernel, *args, grid, warmup, **options):
         found.triton.append((kernel, args, options))
 
-    triton.JITFunction.run, _triton.works = record, lambda device: True
+    triton.JITFunction.run, _triton.works, _triton._one_load_works = record, lambda *_: True, lambda *_: True
     try:
         with _CountingGPU(found), found:
             call(tokens)
     finally:
-        triton.JITFunction.run, _triton.works = run, works
+        triton.JITFunction.run, (_triton.works, _triton._one_load_works) = run, works
     return found
 
 
@@ -136,16 +137,29 @@ def disassembled(cubin: bytes) -> str:
 
 
 def sweep_of(sass: str) -> list[str]:
-    """The instructions of the longest loop, of all where there is none."""
-    lines = [(int(at, 16), text) for at, text in re.findall(r'^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);', sass, re.M)]
-    end = next(at for at, text in reversed(lines) if text.strip().startswith('EXIT') or ' EXIT' in text)
-    loops = [(0, end)]
-    for at, text in lines:
-        jump = re.search(r'BRA(?:\.\w+)* (?:\S+, )?0x([0-9a-f]+)', text)
-        if jump and int(jump[1], 16) < at <= end:
-            loops.append((int(jump[1], 16), at))
-    first, last = max(loops[1:] or loops, key=lambda loop: loop[1] - loop[0])
-    return [text for at, text in lines if first <= at <= last]
+    """The instructions of the loop over a row's columns; without one, those of the shortest way through the program, which leaves
+    out what only the first and the last program of a row do, and waits for nothing."""
+    lines = [(int(at, 16), text.strip()) for at, text in re.findall(r'^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);', sass, re.M)]
+    number = {at: i for i, (at, _) in enumerate(lines)}
+    jumps = {i: number[int(to[1], 16)] for i, (_, text) in enumerate(lines) if (to := re.search(r'\bBRA\b.* 0x([0-9a-f]+)', text))}
+    loops = [lines[to : at + 1] for at, to in jumps.items() if to < at]
+    rows = [loop for loop in loops if any('LDG.E.128' in text for _, text in loop)]
+    if rows:
+        return [text for _, text in max(rows, key=len)]
+    before, todo = {0: None}, [0]
+    for here in todo:  # breadth first
+        text = lines[here][1]
+        if text.startswith('EXIT'):
+            way = []
+            while here is not None:
+                way, here = [lines[here][1], *way], before[here]
+            return way
+        goes_on = here not in jumps or text.startswith('@') or re.search(r'BRA !?U?P\d', text)
+        for after in ([jumps[here]] if here in jumps else []) + ([here + 1] if goes_on else []):
+            if after not in before:
+                before[after] = here
+                todo.append(after)
+    raise ValueError('a program without an end')
 
 
 def count(case: str, kernel: triton.JITFunction, args: tuple, options: dict, launched: int, keep: Path | None) -> Row:
@@ -177,11 +191,12 @@ def count(case: str, kernel: triton.JITFunction, args: tuple, options: dict, lau
 # ---- the cases ----
 
 
-def dense(divergence: Divergence, labels: bool = False, **extra):
+def dense(divergence: Divergence, labels: bool = False, one_load: bool = False, **extra):
     torch.manual_seed(0)
     weight, head = torch.randn(2, VOCAB, DIM).bfloat16()
 
     def call(tokens: int) -> None:
+        os.environ[_triton.ONE_LOAD] = str(int(one_load))
         hidden = torch.randn(tokens, DIM).bfloat16().requires_grad_()
         more = {'labels': torch.zeros(tokens, dtype=torch.long), 'label_weights': torch.ones(tokens)} if labels else {}
         stats = TokenStats(detail=extra.get('detail', False))
@@ -232,6 +247,13 @@ CASES = {
     'jsd, labels, soft cap': dense(Divergence(temperature=0.9), labels=True, transform=LogitTransform(softcap=30.0)),
     'jsd, labels, detail': dense(Divergence(temperature=0.9), labels=True, detail=True),
     'jsd, labels, sharded': dense(Divergence(temperature=0.9), labels=True, sharded=True),
+    'jsd, one load': dense(Divergence(temperature=0.9), one_load=True),
+    'jsd 0.2, one load': dense(Divergence(beta=0.2), one_load=True),
+    'forward_kl, one load': dense(Divergence('forward_kl'), one_load=True),
+    'skew_reverse_kl, one load': dense(Divergence('skew_reverse_kl'), one_load=True),
+    'jsd, labels, soft cap, one load': dense(
+        Divergence(temperature=0.9), labels=True, one_load=True, transform=LogitTransform(softcap=30.0)
+    ),
     'top-k': few(64),
     'top-k, labels': few(64, labels=True, temperature=0.9),
     'top-k, labels, sharded': few(64, labels=True, sharded=True),
@@ -305,8 +327,8 @@ def _numbered(rows):
 
 
 AIMS = {
-    # A JSD at 1/2 leaves an H200 waiting for memory too; the others an H100.
-    'instructions_per_pair': lambda row: 62 if row['case'] == 'jsd' else 80,
+    # A JSD at 1/2 leaves an H200 waiting for memory too, the others an H100; so does one load of it for two sweeps fewer.
+    'instructions_per_pair': lambda row: 104 if 'one load' in row['case'] else 62 if row['case'] == 'jsd' else 80,
     'registers': lambda row: 128,  # with 256 threads a program two fit into a multiprocessor
     'spilled_bytes': lambda row: 0,
     'bytes_per_pair': lambda row: 10,

@@ -13,10 +13,10 @@ class Launch:
 
 
 # The environment variable that takes the kernel that reads a row once (1) or the three sweeps (0), where there is a choice.
-ONE_LOAD: str | None = None
+ONE_LOAD = 'SWIFT_GKD_ONE_LOAD'
 
 # Bytes that a sweep moves for each of a row's columns: what it reads and what it writes, the gradient being bf16.
-BYTES_PER_COLUMN = {'normalise': 4, 'value': 8, 'gradient': 10, 'tail_gradient': 6}
+BYTES_PER_COLUMN = {'normalise': 4, 'value': 8, 'gradient': 10, 'tail_gradient': 6, 'one_load': 10}
 
 
 def sweep_of(kernel: str) -> str:
@@ -54,3 +54,15 @@ def kernel_launches(meter):
             stack.callback(setattr, kind, 'run', run)
             kind.run = recording(run)
         yield found
+
+
+def one_load_off_by(divergence, vocab: int, device) -> float:
+    """How far the kernel that reads a row once is from the three sweeps, of the largest number of each result."""
+    import torch
+
+    from swift_gkd_plugin.divergence import _triton
+    from swift_gkd_plugin.divergence.sharding import Vocabulary
+    from swift_gkd_plugin.divergence.sweeps import Setting
+
+    setting = Setting(divergence, Vocabulary.whole(vocab), divergence.temperature, None, torch.float32, torch.device(device))
+    return _triton.off_by(setting, _triton.TRIED, difference=False, labels=True)

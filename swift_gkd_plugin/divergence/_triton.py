@@ -1,14 +1,20 @@
-"""The sweeps on a GPU: Triton's kernels, started on the device of their tensors, which need not be the current one."""
+"""The sweeps on a GPU: Triton's kernels, started on the device of their tensors, which need not be the current one.
+
+The environment variable SWIFT_GKD_ONE_LOAD=1 takes one kernel in the place of three sweeps where it can: 10 bytes per pair of
+logits are moved instead of 26. It is off by default until it has run on a GPU.
+"""
 
 import functools
 import logging
 import math
+import os
 
 import torch
 import triton
 from torch import Tensor
 
 from . import _triton_kernels as kernels
+from . import memory
 from .kinds import MAX_LOG_RATIO, Divergence
 from .sharding import Vocabulary
 from .sweeps import Logits, Setting, Sweeps, Tokens
@@ -20,6 +26,13 @@ logger = logging.getLogger(__name__)
 _BLOCK = 2048
 # A program holds all that is listed of a token.
 _MOST_LISTED = 1024
+ONE_LOAD = 'SWIFT_GKD_ONE_LOAD'
+# Of a row, for a program that keeps them: 16 pairs a thread, and three programs fit into a multiprocessor.
+_SLICE = 4096
+# Programs that run one after the other can't wait for each other.
+_ONE_BY_ONE = triton.knobs.runtime.interpret
+# Rows that it is tried with: more programs than a GPU has room for.
+TRIED = 2 if _ONE_BY_ONE else 64
 # Multiplications and additions are to be one instruction, which Triton's newer versions no longer take for granted.
 _OPTIONS = dict(num_warps=8, enable_fp_fusion=True)
 
@@ -96,6 +109,52 @@ class Triton(Sweeps):
                 BLOCK=_BLOCK,
                 **_OPTIONS,
             )
+
+    def at_once(self, logits: Logits, tokens: Tokens, out: Tensor) -> bool:
+        if os.environ.get(ONE_LOAD) != '1' or tokens.best is not None:
+            return False
+        if not _one_load_works(self.setting, logits.difference, tokens.label_weight is not None):
+            return False
+        self.one_load(logits, tokens, out)
+        return True
+
+    def one_load(self, logits: Logits, tokens: Tokens, out: Tensor) -> None:
+        """`normalise`, `sums` and `gradient` in one kernel."""
+        zs, zt, setting = logits.student, logits.teacher, self.setting
+        rows, slices = len(zs), triton.cdiv(zs.shape[1], _SLICE)
+        notes, arrived = zs.new_empty(rows, 7, slices), zs.new_zeros(rows + 1, dtype=torch.int32)
+        labels = tokens.label_lse is not None
+        with torch.cuda.device_of(zs):
+            for sweep in (1, 2, 3) if _ONE_BY_ONE else (0,):
+                kernels.one_load_kernel[(rows * slices,)](
+                    zs,
+                    zt,
+                    *tokens.lse,
+                    tokens.sums,
+                    tokens.sums.stride(0),
+                    tokens.weight,
+                    *(tokens.lse[0] if x is None else x for x in (tokens.label_lse, tokens.label_weight, tokens.label)),
+                    out,
+                    notes,
+                    arrived,
+                    rows,
+                    zs.shape[1],
+                    zs.stride(0),
+                    setting.vocabulary.first_id,
+                    setting.temperature,
+                    setting.softcap or 1.0,
+                    **_form(setting.divergence),
+                    DIFFERENCE=logits.difference,
+                    LABELS=labels,
+                    TRAINED=tokens.label_weight is not None,
+                    AT_ONE=labels and setting.temperature != 1,
+                    SOFTCAP=bool(setting.softcap),
+                    SWEEP=sweep,
+                    SLICES=slices,
+                    PLACES=triton.next_power_of_2(max(slices, 2)),
+                    BLOCK=_SLICE,
+                    **_OPTIONS,
+                )
 
     def tail_gradient(self, logits: Logits, tokens: Tokens, tail_weight: Tensor | None, out: Tensor) -> None:
         z, norm = logits.student, tokens.lse[0]
@@ -207,6 +266,50 @@ def works(device: torch.device) -> bool:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
     logger.warning('Triton does not work here (%s): the divergence is computed without it, right but slower', reason)
     return False
+
+
+@functools.cache
+def _one_load_works(setting: Setting, difference: bool, labels: bool) -> bool:
+    """Whether the one kernel gives the numbers of the three sweeps on this device; a warning, once, where it does not."""
+    columns, device = setting.vocabulary.columns, setting.device
+    slices = triton.cdiv(columns, _SLICE)
+    try:
+        if not _ONE_BY_ONE and slices > (there := torch.cuda.get_device_properties(device).multi_processor_count):
+            raise ValueError(f'a row takes {slices} programs at a time, and there are {there} multiprocessors')
+        wrong = off_by(setting, TRIED, difference, labels)
+        if not wrong < 1e-4:
+            raise ValueError(f'it is off by {wrong:.1e}')
+    except Exception as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        logger.warning('%s=1 is not taken here (%s): the divergence is computed in three sweeps', ONE_LOAD, reason)
+        return False
+    return True
+
+
+def off_by(setting: Setting, rows: int, difference: bool, labels: bool) -> float:
+    """How far the one kernel is from the three sweeps, relative to the largest number of each result. Without random numbers: a
+    run has the same ones with and without this."""
+    device, columns = setting.device, setting.vocabulary.columns
+    zs, zt, out = (memory.Rows(rows, columns, torch.float32, device)[0:rows] for _ in range(3))
+    at = torch.arange(rows * columns, dtype=torch.float32, device=device).view(rows, columns)
+    zs.copy_(at.mul(0.7).sin_().mul_(6))
+    zt.copy_(at.mul(0.3).sin_().mul_(3)).add_(0 if difference else zs)
+    weight, ids = torch.linspace(0.5, 1, rows, device=device), torch.arange(rows, device=device) * (columns // rows)
+    found = []
+    for one_load in (False, True):
+        norms = torch.zeros(2 + labels, rows, dtype=torch.float64, device=device)
+        tokens = Tokens(ids, weight, weight if labels else None, norms, norms[:2], sums=torch.zeros(2, rows, device=device))
+        if labels:
+            tokens.label_lse = norms[2]
+        sweeps, logits = Triton(setting), Logits(zs, zt, difference)
+        if one_load:
+            sweeps.one_load(logits, tokens, out)
+        else:
+            sweeps.normalise(logits, tokens)
+            sweeps.sums(setting.divergence, logits, tokens, tokens.sums)
+            sweeps.gradient(logits, tokens, out)
+        found.append((norms, tokens.sums[0], out.clone()))
+    return max(float((one - three).abs().max() / three.abs().max()) for three, one in zip(*found, strict=True))
 
 
 # ---- near d = 0 ----

@@ -42,7 +42,31 @@ if triton.knobs.runtime.interpret or torch.version.hip:
     def _reciprocal(x):
         return 1.0 / x
 
+    @triton.jit
+    def _maxima(x, y):
+        return tl.max(x, 0), tl.max(y, 0)
+
+    @triton.jit
+    def _totals(x, y):
+        return tl.sum(x, 0), tl.sum(y, 0)
+
 else:
+
+    @triton.jit
+    def _larger(x, y, a, b):
+        return tl.maximum(x, a), tl.maximum(y, b)
+
+    @triton.jit
+    def _plus(x, y, a, b):
+        return x + a, y + b
+
+    @triton.jit
+    def _maxima(x, y):
+        return tl.reduce((x, y), 0, _larger)
+
+    @triton.jit
+    def _totals(x, y):
+        return tl.reduce((x, y), 0, _plus)
 
     @triton.jit
     def _exp2(x):
@@ -171,7 +195,7 @@ def _jit(kernel):
     code = kernel.__code__
     names = [name for name in code.co_varnames[: code.co_argcount] if not name.isupper()]
     rows = _ROWS | ({'out'} if not {'out_stride', 'ERASE'} & set(code.co_varnames) else set())
-    widths = {'columns', 'first_id', 'out_stride', 'norms_stride', 'rows', 'k'}
+    widths = {'columns', 'first_id', 'out_stride', 'norms_stride', 'sums_stride', 'rows', 'k'}
     return triton.jit(
         kernel,
         do_not_specialize=[name for name in names if name in widths],
@@ -309,12 +333,21 @@ def _with_labels_and_softcap(
 ):
     """The gradient of the cross-entropy added, times the softcap's derivative."""
     if LABELS:
-        one_hot = tl.where(place == (tl.load(label + row) - first_id).to(tl.int32), 1.0, 0.0)
-        gradient += (_exp(s * temperature - tl.load(label_lse + row).to(tl.float32)) - one_hot) * tl.load(label_weight + row)
-    if SOFTCAP:
-        tanh = s * (temperature / softcap)
-        gradient *= 1 - tanh * tanh
-    return gradient
+        norm = tl.load(label_lse + row).to(tl.float32)
+        gradient += _cross_entropy_slope(s, place, row, norm, label_weight, label, first_id, temperature)
+    return gradient * _softcap_slope(s, temperature, softcap) if SOFTCAP else gradient
+
+
+@triton.jit
+def _cross_entropy_slope(s, place, row, norm, label_weight, label, first_id, temperature):
+    one_hot = tl.where(place == (tl.load(label + row) - first_id).to(tl.int32), 1.0, 0.0)
+    return (_exp(s * temperature - norm) - one_hot) * tl.load(label_weight + row)
+
+
+@triton.jit
+def _softcap_slope(s, temperature, softcap):
+    tanh = s * (temperature / softcap)
+    return 1 - tanh * tanh
 
 
 @_jit
@@ -390,6 +423,147 @@ def tail_gradient_kernel(
         gradient, s, place, row, label_lse, label_weight, label, first_id, temperature, softcap, LABELS, SOFTCAP
     )
     tl.store(out + start + place, gradient.to(out.dtype.element_ty), mask=inside)
+
+
+# ---- the three sweeps as one ----
+#
+# A row is cut into slices, one program each, which keep their logits in registers and meet twice: when the norms of all slices
+# are known, and when their sums are. A logit is read once, and the gradient is written. Which slice a program works on it learns
+# from a counter when it starts, not from its number: whatever order a GPU starts programs in, the slices of a row start together,
+# and of all programs fewer than a row has slices ever wait for one that has not started.
+
+_PATIENCE = tl.constexpr(1 << 24)  # looks at a counter, half a microsecond each or more
+
+
+@triton.jit
+def _meet(arrived, count):
+    """Wait until `count` programs have come here, after which what they had written can be read; False where they never do."""
+    tl.debug_barrier()
+    tl.atomic_add(arrived, 1, sem='release')
+    looks = 0
+    while (tl.atomic_add(arrived, 0, sem='acquire') < count) & (looks < _PATIENCE):
+        looks += 1
+    return looks < _PATIENCE
+
+
+@triton.jit
+def _note(notes, which: tl.constexpr, other, SLICES: tl.constexpr, PLACES: tl.constexpr):
+    """What all slices say, from their common memory: the multiprocessor's own may have kept what was there before."""
+    place = tl.arange(0, PLACES)
+    return tl.load(notes + which * SLICES + place, mask=place < SLICES, other=other, cache_modifier='.cg')
+
+
+@_jit
+def one_load_kernel(
+    zs,
+    zt,
+    norm_s,
+    norm_t,
+    sums,
+    sums_stride,
+    weight,
+    label_lse,
+    label_weight,
+    label,
+    out,
+    notes,
+    arrived,
+    rows,
+    columns,
+    stride,
+    first_id,
+    temperature,
+    softcap,
+    KIND: tl.constexpr,
+    W: tl.constexpr,
+    REST: tl.constexpr,
+    V: tl.constexpr,
+    A: tl.constexpr,
+    DIFFERENCE: tl.constexpr,
+    LABELS: tl.constexpr,
+    TRAINED: tl.constexpr,
+    AT_ONE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SWEEP: tl.constexpr,
+    SLICES: tl.constexpr,
+    PLACES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`normalise_kernel` of both sides, `value_kernel` and `gradient_kernel`. LABELS: label_lse too, TRAINED: and the gradient of
+    the cross-entropy.
+
+    SWEEP: 0, or 1, 2 or 3 for what stands before the first meeting, between the two and after the second, in a launch of its own,
+    for programs that run one after the other can't meet.
+    notes: [rows, 7, SLICES], what the slices of a row tell each other. arrived: [rows + 1] zeros; the last counts programs.
+    """
+    program = tl.program_id(0)
+    if SWEEP == 0:
+        program = tl.atomic_add(arrived + rows, 1, sem='relaxed')
+    row, slice = program // SLICES, program % SLICES
+    arrived += row
+    notes += row * 7 * SLICES
+    place = slice * BLOCK + tl.arange(0, BLOCK)
+    start = row.to(tl.int64) * stride
+    s, t, d = _both(zs, zt, start + place, place < stride, DIFFERENCE, True)
+    if (slice + 1) * BLOCK > columns:  # beyond the columns: two equal logits without a probability
+        inside = place < columns
+        s, t, d = tl.where(inside, s, -1e30), tl.where(inside, t, -1e30), tl.where(inside, d, 0.0)
+
+    if SWEEP < 2:
+        m_s, m_t = _maxima(s, t)
+        m_s, m_t = tl.maximum(m_s, _NOTHING), tl.maximum(m_t, _NOTHING)
+        total_s, total_t = _totals(_exp(s - m_s), _exp(t - m_t))
+        tl.store(notes + slice, m_s)
+        tl.store(notes + SLICES + slice, m_t)
+        tl.store(notes + 2 * SLICES + slice, total_s)
+        tl.store(notes + 3 * SLICES + slice, total_t)
+        if AT_ONE:
+            tl.store(notes + 4 * SLICES + slice, tl.sum(_exp((s - m_s) * temperature), 0))
+    all_came = True
+    if SWEEP == 0:
+        all_came = _meet(arrived, SLICES)
+
+    if SWEEP != 1:
+        tops_s, tops_t = _note(notes, 0, _NOTHING, SLICES, PLACES), _note(notes, 1, _NOTHING, SLICES, PLACES)
+        totals_s, totals_t = _note(notes, 2, 0.0, SLICES, PLACES), _note(notes, 3, 0.0, SLICES, PLACES)
+        m_s, m_t = _maxima(tops_s, tops_t)
+        total_s, total_t = _totals(totals_s * _exp(tops_s - m_s), totals_t * _exp(tops_t - m_t))
+        m_one, total_one = m_s, total_s
+        if AT_ONE:
+            m_one = m_s * temperature
+            total_one = tl.sum(_note(notes, 4, 0.0, SLICES, PLACES) * _exp((tops_s - m_s) * temperature), 0)
+        if slice == 0:
+            tl.store(norm_s + row, m_s.to(tl.float64) + tl.log(total_s.to(tl.float64)))
+            tl.store(norm_t + row, m_t.to(tl.float64) + tl.log(total_t.to(tl.float64)))
+            if LABELS:
+                tl.store(label_lse + row, m_one.to(tl.float64) + tl.log(total_one.to(tl.float64)))
+        d -= (m_t - m_s) + tl.log(total_t / total_s)
+        student, column, slope = _column(s - (m_s + tl.log(total_s)), t - (m_t + tl.log(total_t)), d, KIND, W, REST, V, A)
+        if KIND != 'forward_kl':
+            slope = student * slope
+        # The gradient is slope - centre·student.
+        if SWEEP != 3:
+            value, centre = _totals(column, slope)
+            tl.store(notes + 5 * SLICES + slice, tl.where(all_came, value, float('nan')))
+            tl.store(notes + 6 * SLICES + slice, centre)
+        factor = tl.load(weight + row)
+        slope, student = slope * factor, student * factor
+        if TRAINED:
+            norm = (m_one + tl.log(total_one)).to(tl.float32)
+            slope += _cross_entropy_slope(s, place, row, norm, label_weight, label, first_id, temperature)
+        if SOFTCAP:
+            steepness = _softcap_slope(s, temperature, softcap)
+            slope, student = slope * steepness, student * steepness
+        if SWEEP == 0:
+            all_came = _meet(arrived, 2 * SLICES) & all_came
+        if SWEEP != 2:
+            values, centres = _note(notes, 5, 0.0, SLICES, PLACES), _note(notes, 6, 0.0, SLICES, PLACES)
+            value, centre = _totals(values, centres)
+            centre = tl.where(all_came, centre, float('nan'))  # and so the gradient: a run stops there
+            if slice == 0:
+                tl.store(sums + row, value)
+                tl.store(sums + sums_stride + row, centre)
+            tl.store(out + start + place, (slope - student * centre).to(out.dtype.element_ty), mask=place < stride)
 
 
 # ---- few columns of each row ----

@@ -161,7 +161,9 @@ def _work_on(call: Call, sweeps: Sweeps, rows: slice, logits: Logits, tokens: To
     teacher, reduce = call.teacher, call.vocabulary.reduce
     if tokens.label is not None:
         sweeps.take(logits.student, tokens.label[:, None], tokens.label_logit[:, None])
-    listed = None
+    dense, listed = isinstance(teacher, LogitsTeacher), None
+    if dense and into is not None and reduce.group is None and sweeps.at_once(logits, tokens, into):
+        return
     if isinstance(teacher, TopKTeacher):
         ids = teacher.ids[rows]
         listed = Listed(teacher, rows, reduce.sum(sweeps.take(logits.student, ids, logits.student.new_empty(ids.shape), erase=True)))
@@ -179,7 +181,7 @@ def _work_on(call: Call, sweeps: Sweeps, rows: slice, logits: Logits, tokens: To
             tokens.sums.copy_(reduce.sum(here))
     if into is None:
         return
-    if isinstance(teacher, LogitsTeacher):
+    if dense:
         sweeps.gradient(logits, tokens, into)
     elif listed is None:
         sweeps.tail_gradient(logits, tokens, None, into)

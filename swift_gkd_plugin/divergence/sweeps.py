@@ -103,6 +103,10 @@ class Sweeps(ABC):
     def tail_gradient(self, logits: Logits, tokens: Tokens, tail_weight: Tensor | None, out: Tensor) -> None:
         """The same with tail_weight·softmax [rows] in place of D's gradient; None: that of the cross-entropy alone."""
 
+    def at_once(self, logits: Logits, tokens: Tokens, out: Tensor) -> bool:
+        """Do `normalise`, `sums` and `gradient` of all columns, a row's being here, and say True, or nothing and False."""
+        return False
+
     def combine(self, gathered: Tensor, norms: Tensor) -> None:
         """Fill norms [n, rows] with log Σ exp of what the ranks of a group have, [ranks, n, rows]."""
         norms.copy_(gathered.logsumexp(0))

@@ -2,6 +2,7 @@
 arguments name the parts to run. Started by test_divergence_kernels.py with TRITON_INTERPRET=1."""
 
 import importlib
+import os
 import sys
 
 import torch
@@ -73,9 +74,9 @@ def inputs(distance=1.0):
     return x, x['hidden'] + distance * torch.randn(5, 8), torch.tensor([3, -100, 5002, 0, 4096]), torch.rand(5)
 
 
-def dense():
-    for divergence in KINDS + (SMALL[:2] if compiled else SMALL):
-        for distance in (1e-3, 1.0, 4.0):
+def dense(kinds=KINDS + SMALL, distances=(1e-3, 1.0, 4.0)):
+    for divergence in kinds[: len(KINDS) + 2] if compiled else kinds:
+        for distance in distances:
             x, other, labels, weights = inputs(distance)
             # One head for both sides gives the difference of their logits; with a softcap, or another head, both are made.
             variants = [(None, None, labels, False), (None, None, None, True), (x['weight'], LogitTransform(0.7, 9.0), labels, True)]
@@ -183,9 +184,9 @@ def half():
                 close(one, other_one, 5e-3 if compiled else 1e-2, f'{divergence.kind} gradient of bf16, {tokens} tokens a product')
 
 
-def extremes():
+def extremes(cases=90):
     """Logits that differ by 1e-7 to 1e30 in one column, masked ones, and temperatures from 0.1 to 4, against float64."""
-    for number in range(90):
+    for number in range(cases):
         kind = ALL_KINDS[number % len(ALL_KINDS)]
         weight = (1e-6, 1e-3, 0.1, 0.5, 0.9, 1 - 1e-3, 1 - 1e-6)[number % 7]
         divergence = Divergence(kind, weight, 0.1 * 40 ** float(torch.rand(())), weight)
@@ -208,6 +209,24 @@ def extremes():
             # A plain KL's slope is a log-ratio that is rounded, a TVD's jumps where two probabilities are equal.
             off = (gradient - right_gradient).norm(dim=-1)
             assert (off <= 1e-5 * right_gradient.norm(dim=-1) + 2 * rounded / divergence.temperature).all(), (divergence, off)
+
+
+def one_load():
+    """The kernel that reads a row once: in three launches, for programs that are interpreted one after the other can't meet. Where
+    it gives other numbers than the sweeps, they do the work, and a warning says so."""
+    triton = sys.modules[sweeps.__module__]
+    os.environ[triton.ONE_LOAD] = '1'
+    whole, launches = sweeps.one_load, []
+    sweeps.one_load = lambda self, *args: launches.append(1) or whole(self, *args)
+    dense([KINDS[0], KINDS[2], KINDS[5], KINDS[6], SMALL[0]], (1.0,))
+    extremes(24)
+    assert len(launches) > 40
+    warnings = []
+    triton.logger.warning = lambda *args: warnings.append(args[0] % args[1:])
+    triton._one_load_works.cache_clear()
+    sweeps.one_load = lambda self, logits, tokens, out: out.zero_()
+    dense(KINDS[3:4], (1.0,))
+    assert warnings and all('three sweeps' in one and 'off by 1.0e+00' in one for one in warnings), warnings
 
 
 torch.manual_seed(0)

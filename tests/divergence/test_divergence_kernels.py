@@ -33,7 +33,7 @@ def run_worker(name, *arguments):
 
 PARTS = ['dense', 'few', 'strided', 'half']
 # At their extremes the compiled loops are torch operations: they call the same functions.
-CASES = [('Triton', 'extremes'), *itertools.product(['Triton', 'Compiled'], PARTS)]
+CASES = [('Triton', 'extremes'), ('Triton', 'one_load'), *itertools.product(['Triton', 'Compiled'], PARTS)]
 
 
 @pytest.mark.parametrize(('sweeps', 'part'), CASES)
@@ -89,7 +89,8 @@ def test_triton_kernels_start_on_the_device_of_their_tensors(monkeypatch):
     sweeps.tail_gradient(logits, tokens, None, z)
     sweeps.put(ids, torch.zeros(2, 3), z)
     sweeps.combine(double[None], double)
-    assert started == ['cpu'] * 8 and current == ['another']
+    sweeps.one_load(logits, tokens, z)
+    assert started == ['cpu'] * 9 and current == ['another']
 
 
 def test_a_divergence_without_a_kernel(monkeypatch):
