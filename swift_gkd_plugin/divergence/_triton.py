@@ -229,6 +229,9 @@ def _near_zero(kind: str, w: float):
     def over_s(d):  # log(M/S)
         return math.log1p(w * math.expm1(d))
 
+    def over_t(d):  # log(M/T)
+        return math.log1p(rest * math.expm1(-d))
+
     def s_over_m(d):  # S/M - 1
         return -w * math.expm1(d) / (1 + w * math.expm1(d))
 
@@ -241,7 +244,7 @@ def _near_zero(kind: str, w: float):
             (lambda d: (over_s(d) - d / 2) / d**2) if w == 0.5 else lambda d: -rest * over_s(d) / d,
         ),
         'skew_forward_kl': (
-            lambda d: (d - over_s(d) + rest * math.expm1(-d)) / d**2,
+            lambda d: (rest * math.expm1(-d) - over_t(d)) / d**2,
             lambda d: rest**2 / w * s_over_m(d) / d,
         ),
         'skew_reverse_kl': (

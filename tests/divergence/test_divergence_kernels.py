@@ -33,7 +33,7 @@ def run_worker(name, *arguments):
 
 PARTS = ['dense', 'few', 'strided', 'half']
 # At their extremes the compiled loops are torch operations: they call the same functions.
-CASES = [('Triton', 'extremes'), *itertools.product(['Triton', 'Compiled'], PARTS)]
+CASES = [('Triton', 'extremes'), ('Triton', 'close_few'), *itertools.product(['Triton', 'Compiled'], PARTS)]
 
 
 @pytest.mark.parametrize(('sweeps', 'part'), CASES)
