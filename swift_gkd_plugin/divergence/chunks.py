@@ -229,7 +229,7 @@ def _losses(call: Call, tokens: Tokens) -> Tensor:
     found = {}
     if tokens.label is not None:
         logit = call.vocabulary.reduce.sum(tokens.label_logit)
-        found['cross_entropy'] = (tokens.label_lse - logit.double() * call.student.temperature).to(dtype) * _counts(call)
+        found['cross_entropy'] = (tokens.label_lse - logit.double() * call.setting.to_one).to(dtype) * _counts(call)
         if weights.cross_entropy is not None:
             loss += weights.cross_entropy.to(dtype) * found['cross_entropy']
     if tokens.sums is not None:

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from divergence_reference import relative
+from divergence_reference import relative, sure_of_its_labels
 
 from swift_gkd_plugin.divergence import Divergence, LogitTransform, TokenStats, chunks, linear_divergence, sharding, topk_divergence
 
@@ -122,6 +122,7 @@ def main():
     for kind in ('reverse_kl', 'skew_forward_kl', 'skew_reverse_kl', 'tvd'):
         compare(Divergence(kind), 170, 150, uneven=True, detail=False)
     identical_models()
+    certain_tokens()
     chunks_chosen_by_default()
     dist.barrier()
     # Every check has passed. gloo's threads may still talk to a peer that is gone already, and end a process that waits for them.
@@ -143,6 +144,20 @@ def identical_models():
         vocab_group=dist.group.WORLD,
     )
     assert found.max() < 1e-10, f'identical models are {float(found.max())} apart'
+
+
+def certain_tokens():
+    """Their cross-entropy, at a temperature that no binary number is."""
+    hidden, weight, labels = sure_of_its_labels(160)
+    divergence, group = Divergence(temperature=0.7), dist.group.WORLD
+    topk = torch.log_softmax(hidden @ weight.t() / 0.7, -1).topk(3)
+    weight = shard(weight, cut(160, False))
+    for call in (
+        lambda **more: linear_divergence(hidden, weight, hidden, weight, divergence, **more),
+        lambda **more: topk_divergence(hidden, weight, *topk, divergence, **more),
+    ):
+        call(labels=labels, vocab_group=group, stats=(stats := TokenStats()))
+        assert stats.cross_entropy.abs().max() < 1e-6, stats.cross_entropy
 
 
 def chunks_chosen_by_default():

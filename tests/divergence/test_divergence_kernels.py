@@ -31,7 +31,7 @@ def run_worker(name, *arguments):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-PARTS = ['dense', 'few', 'strided', 'half']
+PARTS = ['dense', 'few', 'strided', 'certain', 'half']
 # At their extremes the compiled loops are torch operations: they call the same functions.
 CASES = [('Triton', 'extremes'), ('Triton', 'close_few'), *itertools.product(['Triton', 'Compiled'], PARTS)]
 
