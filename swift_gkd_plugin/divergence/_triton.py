@@ -8,10 +8,10 @@ import torch
 import triton
 from torch import Tensor
 
+from . import _trial
 from . import _triton_kernels as kernels
 from .kinds import MAX_LOG_RATIO, Divergence
-from .sharding import Vocabulary
-from .sweeps import Logits, Setting, Sweeps, Tokens
+from .sweeps import Logits, Sweeps, Tokens
 from .topk import KNOWN, Listed
 
 logger = logging.getLogger(__name__)
@@ -193,16 +193,14 @@ def _few_options(ids: Tensor) -> dict:
 
 
 @functools.cache
-def works(device: torch.device) -> bool:
-    """Whether the kernels can be compiled and started on a device; a warning, once, where they can't."""
-    reason = 'a kernel gives wrong numbers'
+def works(device: torch.device, divergence: Divergence) -> bool:
+    """Whether the kernels of a divergence can be compiled and started on a device, and do there what torch operations do; a
+    warning, once, where they don't."""
     try:
-        setting = Setting(Divergence(), Vocabulary.whole(3), 1.0, None, torch.float32, device)
-        norms = torch.zeros(1, 1, dtype=torch.float64, device=device)
-        tokens = Tokens(None, None, None, norms, norms)
-        Triton(setting).normalise(Logits(torch.zeros(1, 3, device=device), None), tokens)
-        if abs(float(tokens.lse) - math.log(3)) < 1e-6:
+        wrong = _trial.wrong(Triton, divergence, device)
+        if wrong is None:
             return True
+        reason = f'a kernel gives wrong numbers: {wrong}'
     except Exception as error:  # whatever a compiler, Python's headers or a driver can lack
         reason = (str(error).strip() or repr(error)).splitlines()[0]
     logger.warning('Triton does not work here (%s): the divergence is computed without it, right but slower', reason)

@@ -6,7 +6,6 @@ teacher's head that lie on another rank are sent there once per call. Weights mo
 the tokens.
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -94,10 +93,8 @@ def shard_widths(group, student: int, teacher: int, device: torch.device) -> lis
     return _widths[key]
 
 
-@functools.cache
 def on_all_ranks(group, here: bool, device: torch.device) -> bool:
-    """Whether something that is true or not of this process for good is true of all in the group: asked once, then
-    remembered, as the widths are."""
+    """Whether something that is true or not of this process is true of all in the group, which ask at the same time."""
     return bool(Reduce(group).min(torch.tensor(int(here), device=device))) if group is not None else here
 
 
