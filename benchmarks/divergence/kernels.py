@@ -42,6 +42,7 @@ TABLE = Path(__file__).with_suffix('.csv')
 VOCAB, DIM, CHUNK = 151_936, 8, 3
 FOUR_CHUNKS = 4 * CHUNK  # which share one product of their gradients
 HOPPER = GPUTarget('cuda', 90, 32)
+JSD = Divergence()
 
 
 @dataclass
@@ -110,7 +111,7 @@ def launches(call, tokens: int) -> _Launches:
     def record(kernel, *args, grid, warmup, **options):
         found.triton.append((kernel, args, options))
 
-    triton.JITFunction.run, _triton.works, _triton._one_load_works = record, lambda *_: True, lambda *_: True
+    triton.JITFunction.run, _triton.works, _triton._one_load_works = record, lambda *args: True, lambda *args: True
     try:
         with _CountingGPU(found), found:
             call(tokens)
@@ -214,7 +215,7 @@ def group() -> dist.ProcessGroup:
     return dist.group.WORLD
 
 
-def few(k: int, labels: bool = False, temperature: float = 1.0, sharded: bool = False):
+def few(k: int, labels: bool = False, divergence: Divergence = JSD, sharded: bool = False):
     """k log-probabilities of a teacher, or none of it."""
     torch.manual_seed(0)
     weight = torch.randn(VOCAB, DIM).bfloat16()
@@ -223,7 +224,6 @@ def few(k: int, labels: bool = False, temperature: float = 1.0, sharded: bool = 
         hidden = torch.randn(tokens, DIM).bfloat16().requires_grad_()
         more = {'labels': torch.zeros(tokens, dtype=torch.long), 'label_weights': torch.ones(tokens)} if labels else {}
         more |= {'reduction': 'sum', 'chunk_tokens': CHUNK, 'vocab_group': group() if sharded else None}
-        divergence = Divergence(temperature=temperature)
         if k:
             topk = torch.randn(tokens, VOCAB).log_softmax(-1).topk(k)
             topk_divergence(hidden, weight, *topk, divergence, **more)
@@ -242,6 +242,8 @@ CASES = {
     'reverse_kl': dense(Divergence('reverse_kl')),
     'skew_forward_kl': dense(Divergence('skew_forward_kl')),
     'skew_reverse_kl': dense(Divergence('skew_reverse_kl')),
+    'skew_forward_kl 0.999': dense(Divergence('skew_forward_kl', skew=0.999)),
+    'skew_reverse_kl 0.999': dense(Divergence('skew_reverse_kl', skew=0.999)),
     'tvd': dense(Divergence('tvd')),
     'jsd, labels': dense(Divergence(temperature=0.9), labels=True),
     'jsd, labels, soft cap': dense(Divergence(temperature=0.9), labels=True, transform=LogitTransform(softcap=30.0)),
@@ -255,10 +257,11 @@ CASES = {
         Divergence(temperature=0.9), labels=True, one_load=True, transform=LogitTransform(softcap=30.0)
     ),
     'top-k': few(64),
-    'top-k, labels': few(64, labels=True, temperature=0.9),
+    'top-k, labels': few(64, labels=True, divergence=Divergence(temperature=0.9)),
+    'top-k, skew_forward_kl 0.999': few(64, divergence=Divergence('skew_forward_kl', skew=0.999)),
     'top-k, labels, sharded': few(64, labels=True, sharded=True),
     'cross-entropy': few(0, labels=True),
-    'cross-entropy at 0.9': few(0, labels=True, temperature=0.9),
+    'cross-entropy at 0.9': few(0, labels=True, divergence=Divergence(temperature=0.9)),
 }
 
 

@@ -71,7 +71,7 @@ def make_step(name: str, hs, ws, ht, wt):
         def loss_of():
             with torch.no_grad():
                 teacher = (ht @ wt.t())[None]
-            labels = torch.zeros(1, tokens, dtype=torch.long, device=hs.device)
+            labels = torch.zeros(1, tokens, dtype=torch.long)
             total, count = gkd_loss((hs @ ws.t())[None], TeacherOutput(full_logits=teacher), labels, BETA, TEMPERATURE)
             return total / count
     elif name == 'trl':
@@ -85,10 +85,10 @@ def make_step(name: str, hs, ws, ht, wt):
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
         # Compiled by default, which on a CPU takes longer than it saves.
-        liger = LigerFusedLinearJSDLoss(beta=BETA, temperature=TEMPERATURE, compiled=hs.is_cuda, weight_hard_loss=0.0, weight_soft_loss=1.0)
+        liger = LigerFusedLinearJSDLoss(beta=BETA, temperature=TEMPERATURE, compiled=False, weight_hard_loss=0.0, weight_soft_loss=1.0)
 
         def loss_of():
-            return liger(hs, ws, ht, wt, torch.zeros(tokens, dtype=torch.long, device=hs.device))
+            return liger(hs, ws, ht, wt, torch.zeros(tokens, dtype=torch.long))
 
     def step():
         loss = loss_of()
@@ -183,14 +183,10 @@ def measure(args) -> None:
                     )
                     print(rows[-1], flush=True)
     if args.out:
-        write(rows, args.out)
-
-
-def write(rows: list[dict], target: str) -> None:
-    with open(target, 'w', newline='') as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+        with open(args.out, 'w', newline='') as file:
+            writer = csv.DictWriter(file, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 def plot(source: str, target: str) -> None:
@@ -202,10 +198,7 @@ def plot(source: str, target: str) -> None:
     with open(source) as file:
         rows = list(csv.DictReader(file))
 
-    def panel(row: dict) -> str:
-        return f'{row["dtype"]}, {row["head"]} head' if 'head' in row else row['dtype']
-
-    panels = list(dict.fromkeys(map(panel, rows)))
+    panels = list(dict.fromkeys(row['dtype'] for row in rows))
     figure, axes = plt.subplots(len(panels), 2, figsize=(11, 4 * len(panels)), squeeze=False)
     for line, title in zip(axes, panels, strict=True):
         for axis, field, label in (
@@ -213,7 +206,7 @@ def plot(source: str, target: str) -> None:
             (line[1], 'extra_gb', 'extra peak memory, GB'),
         ):
             for name in IMPLEMENTATIONS:
-                points = sorted((int(r['tokens']), float(r[field])) for r in rows if r['implementation'] == name and panel(r) == title)
+                points = sorted((int(r['tokens']), float(r[field])) for r in rows if r['implementation'] == name and r['dtype'] == title)
                 if points:
                     axis.plot(*zip(*points, strict=True), marker='o', label=name)
             axis.set(xscale='log', yscale='log', xlabel='tokens', ylabel=label, title=title)
@@ -223,29 +216,23 @@ def plot(source: str, target: str) -> None:
             axis.minorticks_off()
             axis.grid(alpha=0.3)
             axis.legend()
-    machine = rows[0]['device'] if 'device' in rows[0] else f'{rows[0]["threads"]} CPU threads'
-    figure.suptitle(f'Output heads + JSD, forward and backward: hidden {rows[0]["hidden"]}, vocabulary {rows[0]["vocab"]}, {machine}')
+    sizes = f'hidden {rows[0]["hidden"]}, vocabulary {rows[0]["vocab"]}, {rows[0]["threads"]} CPU threads'
+    figure.suptitle(f'Output heads + JSD, forward and backward: {sizes}')
     figure.tight_layout()
     figure.savefig(target, dpi=120)
 
 
-def make_parser(description: str, tokens: list[int], hidden: int, dtypes: list[str], repeats: int) -> argparse.ArgumentParser:
-    """The options of both scripts, with the defaults of one."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--implementations', nargs='+', default=IMPLEMENTATIONS)
-    parser.add_argument('--tokens', nargs='+', type=int, default=tokens)
-    parser.add_argument('--hidden', type=int, default=hidden)
+    parser.add_argument('--tokens', nargs='+', type=int, default=[256, 1024, 8192])
+    parser.add_argument('--hidden', type=int, default=512)
     parser.add_argument('--vocab', type=int, default=151936)
-    parser.add_argument('--dtypes', nargs='+', default=dtypes)
-    parser.add_argument('--repeats', type=int, default=repeats)
+    parser.add_argument('--dtypes', nargs='+', default=['float32', 'bfloat16'])
+    parser.add_argument('--repeats', type=int, default=3)
     parser.add_argument('--out')
     parser.add_argument('--plot', nargs=2, metavar=('CSV', 'PNG'))
     parser.add_argument('--worker', help=argparse.SUPPRESS)
-    return parser
-
-
-def main() -> None:
-    parser = make_parser(__doc__, [256, 1024, 8192], 512, ['float32', 'bfloat16'], 3)
     parser.add_argument('--others-up-to', type=int, default=1024, help='tokens up to which implementations with whole logits are run')
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--ratio', choices=['seconds', 'cpu_seconds'], default='seconds')

@@ -8,7 +8,7 @@ In the order to read them:
     sweeps.py      what the engine asks of the elementwise work: normalise, sums, gradient
     _eager.py      that by torch operations on `kinds.py`
     _compiled.py   by loops that torch.compile makes of `kinds.py`
-    _triton.py     by Triton's kernels, which are in _triton_kernels.py
+    _triton.py     by Triton's kernels, which are in _triton_kernels.py; _trial.py tries them out on a device
     topk.py        a teacher of which k log-probabilities are known
     heads.py, gradients.py, sharding.py, memory.py, stats.py
 

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 class Compiled(Sweeps):
     def normalise(self, logits: Logits, tokens: Tokens) -> None:
-        temperature, detail = self.setting.temperature, tokens.best is not None
+        temperature, detail = self.setting.to_one, tokens.best is not None
         for side, z in enumerate((logits.student, logits.teacher)):
             if z is None:
                 continue
@@ -42,12 +42,12 @@ class Compiled(Sweeps):
             into.copy_(sums)
 
     def gradient(self, logits: Logits, tokens: Tokens, out: Tensor) -> None:
-        sweep = _differentiating(self.setting.divergence, logits.difference, self.setting.temperature, self.setting.softcap)
+        sweep = _differentiating(self.setting.divergence, logits.difference, self.setting.to_one, self.setting.softcap)
         inputs = logits.student, logits.teacher, *_norms(tokens), _own(tokens.sums[1]), _own(tokens.weight), self._label(tokens)
         sweep(*inputs, None if out is logits.student else out)
 
     def tail_gradient(self, logits: Logits, tokens: Tokens, tail_weight: Tensor | None, out: Tensor) -> None:
-        sweep = _tail(tail_weight is not None, self.setting.temperature, self.setting.softcap)
+        sweep = _tail(tail_weight is not None, self.setting.to_one, self.setting.softcap)
         sweep(
             logits.student,
             _own(tokens.lse[0]),

@@ -44,10 +44,10 @@ class Eager(Sweeps):
             tokens.label_lse.copy_(self.local[0] if self.setting.temperature == 1 else self._normalise_at_one(logits.student))
 
     def _normalise_at_one(self, z: Tensor) -> Tensor:
-        p = torch.mul(z, self.setting.temperature, out=self._buffer('p at one', len(z)))
-        top = p.amax(-1)
-        total = p.sub_(top[:, None]).exp_().sum(-1, dtype=torch.float64)
-        self.top_at_one = top.double()
+        top = z.amax(-1)
+        p = torch.sub(z, top[:, None], out=self._buffer('p at one', len(z)))
+        total = p.mul_(self.setting.to_one).exp_().sum(-1, dtype=torch.float64)
+        self.top_at_one = top.double() * self.setting.to_one
         return self.top_at_one + total.log()
 
     def sums(self, divergence: Divergence, logits: Logits, tokens: Tokens, out: Tensor) -> None:

@@ -13,11 +13,11 @@ import torch
 import triton
 from torch import Tensor
 
+from . import _trial
 from . import _triton_kernels as kernels
 from . import memory
 from .kinds import MAX_LOG_RATIO, Divergence
-from .sharding import Vocabulary
-from .sweeps import Logits, Setting, Sweeps, Tokens
+from .sweeps import Logits, Sweeps, Tokens
 from .topk import KNOWN, Listed
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Triton(Sweeps):
                     tokens.entropy[side] if detail else nothing,
                     z.shape[1],
                     z.stride(0),
-                    self.setting.temperature,
+                    self.setting.to_one,
                     ADD=bool(side and logits.difference),
                     LABELS=labels,
                     AT_ONE=labels and self.setting.temperature != 1,
@@ -100,7 +100,7 @@ class Triton(Sweeps):
                 out,
                 zs.stride(0),
                 self.setting.vocabulary.first_id,
-                self.setting.temperature,
+                self.setting.to_one,
                 self.setting.softcap or 1.0,
                 **_form(self.setting.divergence),
                 DIFFERENCE=logits.difference,
@@ -141,7 +141,7 @@ class Triton(Sweeps):
                     zs.shape[1],
                     zs.stride(0),
                     setting.vocabulary.first_id,
-                    setting.temperature,
+                    setting.to_one,
                     setting.softcap or 1.0,
                     **_form(setting.divergence),
                     DIFFERENCE=logits.difference,
@@ -167,7 +167,7 @@ class Triton(Sweeps):
                 out,
                 z.stride(0),
                 self.setting.vocabulary.first_id,
-                self.setting.temperature,
+                self.setting.to_one,
                 self.setting.softcap or 1.0,
                 TAIL=tail_weight is not None,
                 LABELS=tokens.label_weight is not None,
@@ -215,7 +215,7 @@ class Triton(Sweeps):
                 tail_weight,
                 per_id,
                 ids.shape[1],
-                setting.temperature,
+                setting.to_one,
                 setting.softcap or 1.0,
                 SHARPENING=setting.temperature / setting.divergence.temperature,
                 KIND=form['KIND'],
@@ -252,16 +252,14 @@ def _few_options(ids: Tensor) -> dict:
 
 
 @functools.cache
-def works(device: torch.device) -> bool:
-    """Whether the kernels can be compiled and started on a device; a warning, once, where they can't."""
-    reason = 'a kernel gives wrong numbers'
+def works(device: torch.device, divergence: Divergence) -> bool:
+    """Whether the kernels of a divergence can be compiled and started on a device, and do there what torch operations do; a
+    warning, once, where they don't."""
     try:
-        setting = Setting(Divergence(), Vocabulary.whole(3), 1.0, None, torch.float32, device)
-        norms = torch.zeros(1, 1, dtype=torch.float64, device=device)
-        tokens = Tokens(None, None, None, norms, norms)
-        Triton(setting).normalise(Logits(torch.zeros(1, 3, device=device), None), tokens)
-        if abs(float(tokens.lse) - math.log(3)) < 1e-6:
+        wrong = _trial.wrong(Triton, divergence, device)
+        if wrong is None:
             return True
+        reason = f'a kernel gives wrong numbers: {wrong}'
     except Exception as error:  # whatever a compiler, Python's headers or a driver can lack
         reason = (str(error).strip() or repr(error)).splitlines()[0]
     logger.warning('Triton does not work here (%s): the divergence is computed without it, right but slower', reason)
@@ -332,6 +330,9 @@ def _near_zero(kind: str, w: float):
     def over_s(d):  # log(M/S)
         return math.log1p(w * math.expm1(d))
 
+    def over_t(d):  # log(M/T)
+        return math.log1p(rest * math.expm1(-d))
+
     def s_over_m(d):  # S/M - 1
         return -w * math.expm1(d) / (1 + w * math.expm1(d))
 
@@ -344,7 +345,7 @@ def _near_zero(kind: str, w: float):
             (lambda d: (over_s(d) - d / 2) / d**2) if w == 0.5 else lambda d: -rest * over_s(d) / d,
         ),
         'skew_forward_kl': (
-            lambda d: (d - over_s(d) + rest * math.expm1(-d)) / d**2,
+            lambda d: (rest * math.expm1(-d) - over_t(d)) / d**2,
             lambda d: rest**2 / w * s_over_m(d) / d,
         ),
         'skew_reverse_kl': (

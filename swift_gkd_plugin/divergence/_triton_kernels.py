@@ -25,6 +25,7 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 _LIMIT = tl.constexpr(10000.0)  # kinds.MAX_LOG_RATIO
 _NOTHING = tl.constexpr(-3e38)  # below any logit
+_SLIGHT = tl.constexpr(1 / 8)  # kinds._SLIGHT
 
 # Triton's own exponential takes care of results that are no normal numbers: four instructions for one. Its interpreter has no
 # inline assembly, and other GPUs have another one.
@@ -81,9 +82,31 @@ else:
         return tl.inline_asm_elementwise('rcp.approx.ftz.f32 $0, $1;', '=f,f', [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
+# In fp64 Triton's own do; with an `else`, for the compiler goes on after a `return`.
+
+
 @triton.jit
 def _exp(x):
-    return _exp2(x * _LOG2E)
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    else:
+        return _exp2(x * _LOG2E)
+
+
+@triton.jit
+def _log(x):
+    if x.dtype == tl.float64:
+        return tl.log(x)
+    else:
+        return _log2(x) * _LN2
+
+
+@triton.jit
+def _one_over(x):
+    if x.dtype == tl.float64:
+        return 1.0 / x
+    else:
+        return _reciprocal(x)
 
 
 @triton.jit
@@ -97,17 +120,23 @@ def _polynomial(x, C: tl.constexpr):
 
 
 @triton.jit
+def _bend(s):
+    """log(1 + x) / s - 2 of s = x / (2 + x), for |x| < 1/2. Hence x - log(1 + x) = s·(x - bend)."""
+    q = s * s
+    p = 0.2857142857142857 + q * (0.2222222222222222 + q * 0.18181818181818182)
+    return q * (0.6666666666666666 + q * (0.4 + q * p))
+
+
+@triton.jit
 def _log1p(x):
     """log(1 + x) for x > -1/8, as 2·atanh(x / (2 + x)) near 0."""
-    s = x * _reciprocal(2 + x)
-    q = s * s
-    p = 1 + q * (0.3333333333333333 + q * (0.2 + q * (0.14285714285714285 + q * (0.1111111111111111 + q * 0.09090909090909091))))
-    return tl.where(tl.abs(x) < 0.5, 2 * s * p, _log2(1 + x) * _LN2)
+    s = x * _one_over(2 + x)
+    return tl.where(tl.abs(x) < 0.5, s * (2 + _bend(s)), _log(1 + x))
 
 
 @triton.jit
 def _mixture(d, W: tl.constexpr, REST: tl.constexpr):
-    """For |d| >= NEAR: log(M/S), log(M/T) and (S - T)/M. The smaller weight, where it is small indeed, is that of an
+    """Where |d| >= NEAR, or in fp64: log(M/S), log(M/T) and (S - T)/M. The smaller weight, where it is small indeed, is that of an
     exponential that may be large: 1 - W·(1 - e^d) would leave nothing of a W of 1e-6."""
     if W < 1 / 16 or REST < 1 / 16:
         first: tl.constexpr = W < 1 / 16
@@ -116,13 +145,25 @@ def _mixture(d, W: tl.constexpr, REST: tl.constexpr):
         exponent = tl.minimum(difference, 80.0)
         grown = _exp(exponent) - 1
         h = _log1p(small * grown)
-        ratio = grown * _reciprocal(1 + small * grown)
+        ratio = grown * _one_over(1 + small * grown)
         beyond = h + (difference - exponent)
         return (beyond, h - exponent, -ratio) if first else (h - exponent, beyond, ratio)
     y = _exp(-tl.abs(d)) - 1
     m = tl.where(d > 0, REST, W) * y + 1  # M/P
-    h = _log2(m) * _LN2
-    return h + tl.maximum(d, 0.0), h + tl.maximum(-d, 0.0), tl.where(d > 0, y, -y) * _reciprocal(m)
+    h = _log(m)
+    return h + tl.maximum(d, 0.0), h + tl.maximum(-d, 0.0), tl.where(d > 0, y, -y) * _one_over(m)
+
+
+@triton.jit
+def _slight(first, other, d, SMALL: tl.constexpr):
+    """As for _mixture: the column of KL(first‖M), where SMALL is the weight of `other` in M, and minus its slope where `first` is S;
+    d = log(other/first). As in kinds.py, but with M/first = 1 + x and, where that is not far from 1, x - log(1 + x) at once."""
+    exponent = tl.minimum(d, 80.0)
+    x = SMALL * (_exp(exponent) - 1)
+    s, y = x * _one_over(2 + x), x * _one_over(1 + x)  # y = 1 - first/M
+    bend, log = _bend(s), _log(1 + x)
+    column = tl.where(x < 0.5, first * s * (x - bend), SMALL * (other - first) - first * log)
+    return column, tl.where(x < 0.5, s * (y + bend), log + (d - exponent) - y) + SMALL * y
 
 
 @triton.jit
@@ -147,8 +188,14 @@ def _column(log_s, log_t, d, KIND: tl.constexpr, W: tl.constexpr, REST: tl.const
         over_s = tl.where(near, d * 0.5 + square * _polynomial(square, A), h + tl.maximum(d, 0.0))
         far = (S + T) * h + tl.abs(d) * tl.minimum(S, T)
         return S, tl.where(near, (S + T) * (square * _polynomial(square, V)), -far) * 0.5, over_s * -0.5
+    if KIND == 'skew_reverse_kl' and W < _SLIGHT:
+        column, falling = _slight(S, T, d, W)
+        return S, tl.where(near, S * (d * d) * _polynomial(d, V), column), tl.where(near, d * _polynomial(d, A), -falling)
     over_s, over_t, ratio = _mixture(d, W, REST)
     linear = d * _polynomial(d, A)
+    if KIND == 'skew_forward_kl' and REST < _SLIGHT:
+        column, _ = _slight(T, S, -d, REST)
+        return S, tl.where(near, T * (d * d) * _polynomial(d, V), column), tl.where(near, linear, REST * REST * ratio)
     if KIND == 'jsd':
         value = tl.where(near, (W * T + REST * S) * ((d * d) * _polynomial(d, V)), -(W * T * over_t + REST * S * over_s))
         return S, value, tl.where(near, linear, -REST * over_s)
@@ -528,15 +575,15 @@ def one_load_kernel(
         totals_s, totals_t = _note(notes, 2, 0.0, SLICES, PLACES), _note(notes, 3, 0.0, SLICES, PLACES)
         m_s, m_t = _maxima(tops_s, tops_t)
         total_s, total_t = _totals(totals_s * _exp(tops_s - m_s), totals_t * _exp(tops_t - m_t))
-        m_one, total_one = m_s, total_s
+        total_one, to_one = total_s, 1.0
         if AT_ONE:
-            m_one = m_s * temperature
+            to_one = temperature
             total_one = tl.sum(_note(notes, 4, 0.0, SLICES, PLACES) * _exp((tops_s - m_s) * temperature), 0)
         if slice == 0:
             tl.store(norm_s + row, m_s.to(tl.float64) + tl.log(total_s.to(tl.float64)))
             tl.store(norm_t + row, m_t.to(tl.float64) + tl.log(total_t.to(tl.float64)))
             if LABELS:
-                tl.store(label_lse + row, m_one.to(tl.float64) + tl.log(total_one.to(tl.float64)))
+                tl.store(label_lse + row, m_s.to(tl.float64) * to_one + tl.log(total_one.to(tl.float64)))
         d -= (m_t - m_s) + tl.log(total_t / total_s)
         student, column, slope = _column(s - (m_s + tl.log(total_s)), t - (m_t + tl.log(total_t)), d, KIND, W, REST, V, A)
         if KIND != 'forward_kl':
@@ -549,7 +596,7 @@ def one_load_kernel(
         factor = tl.load(weight + row)
         slope, student = slope * factor, student * factor
         if TRAINED:
-            norm = (m_one + tl.log(total_one)).to(tl.float32)
+            norm = m_s * to_one + tl.log(total_one)
             slope += _cross_entropy_slope(s, place, row, norm, label_weight, label, first_id, temperature)
         if SOFTCAP:
             steepness = _softcap_slope(s, temperature, softcap)
@@ -622,7 +669,7 @@ def _logsumexp(x, one):
 
 @triton.jit
 def _bucket(log_s, log_t, KIND: tl.constexpr, W: tl.constexpr, REST: tl.constexpr):
-    """(S, column of D, slope or S·slope), as `_column`; fp64 has digits to spare for the definitions."""
+    """(S, column of D, slope or S·slope), as `_column`; fp64 has digits to spare for what is done far from d = 0."""
     S, T = tl.exp(log_s), tl.exp(log_t)
     d = tl.minimum(tl.maximum(log_t - log_s, -_LIMIT), _LIMIT)
     if KIND == 'forward_kl':
@@ -631,14 +678,17 @@ def _bucket(log_s, log_t, KIND: tl.constexpr, W: tl.constexpr, REST: tl.constexp
         return S, tl.maximum(T - S - S * d, 0.0), -d
     if KIND == 'tvd':
         return S, tl.abs(T - S) * 0.5, tl.where(d > 0, -0.5, tl.where(d < 0, 0.5, 0.0))
-    y = tl.exp(-tl.abs(d)) - 1
-    m = tl.where(d > 0, REST * y, W * y) + 1  # M/P
-    over_s, over_t = tl.log(m) + tl.maximum(d, 0.0), tl.log(m) + tl.maximum(-d, 0.0)
-    ratio = tl.where(d > 0, y, -y) / m
+    if KIND == 'skew_reverse_kl' and W < _SLIGHT:
+        column, falling = _slight(S, T, d, W)
+        return S, column, -falling
+    over_s, over_t, ratio = _mixture(d, W, REST)
     if KIND == 'jsd':
         return S, tl.maximum(-(W * T * over_t + REST * S * over_s), 0.0), -REST * over_s
     if KIND == 'skew_forward_kl':
-        return S, tl.maximum(REST * (S - T) - T * over_t, 0.0), REST * REST * ratio
+        column = tl.maximum(REST * (S - T) - T * over_t, 0.0)
+        if REST < _SLIGHT:
+            column, _ = _slight(T, S, -d, REST)
+        return S, column, REST * REST * ratio
     return S, tl.maximum(W * (T - S) - S * over_s, 0.0), -(over_s + REST * W * ratio)
 
 

@@ -94,10 +94,10 @@ def chunk_tokens(columns: int, itemsize: int, device: str, buffers: bool = False
     return max(64, budget // (2 * itemsize * columns) // 64 * 64)
 
 
-def run(call: Call, gradients: HeadGradients | ReadyGradients | None) -> Tensor:
-    """The loss of each token [tokens]; the gradient of their sum goes to `gradients`."""
+def run(call: Call, gradients: HeadGradients | ReadyGradients | None, sweeps: type[Sweeps] | None = None) -> Tensor:
+    """The loss of each token [tokens]; the gradient of their sum goes to `gradients`. sweeps: None chooses an implementation."""
     student, teacher, device, width = call.student, call.teacher, call.device, call.vocabulary.columns
-    sweeps = implementation(call)(call.setting)
+    sweeps = (sweeps or implementation(call))(call.setting)
     buffers = call.vocabulary.reduce.group is not None and isinstance(sweeps, Eager)
     chunk = call.chunk or chunk_tokens(call.vocabulary.widest, student.dtype.itemsize, device.type, buffers)
     chunk = min(chunk, max(call.tokens, 1))
@@ -231,7 +231,7 @@ def _losses(call: Call, tokens: Tokens) -> Tensor:
     found = {}
     if tokens.label is not None:
         logit = call.vocabulary.reduce.sum(tokens.label_logit)
-        found['cross_entropy'] = (tokens.label_lse - logit.double() * call.student.temperature).to(dtype) * _counts(call)
+        found['cross_entropy'] = (tokens.label_lse - logit.double() * call.setting.to_one).to(dtype) * _counts(call)
         if weights.cross_entropy is not None:
             loss += weights.cross_entropy.to(dtype) * found['cross_entropy']
     if tokens.sums is not None:
@@ -264,8 +264,7 @@ def implementation(call: Call) -> type[Sweeps]:
     if call.student.dtype != torch.float32:
         return Eager
     if call.student.hidden.is_cuda:
-        sweeps = _on_gpu(call.device, group)
-        return sweeps if call.divergence.form[0] in sweeps.kinds else Eager
+        return _on_gpu(call.device, group, call.divergence)
     # Not over a group: its ranks must agree, and only some of them might have a compiler.
     if call.device.type == 'cpu' and call.vocabulary.size >= _COMPILED_VOCABULARY and group is None:
         return _on_cpu(call.tokens * call.vocabulary.size)
@@ -273,8 +272,8 @@ def implementation(call: Call) -> type[Sweeps]:
 
 
 @functools.cache
-def _on_gpu(device: torch.device, group) -> type[Sweeps]:
-    """Triton's, where its kernels run: on every rank of the group, for the ranks must make the same reductions."""
+def _on_gpu(device: torch.device, group, divergence: Divergence) -> type[Sweeps]:
+    """Triton's, where its kernels do as they should: on every rank of the group, for the ranks must make the same reductions."""
     works = False
     if _HAS_TRITON:
         try:
@@ -282,7 +281,7 @@ def _on_gpu(device: torch.device, group) -> type[Sweeps]:
         except Exception as error:  # of another version than those that are known
             logger.warning('Triton cannot be used (%s): the divergence is computed without it, right but slower', error)
         else:
-            works = _triton.works(device)
+            works = divergence.form[0] in _triton.Triton.kinds and _triton.works(device, divergence)
     return _triton.Triton if on_all_ranks(group, works, device) else Eager
 
 

@@ -26,6 +26,9 @@ With a mixture, l = log(M/S) and m = log(M/T) = l - d, and the columns of KL(T�
 All are >= 0, and exactly 0 at d = 0. Where rounding of the last bit makes one negative (|d| below 1e-6) the column is
 read as 0.
 
+**Why another column where M is all but one side.** With a w of 1e-6, KL(S‖M) is of the order of w², but the terms of its
+column of the order of w. The column is also S·(e^l - 1 - l), and a series where l is small. Likewise KL(T‖M), with 1-w and m.
+
 **Why the smaller weight.** M/S = 1 + w·expm1(d) = 1 - w + w·e^d, and M/T is the same with 1-w for w and -d for d. The one
 whose weight is at most ½ never cancels: neither where d is large nor where the weight is 1e-6 and the logarithm as small.
 
@@ -48,6 +51,9 @@ MAX_LOG_RATIO = 1e4
 
 # The largest exponent that is taken, also in fp32. A mixture's logarithm is linear from there on.
 _MAX_EXPONENT = 80.0
+
+# The other side's weight in a mixture M below which a column of KL(S‖M) is made of e^l - 1 - l; above, little cancels.
+_SLIGHT = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -162,6 +168,15 @@ def _expm1(x: Tensor, out: Tensor) -> Tensor:
     return out.copy_(torch.where(x.abs() < 0.35, x * series, x.exp() - 1))
 
 
+def _excess(x: Tensor) -> Tensor:
+    """exp(x) - 1 - x, to the last bits near 0 too, where |x| < 1/2; elsewhere nothing of use."""
+    x = x.clamp(-0.5, 0.5)
+    series = torch.ones_like(x)
+    for n in range(16 if x.dtype == torch.float64 else 9, 2, -1):
+        series.mul_(x).mul_(1 / n).add_(1)
+    return series.mul_(x.square_()).mul_(0.5)
+
+
 def _teacher_larger(log_ratio: Tensor, out: Tensor) -> Tensor:
     """1 where T > S, else 0, as numbers: columns are selected by torch.lerp, because torch.where is slow on a CPU."""
     return torch.gt(log_ratio, 0, out=out)
@@ -243,7 +258,8 @@ def _skew_forward_kl(w: float, student: Tensor, larger: Tensor, log_ratio: Tenso
     less_s, less_t = _shares(log_ratio, _expm1, scratch)
     column = less_s.sub_(less_t).mul_(1 - w)
     t = torch.clamp(log_ratio, max=0, out=less_t).exp_()
-    value = scratch.dot(larger, column.sub_(t.mul_(over_t)).relu_(), column)
+    column = _column(1 - w, column, t, over_t)
+    value = scratch.dot(larger, column, column)
     slope = over_s.neg_()
     _expm1(slope, out=slope)
     return Columns(value, slope, scratch.dot(student, slope, column), (1 - w) ** 2 / w)
@@ -253,16 +269,30 @@ def _skew_reverse_kl(w: float, student: Tensor, larger: Tensor, log_ratio: Tenso
     """KL(S‖M), M = α·S + (1-α)·T, w = 1-α.
 
     Slope: ∂/∂S_v = log(S/M) + 1 - α·S/M. From this its value at T = S is taken:
-    a = -l - α(e^-l - 1) = -(l + α·expm1(-l)).
+    a = -l - α(e^-l - 1) = -(l + α·expm1(-l)) = -(w·l + α·(e^-l - 1 + l)).
     """
     over_s, over_t = _log_mixture(w, log_ratio, scratch)
     less_s, less_t = _shares(log_ratio, _expm1, scratch)
     column = less_t.sub_(less_s).mul_(w)
     s = torch.neg(log_ratio, out=less_s).clamp_(max=0).exp_()
-    value = scratch.dot(larger, column.sub_(s.mul_(over_s)).relu_(), column)
+    column = _column(w, column, s, over_s)
+    value = scratch.dot(larger, column, column)
     step = torch.neg(over_s, out=over_t)
-    slope = over_s.add_(_expm1(step, out=step).mul_(1 - w))
+    if w < _SLIGHT:
+        excess = torch.where(step.abs() < 0.5, _excess(step), _expm1(step, out=log_ratio).add_(over_s))
+        slope = over_s.mul_(w).add_(excess.mul_(1 - w))
+    else:
+        slope = over_s.add_(_expm1(step, out=step).mul_(1 - w))
     return Columns(value, slope, scratch.dot(student, slope, column), -1.0)
+
+
+def _column(weight: float, linear: Tensor, share: Tensor, log: Tensor) -> Tensor:
+    """linear - share·log in the place of `linear`: the column of a KL over P, for a mixture of which the other side is `weight`.
+    share is the KL's first argument over P, log that of M over it, linear share·(e^log - 1); `share` is overwritten."""
+    if weight >= _SLIGHT:
+        return linear.sub_(share.mul_(log)).relu_()
+    near = _excess(log).mul_(share)
+    return linear.copy_(torch.where(log.abs() < 0.5, near, linear.sub(share.mul_(log))))
 
 
 def _tvd(w: float, student: Tensor, larger: Tensor, log_ratio: Tensor, scratch: Scratch) -> Columns:

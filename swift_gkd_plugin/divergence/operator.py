@@ -120,10 +120,11 @@ def linear_divergence(
             and LoRA B), in rank order, possibly uneven. Every rank passes the same hidden states, weights and labels
             and gets the whole loss; head gradients are those of its rows, hidden-state (and LoRA A) gradients are
             all-reduced. Collectives per chunk, of a few numbers per token: an all-gather and an all-reduce; with
-            `stats.detail` three of the former and two of the latter more. Per call: one all-reduce of the labels' logits, one
-            all-reduce of the hidden-state gradient (one more for LoRA A), and where the two heads are split at
-            different ids one all-to-all of teacher rows (one more each for a bias and for LoRA B). The backward pass has none, but for
-            reduction='none' with a trained head, where it is a second pass.
+            `stats.detail` three of the former and two of the latter more. Per call: one all-gather of the ranks' numbers of
+            rows, for which the host waits, one all-reduce of the labels' logits, one of the hidden-state gradient (one more
+            for LoRA A), and where the two heads are split at different ids one all-to-all of teacher rows (one more each
+            for a bias and for LoRA B). The backward pass has none, but for reduction='none' with a trained head, where it
+            is a second pass.
         stats: filled with per-token statistics.
 
     Returns:

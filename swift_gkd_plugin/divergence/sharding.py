@@ -6,7 +6,6 @@ teacher's head that lie on another rank are sent there once per call. Weights mo
 the tokens.
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -77,27 +76,14 @@ class Vocabulary:
         return column.masked_fill(~here, 0), here
 
 
-_widths: dict[tuple, list[tuple[int, int]]] = {}
-
-
 def shard_widths(group, student: int, teacher: int, device: torch.device) -> list[tuple[int, int]]:
-    """(student, teacher) rows on every rank of the group. Exchanged once per group and pair of local widths, then
-    remembered: reading them on the host is the only synchronisation of a sharded call, and only of the first. So in one
-    group a rank's own widths must tell those of all others, as they do of heads that are cut evenly: a rank that remembers
-    does not wait for one that asks."""
-    key = (group, student, teacher)
-    if key not in _widths:
-        mine = torch.tensor([student, teacher], device=device)
-        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(everyone, mine, group=group)
-        _widths[key] = [tuple(pair) for pair in torch.stack(everyone).tolist()]
-    return _widths[key]
+    """(student, teacher) rows on every rank of the group. They are asked for in every call, and read on the host: a rank that
+    remembered those of its own widths would not see that another's have changed, and go on while that one waits."""
+    return [tuple(pair) for pair in Reduce(group).gather(torch.tensor([student, teacher], device=device)).tolist()]
 
 
-@functools.cache
 def on_all_ranks(group, here: bool, device: torch.device) -> bool:
-    """Whether something that is true or not of this process for good is true of all in the group: asked once, then
-    remembered, as the widths are."""
+    """Whether something that is true or not of this process is true of all in the group, which ask at the same time."""
     return bool(Reduce(group).min(torch.tensor(int(here), device=device))) if group is not None else here
 
 

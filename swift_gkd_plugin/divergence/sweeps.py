@@ -10,6 +10,7 @@ vocabulary is sharded the group's reductions sit between the sweeps. `chunks.py`
 torch operations, `_compiled.py` by loops that torch.compile makes, `_triton.py` by Triton's kernels.
 """
 
+import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Container
 from dataclasses import dataclass, fields
@@ -70,6 +71,12 @@ class Setting:
     softcap: float | None
     dtype: torch.dtype  # of the logits
     device: torch.device
+
+    @property
+    def to_one(self) -> float:
+        """What brings logits to temperature 1: `temperature`, rounded to their dtype as a kernel's argument is. A label's logit and
+        the sum over all of them must be multiplied by the same number, or their difference is off by what it rounds of them."""
+        return self.temperature if self.dtype == torch.float64 else ctypes.c_float(self.temperature).value
 
 
 class Sweeps(ABC):

@@ -117,7 +117,7 @@ class Listed:
         gradient = gradient * (sharpening * weight)
         per_id = gradient[:, : z.shape[1]]
         if tokens.label_lse is not None:
-            at_one = z * setting.temperature
+            at_one = z * setting.to_one
             tokens.label_lse.copy_(torch.logaddexp(tokens.label_lse, at_one.logsumexp(-1)))
             if tokens.label_weight is not None:
                 softmax = (at_one - tokens.label_lse[:, None]).exp()

@@ -1,5 +1,7 @@
 """The divergences as their definitions, in float64 and with autograd: what the operators are held against."""
 
+import math
+
 import torch
 
 
@@ -7,6 +9,32 @@ def relative(found, expected):
     """How far found is from expected, in float64, relative to its norm."""
     found, expected = found.detach().double(), expected.detach().double()
     return float((found - expected).norm() / expected.norm())
+
+
+def assert_as_exact(divergence, logits, found, expected):
+    """`found` and `expected`, (value, gradient) [tokens] and [tokens, columns] each, of fp32 `logits` (student's, teacher's): within
+    1e-5, and what comes of rounding the ratios T/S by δ, as logits over T and their differences are. That is relative to the
+    divergence's own size, D = curvature/2 · Σ S·d² for two models that are close, whatever its weights."""
+    kind, w = divergence.form
+    curvature = {'jsd': w * (1 - w), 'skew_forward_kl': (1 - w) ** 2, 'skew_reverse_kl': w**2}.get(kind, 1.0)
+    delta = math.expm1(min(1e-7 * (5 + max(float(z.detach().max()) for z in logits) / divergence.temperature), 80))
+    (value, gradient), (right, right_gradient) = ([x.detach().double() for x in pair] for pair in (found, expected))
+    assert (value >= 0).all() and value.isfinite().all() and gradient.isfinite().all(), divergence
+    bound = delta if kind == 'tvd' else delta * (right + (curvature * right).sqrt() + curvature * delta)
+    assert ((value - right).abs() <= 1e-5 * right + bound).all(), (divergence, value, right)
+    if kind not in ('forward_kl', 'reverse_kl', 'tvd'):
+        # A plain KL's gradient goes on beyond the limit of its log-ratio, which autograd takes for a constant; a TVD's jumps where
+        # two probabilities are equal.
+        off = (gradient - right_gradient).norm(dim=-1)
+        bound = 2 * delta * (right + curvature) / divergence.temperature
+        assert (off <= 1e-5 * right_gradient.norm(dim=-1) + bound).all(), (divergence, off)
+
+
+def sure_of_its_labels(vocab_size):
+    """(hidden states, head, labels) of 16 tokens, of whose labels the head is certain: cross-entropies below 1e-10."""
+    hidden, weight, labels = torch.eye(16), torch.zeros(vocab_size, 16), torch.arange(16) * 37 % vocab_size
+    weight[labels, torch.arange(16)] = torch.linspace(35.3, 99.7, 16)
+    return hidden, weight, labels
 
 
 def logits(hidden, weight, bias=None, lora=None, transform=None):

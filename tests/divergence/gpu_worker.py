@@ -64,4 +64,6 @@ for places in itertools.product(*(range(len(some)) for some in choices)):
         # Triton's interpreter cuts the end of a bf16 number off where a GPU rounds it.
         close(one, expected, 1e-5 if dtype == torch.float32 else 1e-2, f'{name} {case}')
 dist.destroy_process_group()
-assert 'swift_gkd_plugin.divergence._triton' in sys.modules, 'the kernels of a GPU were not used'
+works = sys.modules['swift_gkd_plugin.divergence._triton'].works
+assert works.cache_info().currsize == 1, 'the kernels of a GPU were not used'
+assert works(torch.device('cuda', 0), Divergence(temperature=0.9)), 'they were found wrong'

@@ -7,9 +7,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from divergence_reference import relative
+from divergence_reference import relative, sure_of_its_labels
 
-from swift_gkd_plugin.divergence import Divergence, LogitTransform, TokenStats, chunks, linear_divergence, sharding, topk_divergence
+from swift_gkd_plugin.divergence import Divergence, LogitTransform, TokenStats, chunks, linear_divergence, topk_divergence
+from swift_gkd_plugin.divergence._eager import Eager
 
 RANK, WORLD = int(sys.argv[1]), int(sys.argv[2])
 TOKENS, DIM, OTHER = 21, 16, 12
@@ -34,7 +35,6 @@ def close(found, expected, what):
 
 
 def compare(divergence, student_vocab, teacher_vocab, uneven, detail, tokens=TOKENS, chunk=8, vocab_size=None):
-    sharding._widths.clear()  # a rank of equal widths in two cases would not ask again
     torch.manual_seed(0)
     x = {
         'hidden': torch.randn(tokens, DIM),
@@ -122,6 +122,9 @@ def main():
     for kind in ('reverse_kl', 'skew_forward_kl', 'skew_reverse_kl', 'tvd'):
         compare(Divergence(kind), 170, 150, uneven=True, detail=False)
     identical_models()
+    certain_tokens()
+    shards_that_change()
+    kernels_of_some_ranks()
     chunks_chosen_by_default()
     dist.barrier()
     # Every check has passed. gloo's threads may still talk to a peer that is gone already, and end a process that waits for them.
@@ -143,6 +146,49 @@ def identical_models():
         vocab_group=dist.group.WORLD,
     )
     assert found.max() < 1e-10, f'identical models are {float(found.max())} apart'
+
+
+def certain_tokens():
+    """Their cross-entropy, at a temperature that no binary number is."""
+    hidden, weight, labels = sure_of_its_labels(160)
+    divergence, group = Divergence(temperature=0.7), dist.group.WORLD
+    topk = torch.log_softmax(hidden @ weight.t() / 0.7, -1).topk(3)
+    weight = shard(weight, cut(160, False))
+    for call in (
+        lambda **more: linear_divergence(hidden, weight, hidden, weight, divergence, **more),
+        lambda **more: topk_divergence(hidden, weight, *topk, divergence, **more),
+    ):
+        call(labels=labels, vocab_group=group, stats=(stats := TokenStats()))
+        assert stats.cross_entropy.abs().max() < 1e-6, stats.cross_entropy
+
+
+def shards_that_change():
+    """Calls of which one rank's rows are as many as before, and another's are not."""
+    torch.manual_seed(2)
+    hidden, weight, labels = torch.randn(TOKENS, DIM), torch.randn(300, DIM), torch.arange(TOKENS)
+    for last in (30, 40, 30):
+        widths = [30] * (WORLD - 1) + [last]
+        whole = weight[: sum(widths)]
+        found, right = (
+            linear_divergence(hidden, head, None, None, Divergence(), labels=labels, vocab_group=group)
+            for head, group in ((shard(whole, widths), dist.group.WORLD), (whole, None))
+        )
+        close(found, right, f'loss of shards {widths}')
+
+
+def kernels_of_some_ranks():
+    """What does not work on one rank is used by none; each rank tries it alone."""
+    if not chunks._HAS_TRITON:
+        return
+    from swift_gkd_plugin.divergence import _trial, _triton
+
+    device, of_all, of_some = torch.device('cpu'), Divergence(), Divergence('tvd')
+    if RANK == 0:
+        assert _trial.wrong(Eager, of_all, device) is None
+    _triton.works = lambda device, divergence: divergence == of_all or RANK == 0
+    for divergence in (of_all, of_some, of_all):
+        sweeps = chunks._on_gpu(device, dist.group.WORLD, divergence)
+        assert sweeps is (_triton.Triton if divergence == of_all else Eager), (RANK, divergence, sweeps)
 
 
 def chunks_chosen_by_default():

@@ -31,9 +31,10 @@ def run_worker(name, *arguments):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-PARTS = ['dense', 'few', 'strided', 'half']
+PARTS = ['dense', 'few', 'strided', 'certain', 'half']
 # At their extremes the compiled loops are torch operations: they call the same functions.
-CASES = [('Triton', 'extremes'), ('Triton', 'one_load'), *itertools.product(['Triton', 'Compiled'], PARTS)]
+CASES = [('Triton', part) for part in ('extremes', 'close_few', 'one_load')]
+CASES += itertools.product(['Triton', 'Compiled'], PARTS)
 
 
 @pytest.mark.parametrize(('sweeps', 'part'), CASES)
@@ -98,8 +99,9 @@ def test_a_divergence_without_a_kernel(monkeypatch):
     pytest.importorskip('triton', reason='Triton is not installed')
     from swift_gkd_plugin.divergence import _triton
 
-    monkeypatch.setattr(chunks, '_on_gpu', lambda device, group: _triton.Triton)
+    monkeypatch.setattr(_triton, 'works', lambda *args: True)
     monkeypatch.setattr(_triton.Triton, 'kinds', {'jsd'})
+    chunks._on_gpu.cache_clear()
     chosen = []
     monkeypatch.setattr(operator, '_apply', lambda call, reduction: chosen.append(chunks.implementation(call)))
     hidden, weight = torch.randn(3, 4), torch.randn(50, 4)
@@ -107,6 +109,7 @@ def test_a_divergence_without_a_kernel(monkeypatch):
         with PretendedGPU():
             linear_divergence(hidden, weight, hidden, weight.clone(), divergence)
     assert chosen == [_triton.Triton, Eager, Eager]
+    chunks._on_gpu.cache_clear()
 
 
 def test_without_a_compiler_for_triton(monkeypatch, caplog):
@@ -117,7 +120,7 @@ def test_without_a_compiler_for_triton(monkeypatch, caplog):
     def no_compiler(*args):
         raise RuntimeError('Failed to find C compiler.\nSet CC.')
 
-    monkeypatch.setattr(_triton.Triton, 'normalise', no_compiler)
+    monkeypatch.setattr(_triton.Triton, 'take', no_compiler)  # the first that is started
     _triton.works.cache_clear()
     chunks._on_gpu.cache_clear()
     torch.manual_seed(0)
@@ -131,6 +134,72 @@ def test_without_a_compiler_for_triton(monkeypatch, caplog):
     ]
     _triton.works.cache_clear()
     chunks._on_gpu.cache_clear()
+
+
+def off_by_a_little(name, method):
+    """Torch operations, of which one adds 3e-3 of itself to what it leaves."""
+
+    def wrong(self, *args, **kwargs):
+        found = getattr(Eager, method)(self, *args, **kwargs)
+        for tensor in WRITTEN[method](found, *args):
+            tensor.mul_(1.003)
+        return found
+
+    return type(name, (Eager,), {method: wrong})
+
+
+WRITTEN = {
+    'normalise': lambda found, logits, tokens: [tokens.lse, *([] if tokens.label_lse is None else [tokens.label_lse])],
+    'sums': lambda found, divergence, logits, tokens, out: [out[:1]],
+    'gradient': lambda found, logits, tokens, out: [out],
+    'tail_gradient': lambda found, logits, tokens, weight, out: [out],
+    'combine': lambda found, gathered, norms: [norms],
+    'take': lambda found, logits, ids, out, *rest: [out],
+    'compare': lambda found, listed, tokens: [found[1]],
+    'put': lambda found, ids, values, out: [out],
+}
+
+
+@pytest.mark.parametrize(
+    ('method', 'what'),
+    [
+        ('normalise', 'cross_entropy of jsd, two heads'),
+        ('sums', 'divergence of jsd, two heads'),
+        ('gradient', 'gradient of jsd, two heads'),
+        ('tail_gradient', 'gradient of jsd, top-k'),
+        ('combine', 'log-sum-exp over ranks'),
+        ('take', 'cross_entropy of jsd, two heads'),
+        ('compare', 'gradient of jsd, top-k'),
+        ('put', 'gradient of jsd, top-k'),
+    ],
+)
+def test_wrong_numbers_on_a_device(monkeypatch, caplog, method, what):
+    """The first use of kernels tries all of them. Torch operations take over from any that is wrong, and a warning says which."""
+    pytest.importorskip('triton', reason='Triton is not installed')
+    from swift_gkd_plugin.divergence import _trial, _triton
+
+    monkeypatch.setitem(_trial._BOUND, torch.bfloat16, 1e-4)  # torch operations write no bf16
+    monkeypatch.setattr(_triton, 'Triton', off_by_a_little('Wrong', method))
+    for cache in (_triton.works, chunks._on_gpu):
+        cache.cache_clear()
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    hidden, weight = torch.ones(3, 4), torch.eye(50, 4)
+    with PretendedGPU():
+        found = [linear_divergence(hidden, weight, hidden * 2, weight.clone(), Divergence()) for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.allclose(found[1], linear_divergence(hidden, weight, hidden * 2, weight.clone(), Divergence()), rtol=1e-5)
+    (message,) = (record.message for record in caplog.records if 'Triton' in record.message)
+    assert f'(a kernel gives wrong numbers: {what})' in message
+    for cache in (_triton.works, chunks._on_gpu):
+        cache.cache_clear()
+
+
+def test_right_numbers_on_a_device():
+    """Torch operations are never found wrong, whatever the divergence."""
+    _trial = pytest.importorskip('swift_gkd_plugin.divergence._trial')
+    for divergence in (Divergence(), Divergence(beta=1e-6), Divergence('tvd', temperature=1e-3), Divergence('forward_kl')):
+        assert _trial.wrong(Eager, divergence, torch.device('cpu')) is None
 
 
 @pytest.mark.parametrize('version', ['2.10.0', '2.13.0+cpu'])

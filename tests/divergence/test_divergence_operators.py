@@ -280,6 +280,21 @@ def test_empty_token_set_is_connected_to_the_graph(case):
 # ---- labels only, and the statistics ----
 
 
+@pytest.mark.parametrize('temperature', [1.0, 0.3, 0.7, 2.7])
+@pytest.mark.parametrize('teacher', ['none', 'dense', 'top-k'])
+def test_cross_entropy_of_certain_tokens(teacher, temperature):
+    """A logit of 100 over the temperature and times it again is off by 6e-6, but by the same for the label as for the sum."""
+    hidden, weight, labels = reference.sure_of_its_labels(1001)
+    divergence, stats = Divergence(temperature=temperature), TokenStats()
+    if teacher == 'top-k':
+        topk = torch.log_softmax(hidden @ weight.t() / temperature, -1).topk(3)
+        topk_divergence(hidden, weight, *topk, divergence, labels=labels, stats=stats)
+    else:
+        other = (None, None) if teacher == 'none' else (hidden, weight)
+        linear_divergence(hidden, weight, *other, divergence, labels=labels, stats=stats)
+    assert stats.cross_entropy.abs().max() < 1e-6
+
+
 def test_cross_entropy_alone(case):
     hidden, weight = case['hidden'].float().requires_grad_(), case['weight'].float().requires_grad_()
     loss = linear_divergence(hidden, weight, None, None, Divergence(temperature=0.5), labels=case['labels'])
