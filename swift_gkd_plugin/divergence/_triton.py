@@ -13,9 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
-from . import _trial
+from . import _trial, memory
 from . import _triton_kernels as kernels
-from . import memory
 from .kinds import MAX_LOG_RATIO, Divergence
 from .sweeps import Logits, Sweeps, Tokens
 from .topk import KNOWN, Listed
