@@ -16,7 +16,7 @@ from torch import Tensor
 from . import _trial, memory
 from . import _triton_kernels as kernels
 from .kinds import MAX_LOG_RATIO, Divergence
-from .sweeps import Logits, Sweeps, Tokens
+from .sweeps import Logits, Setting, Sweeps, Tokens
 from .topk import KNOWN, Listed
 
 logger = logging.getLogger(__name__)
