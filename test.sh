@@ -12,4 +12,6 @@ export TORCHINDUCTOR_CACHE_DIR=$PWD/.venv/inductor
 mkdir -p "$TORCH_EXTENSIONS_DIR" && find "$TORCH_EXTENSIONS_DIR" -name lock -delete
 # The models are tiny: more threads only get in each other's way.
 export OMP_NUM_THREADS=1
+# Hundreds of processes import the same modules: what one has compiled the next one takes, whatever the environment says.
+export PYTHONDONTWRITEBYTECODE=
 exec python -m pytest -n 2 --no-loadscope-reorder --durations=15 "$@"

@@ -84,6 +84,8 @@ def dense(kinds=KINDS + SMALL, distances=(1e-3, 1.0, 4.0)):
             variants = [(None, None, labels, False), (None, None, None, True), (x['weight'], LogitTransform(0.7, 9.0), labels, True)]
             if divergence in SMALL or (divergence is not KINDS[0] and compiled):
                 variants = [(None, None, None, False)]  # each variant takes seconds; this one is needed below
+            if distance != 1:
+                variants = variants[:1]  # other numbers for the same code
             for head, transform, wanted, detail in variants:
                 args = (divergence, x, other, head, transform, wanted, weights, detail)
                 (loss, gradients, stats), (right, right_gradients, right_stats) = run(sweeps, *args), run(Eager, *args)
@@ -239,9 +241,9 @@ def one_load():
     os.environ[triton.ONE_LOAD] = '1'
     whole, launches = sweeps.one_load, []
     sweeps.one_load = lambda self, *args: launches.append(1) or whole(self, *args)
-    dense([KINDS[0], KINDS[2], KINDS[5], KINDS[6], SMALL[0]], (1.0,))
-    extremes(24)
-    assert len(launches) > 40
+    dense([KINDS[0], KINDS[2]], (1.0,))
+    extremes(14)
+    assert len(launches) > 14
     warnings = []
     triton.logger.warning = lambda *args: warnings.append(args[0] % args[1:])
     triton._one_load_works.cache_clear()
