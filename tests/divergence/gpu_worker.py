@@ -4,6 +4,7 @@ with TRITON_INTERPRET=1."""
 import itertools
 import sys
 
+import interpreted
 import torch
 import torch.distributed as dist
 from divergence_reference import relative
@@ -34,6 +35,7 @@ def close(found, expected, bound, what):
     assert error < bound, f'{what} is off by {error}'
 
 
+interpreted.patch_once()
 torch.manual_seed(0)
 dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
 drawn = {'hidden': torch.randn(TOKENS, DIM), 'weight': torch.randn(VOCAB, DIM) / 4, 'bias': torch.randn(VOCAB)}

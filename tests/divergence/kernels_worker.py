@@ -68,6 +68,8 @@ def run(sweeps, divergence, x, other, head, transform, labels, weights, detail, 
 
 
 compiled = sys.argv[1] == 'Compiled'
+if not compiled:
+    importlib.import_module('interpreted').patch_once()
 sweeps = getattr(importlib.import_module(f'swift_gkd_plugin.divergence._{sys.argv[1].lower()}'), sys.argv[1])
 
 
