@@ -90,16 +90,16 @@ class HeadTensors:
     transform: LogitTransform | None
     lora: tuple[torch.Tensor, torch.Tensor, float] | None = None
 
-    def detached(self, copy: bool) -> HeadTensors:
-        """The same values, whatever becomes of the parameters.
+    def detached(self, device: torch.device | None = None, copy: bool = False) -> HeadTensors:
+        """The same values without a gradient.
 
         Args:
-            copy: Clone them, for their memory will hold other values. Without it they have no gradient any more, and that is all: enough
-                where the parameters are given other memory.
+            device: Where they are wanted; None for where they are.
+            copy: Clone them, for their memory will hold other values.
         """
 
         def kept(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.detach().clone() if copy else tensor.detach()
+            return tensor.detach().to(device or tensor.device, copy=copy)
 
         lora = None if self.lora is None else (kept(self.lora[0]), kept(self.lora[1]), self.lora[2])
         return HeadTensors(kept(self.weight), None if self.bias is None else kept(self.bias), self.transform, lora)
@@ -323,7 +323,7 @@ class OutputHead:
         elif theirs.shape[-2:] != mine.shape:
             self.dense = f'the model turns logits of shape {tuple(mine.shape)} into {tuple(theirs.shape[-2:])}'
         else:
-            theirs = theirs.reshape(mine.shape).float()
+            theirs = theirs.reshape(mine.shape).to(mine.device, torch.float32)
             finite = theirs.isfinite() & mine.isfinite()
             scale = theirs.masked_fill(~finite, 0).abs().amax(-1, keepdim=True).clamp_min(1e-6)
             error = ((mine - theirs).masked_fill(~finite, 0).abs() / scale).max().item()

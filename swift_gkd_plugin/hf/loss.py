@@ -38,7 +38,11 @@ class DistillationLoss(LossInForward):
         def in_head(states: torch.Tensor) -> torch.Tensor:
             chosen = states.reshape(-1, states.shape[-1])[batch.student_index.to(states.device)]
             with torch.autocast(states.device.type, enabled=False):
-                return self._sum(chosen, None if self.head.dense else self.head.tensors(), batch, signal, stats)
+                if self.head.dense:
+                    return self._sum(chosen, None, batch, signal, stats)
+                head = self.head.tensors()
+                # accelerate's hook, which would move them, is on the forward that this one replaces.
+                return self._sum(chosen.to(head.weight.device, head.weight.dtype), head, batch, signal, stats)
 
         if self.head.dense:
             outputs = forward(batch.student_inputs)
@@ -50,11 +54,10 @@ class DistillationLoss(LossInForward):
     def _sum(
         self, chosen: torch.Tensor, head: HeadTensors | None, batch: MicroBatch, signal: Signal | None, stats: TokenStats
     ) -> torch.Tensor:
-        """``chosen`` [n, dim] hidden states, or [n, vocab] logits if ``head`` is None."""
+        """``chosen`` [n, dim] hidden states, or [n, vocab] logits if ``head`` is None; all else comes to their device."""
         options, device = self.options, chosen.device
         common = self._of_tokens(batch.labels.to(device), batch.weights.to(device), batch.imitated.to(device), signal, stats)
         if head is not None:
-            chosen = chosen.to(head.weight.dtype)
             student = dict(student_bias=head.bias, student_transform=head.transform, student_lora=head.lora)
         if signal is None:
             if head is None:
@@ -69,15 +72,15 @@ class DistillationLoss(LossInForward):
             logits = chosen if head is None else head.logits_with_gradient(chosen)
             return logits_divergence(logits, self._teacher_logits(signal, device), options.divergence, **common)
         with self._whole(signal.head):
-            teacher = signal.head.tensors(self.teacher_adapter)
+            teacher = signal.head.tensors(self.teacher_adapter).detached(device)
             hidden = signal.hidden.to(device, teacher.weight.dtype)
             return linear_divergence(
                 chosen,
                 head.weight,
                 hidden,
-                teacher.weight.detach().to(device),
+                teacher.weight,
                 options.divergence,
-                teacher_bias=None if teacher.bias is None else teacher.bias.detach().to(device),
+                teacher_bias=teacher.bias,
                 teacher_transform=teacher.transform,
                 teacher_lora=teacher.lora,
                 **student,

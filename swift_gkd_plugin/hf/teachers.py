@@ -123,8 +123,9 @@ class LocalTeacher:
                 rows = slice(start, start + chunk_tokens)
                 logits = head.logits(states[rows].to(head.weight.device, head.weight.dtype)) if hidden else states[rows].float()
                 softened = torch.log_softmax(logits[:, : topk.vocab_size] / topk.temperature, -1)
-                logprobs[rows], ids[rows] = softened.topk(topk.k, dim=-1)
-                tail[rows] = softened.scatter_(-1, ids[rows], -torch.inf).logsumexp(-1)
+                logprobs[rows], largest = softened.topk(topk.k, dim=-1)
+                ids[rows] = largest  # which may be on another device
+                tail[rows] = softened.scatter_(-1, largest, -torch.inf).logsumexp(-1)
         return TopK(logprobs, ids, tail=tail)
 
 

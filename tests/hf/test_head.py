@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from places import Places, spread
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from swift_gkd_plugin.divergence import Divergence, LogitTransform, TokenStats
@@ -182,6 +183,48 @@ def test_a_scale_that_stays_on_is_found_out(batch):
     model.config.logits_scaling = 4.0
     model.change = lambda logits: logits / 4.0  # like the list says, but not from the attribute
     assert 'switched off' in verified(model, batch)
+
+
+def parts_of(model, outer: str, inner: str) -> dict[str, torch.device]:
+    """The embedding and what is tied to it on one device, the layers on another."""
+    head = outer if model.config.tie_word_embeddings else inner
+    places = {'model.embed_tokens': outer, 'model.layers.0': outer, 'model.layers.1': inner, 'model.norm': inner, 'lm_head': head}
+    return {name: torch.device(place) for name, place in {**places, 'model.rotary_emb': outer}.items()}
+
+
+@pytest.mark.parametrize('tied', [True, False])
+@pytest.mark.parametrize('kind', ['hidden states', 'top-k', 'whole logits', "the teacher's whole logits", 'no teacher'])
+def test_models_over_several_devices(batch, tied, kind, gradient_difference):
+    """As under --device_map auto: the loss comes to the head, wherever hidden states, labels and what the teacher says are."""
+
+    def run(places: Places | None):
+        torch.manual_seed(1)
+        config = Qwen3Config(**SIZES, tie_word_embeddings=tied)
+        student, bare = (Qwen3ForCausalLM(config).eval() for _ in range(2))
+        here = batch
+        with places or nullcontext():
+            if places:
+                spread(student, parts_of(student, 'cpu:1', 'cpu:2'))
+                spread(bare, parts_of(bare, 'cpu:2', 'cpu:3'))
+                here = batch.to(torch.device('cpu:1'))
+            teacher = LocalTeacher(bare, bare)
+            loss = DistillationLoss(LossOptions(Divergence('jsd', 0.5, 0.9), 1.0, 0.5, 'bucket', None), OutputHead(student))
+            for head, model in ((loss.head, student), (teacher.head, bare)):
+                assert head.verify(lambda model=model: model(**here.student_inputs), torch.arange(0, 18, 3)) is None
+            if kind == 'whole logits':
+                loss.head.dense = teacher.head.dense = 'the test wants it'
+            elif kind == "the teacher's whole logits":
+                teacher.head.dense = 'the test wants it'
+            topk = TopKOptions(8, 0.9, None) if kind == 'top-k' else None
+            signal = None
+            if kind != 'no teacher':
+                (signal,) = teacher.signals([here], lambda model, inputs: model(**inputs), topk)
+            total, _ = loss(lambda inputs: student(**inputs), here, signal, TokenStats())
+        total.backward()
+        return total.item(), {name: p.grad for name, p in student.named_parameters()}
+
+    (loss, gradient), (expected, right) = run(Places()), run(None)
+    assert loss == expected and gradient_difference(gradient, right) == 0
 
 
 def exact(hidden, weight, bias, lora, transform):
