@@ -121,14 +121,6 @@ class HeadTensors:
         return logits
 
 
-def _autocast(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """What autocast would do to an operand of the head's matrix product, were it not replaced."""
-    device_type = tensor.device.type if tensor is not None else 'cpu'
-    if tensor is None or not torch.is_autocast_enabled(device_type):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device_type))
-
-
 def unwrap_peft(model: nn.Module) -> nn.Module:
     """The transformers model inside a PEFT model; adapters stay in place."""
     return model.get_base_model() if hasattr(model, 'get_base_model') else model
@@ -238,7 +230,15 @@ class OutputHead:
             for name in self._names(executed, adapter):  # one at most has a LoRA here, see _why_lora_is_dense()
                 if name in executed.lora_A:
                     lora = (executed.lora_A[name].weight, executed.lora_B[name].weight, executed.scaling[name])
-        return HeadTensors(_autocast(base.weight), _autocast(base.bias), self.transform, lora)
+        return HeadTensors(base.weight, base.bias, self.transform, lora)
+
+    def operand(self, hidden: torch.Tensor, adapter: bool | str = True) -> torch.Tensor:
+        """Hidden states in the dtype in which the head's product would take them: autocast's, or that of its weight. In the head's own
+        forward, and where autocast is as the model has it; the operator rounds a weight of another dtype to theirs."""
+        device_type, executed = hidden.device.type, self.executed(adapter)
+        if torch.is_autocast_enabled(device_type):
+            return hidden.to(torch.get_autocast_dtype(device_type))
+        return hidden.to(getattr(executed, 'base_layer', executed).weight.dtype)
 
     @contextmanager
     def replaced(self, forward: Callable[[torch.Tensor], torch.Tensor], adapter: bool | str = True, raw: bool = True) -> Iterator[None]:
@@ -306,7 +306,7 @@ class OutputHead:
         ours: dict[str, torch.Tensor] = {}
 
         def few(hidden: torch.Tensor) -> torch.Tensor:
-            chosen = _autocast(hidden.reshape(-1, hidden.shape[-1])[index.to(hidden.device)])
+            chosen = self.operand(hidden.reshape(-1, hidden.shape[-1])[index.to(hidden.device)])
             with align_module_device(executed):
                 head = self.tensors()
                 chosen = chosen.to(head.weight.device)

@@ -36,13 +36,13 @@ class DistillationLoss(LossInForward):
         """
 
         def in_head(states: torch.Tensor) -> torch.Tensor:
-            chosen = states.reshape(-1, states.shape[-1])[batch.student_index.to(states.device)]
-            with torch.autocast(states.device.type, enabled=False):
-                if self.head.dense:
-                    return self._sum(chosen, None, batch, signal, stats)
+            chosen, head = states.reshape(-1, states.shape[-1])[batch.student_index.to(states.device)], None
+            if not self.head.dense:
                 head = self.head.tensors()
                 # accelerate's hook, which would move them, is on the forward that this one replaces.
-                return self._sum(chosen.to(head.weight.device, head.weight.dtype), head, batch, signal, stats)
+                chosen = self.head.operand(chosen).to(head.weight.device)
+            with torch.autocast(states.device.type, enabled=False):
+                return self._sum(chosen, head, batch, signal, stats)
 
         if self.head.dense:
             outputs = forward(batch.student_inputs)
@@ -73,11 +73,10 @@ class DistillationLoss(LossInForward):
             return logits_divergence(logits, self._teacher_logits(signal, device), options.divergence, **common)
         with self._whole(signal.head):
             teacher = signal.head.tensors(self.teacher_adapter).detached(device)
-            hidden = signal.hidden.to(device, teacher.weight.dtype)
             return linear_divergence(
                 chosen,
                 head.weight,
-                hidden,
+                signal.hidden.to(device),
                 teacher.weight,
                 options.divergence,
                 teacher_bias=teacher.bias,
@@ -99,4 +98,4 @@ class DistillationLoss(LossInForward):
             return signal.logits.to(device)
         with torch.no_grad(), self._whole(signal.head):
             head = signal.head.tensors(self.teacher_adapter)
-            return head.logits(signal.hidden.to(head.weight.device, head.weight.dtype)).to(device)
+            return head.logits(signal.hidden.to(head.weight.device)).to(device)

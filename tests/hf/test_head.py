@@ -17,6 +17,7 @@ from swift_gkd_plugin.hf import loss as loss_module
 from swift_gkd_plugin.hf.head import POST_PROCESSING, HeadTensors, OutputHead
 from swift_gkd_plugin.hf.loss import DistillationLoss
 from swift_gkd_plugin.hf.teachers import LocalTeacher, TopKOptions
+from swift_gkd_plugin.step import objective
 from swift_gkd_plugin.step.objective import LossOptions
 from swift_gkd_plugin.step.samples import MicroBatch
 from swift_gkd_plugin.teachers import HiddenStates
@@ -139,6 +140,40 @@ def test_no_gradient_of_a_cross_entropy_that_nobody_asked_for(batch, monkeypatch
     assert torch.allclose(stats.cross_entropy, torch.nn.functional.cross_entropy(logits, batch.labels, reduction='none'), rtol=1e-4)
     divergence = 0 if stats.divergence is None else stats.divergence.sum()
     assert torch.allclose(total, divergence + alpha * stats.cross_entropy.sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize('k', [None, 8])
+def test_fp32_weights_under_autocast(batch, monkeypatch, gradient_difference, k):
+    """Products of the heads take hidden states in autocast's dtype, to which the operator rounds the weights; gradients stay fp32."""
+    name = 'linear_divergence' if k is None else 'topk_divergence'
+    module = loss_module if k is None else objective
+    given = []
+    operator = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args, **extra: given.append((*args, extra)) or operator(*args, **extra))
+
+    def run(weights: torch.dtype):
+        student, bare = (tiny('qwen3', seed).eval().to(weights) for seed in (1, 2))
+        teacher = LocalTeacher(bare, bare)
+        loss = DistillationLoss(LossOptions(Divergence('jsd', 0.5, 0.9), 1.0, 0.5, 'bucket', None), OutputHead(student))
+
+        def forward(model, inputs):
+            with torch.autocast('cpu', torch.bfloat16):
+                outputs = model(**inputs)
+            outputs.logits = outputs.logits.float()  # as accelerate has it
+            return outputs
+
+        assert loss.head.verify(lambda: forward(student, batch.student_inputs), torch.arange(0, 18, 3)) is None
+        (signal,) = teacher.signals([batch], forward, k and TopKOptions(k, 0.9, None))
+        total, _ = loss(lambda inputs: forward(student, inputs), batch, signal, TokenStats())
+        total.backward()
+        return total.item(), signal, {name: p.grad for name, p in student.named_parameters()}
+
+    loss, signal, gradient = run(torch.float32)
+    assert given[0][0].dtype == torch.bfloat16 and given[0][1].dtype == torch.float32
+    assert k or signal.hidden.dtype == given[0][2].dtype == torch.bfloat16
+    assert {g.dtype for g in gradient.values()} == {torch.float32}
+    expected, _, right = run(torch.bfloat16)
+    assert loss == pytest.approx(expected, rel=2e-2) and gradient_difference(gradient, right) < 5e-2
 
 
 @pytest.mark.parametrize('language', ['en', 'zh'])
