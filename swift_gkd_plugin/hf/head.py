@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -119,6 +120,13 @@ class HeadTensors:
             if self.transform.softcap is not None:
                 logits = self.transform.softcap * torch.tanh(logits / self.transform.softcap)
         return logits
+
+
+@torch.compiler.disable
+def _in_its_place(executed: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """What a head does while it is replaced. One function for all calls, so that a model that torch compiles (``--torch_compile``) stays
+    compiled up to its head and behind it."""
+    return executed.in_its_place(hidden)
 
 
 def unwrap_peft(model: nn.Module) -> nn.Module:
@@ -252,7 +260,7 @@ class OutputHead:
         executed = self.executed(adapter)
         changed = self.post_processing if raw else []
         before = executed.__dict__.get('forward')
-        executed.forward = forward
+        executed.in_its_place, executed.forward = forward, MethodType(_in_its_place, executed)
         for owner, item, _ in changed:
             setattr(owner, item.attribute, item.neutral)
         try:
@@ -260,6 +268,7 @@ class OutputHead:
         finally:
             for owner, item, value in changed:
                 setattr(owner, item.attribute, value)
+            del executed.in_its_place
             if before is None:
                 del executed.forward
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -174,6 +175,33 @@ def test_fp32_weights_under_autocast(batch, monkeypatch, gradient_difference, k)
     assert {g.dtype for g in gradient.values()} == {torch.float32}
     expected, _, right = run(torch.bfloat16)
     assert loss == pytest.approx(expected, rel=2e-2) and gradient_difference(gradient, right) < 5e-2
+
+
+def test_compiled_models_are_not_compiled_again(batch):
+    """--torch_compile: once for each model, and once more for lengths that vary; the head is left to the loss."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter, losses = CompileCounterWithBackend('eager'), []
+    torch.compiler.reset()
+    student, bare = (tiny('qwen3', seed).eval() for seed in (1, 2))
+    for model in (student, bare):
+        model.model.layers = model.model.layers[:1]
+    teacher, head = LocalTeacher(torch.compile(bare, backend=counter), bare), OutputHead(student)
+    loss = DistillationLoss(LossOptions(Divergence('jsd', 0.5, 0.9), 1.0, 0.5, 'bucket', None), head)
+    compiled = torch.compile(student, backend=counter)
+    frames = []
+    for step in range(6):
+        padding = torch.zeros(2, step, dtype=torch.int64)
+        inputs = {name: torch.cat([value, padding], 1) for name, value in batch.student_inputs.items()}
+        index = torch.tensor([3, 4, 5, 9 + step, 10 + step, 17 + step])
+        longer = dataclasses.replace(batch, student_inputs=inputs, student_index=index, teacher_index=index)
+        (signal,) = teacher.signals([longer], lambda model, inputs: model(**inputs))
+        for model in (compiled, student):
+            total, _ = loss(lambda inputs, model=model: model(**inputs), longer, signal, TokenStats())
+            losses.append(total.item())
+        frames.append(counter.frame_count)
+    assert losses[::2] == pytest.approx(losses[1::2], rel=1e-6)
+    assert 0 < frames[0] < frames[1] == frames[-1], frames
 
 
 @pytest.mark.parametrize('language', ['en', 'zh'])
