@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -90,16 +91,16 @@ class HeadTensors:
     transform: LogitTransform | None
     lora: tuple[torch.Tensor, torch.Tensor, float] | None = None
 
-    def detached(self, copy: bool) -> HeadTensors:
-        """The same values, whatever becomes of the parameters.
+    def detached(self, device: torch.device | None = None, copy: bool = False) -> HeadTensors:
+        """The same values without a gradient.
 
         Args:
-            copy: Clone them, for their memory will hold other values. Without it they have no gradient any more, and that is all: enough
-                where the parameters are given other memory.
+            device: Where they are wanted; None for where they are.
+            copy: Clone them, for their memory will hold other values.
         """
 
         def kept(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.detach().clone() if copy else tensor.detach()
+            return tensor.detach().to(device or tensor.device, copy=copy)
 
         lora = None if self.lora is None else (kept(self.lora[0]), kept(self.lora[1]), self.lora[2])
         return HeadTensors(kept(self.weight), None if self.bias is None else kept(self.bias), self.transform, lora)
@@ -121,12 +122,11 @@ class HeadTensors:
         return logits
 
 
-def _autocast(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """What autocast would do to an operand of the head's matrix product, were it not replaced."""
-    device_type = tensor.device.type if tensor is not None else 'cpu'
-    if tensor is None or not torch.is_autocast_enabled(device_type):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device_type))
+@torch.compiler.disable
+def _in_its_place(executed: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """What a head does while it is replaced. One function for all calls, so that a model that torch compiles (``--torch_compile``) stays
+    compiled up to its head and behind it."""
+    return executed.in_its_place(hidden)
 
 
 def unwrap_peft(model: nn.Module) -> nn.Module:
@@ -238,7 +238,15 @@ class OutputHead:
             for name in self._names(executed, adapter):  # one at most has a LoRA here, see _why_lora_is_dense()
                 if name in executed.lora_A:
                     lora = (executed.lora_A[name].weight, executed.lora_B[name].weight, executed.scaling[name])
-        return HeadTensors(_autocast(base.weight), _autocast(base.bias), self.transform, lora)
+        return HeadTensors(base.weight, base.bias, self.transform, lora)
+
+    def operand(self, hidden: torch.Tensor, adapter: bool | str = True) -> torch.Tensor:
+        """Hidden states in the dtype in which the head's product would take them: autocast's, or that of its weight. In the head's own
+        forward, and where autocast is as the model has it; the operator rounds a weight of another dtype to theirs."""
+        device_type, executed = hidden.device.type, self.executed(adapter)
+        if torch.is_autocast_enabled(device_type):
+            return hidden.to(torch.get_autocast_dtype(device_type))
+        return hidden.to(getattr(executed, 'base_layer', executed).weight.dtype)
 
     @contextmanager
     def replaced(self, forward: Callable[[torch.Tensor], torch.Tensor], adapter: bool | str = True, raw: bool = True) -> Iterator[None]:
@@ -252,7 +260,7 @@ class OutputHead:
         executed = self.executed(adapter)
         changed = self.post_processing if raw else []
         before = executed.__dict__.get('forward')
-        executed.forward = forward
+        executed.in_its_place, executed.forward = forward, MethodType(_in_its_place, executed)
         for owner, item, _ in changed:
             setattr(owner, item.attribute, item.neutral)
         try:
@@ -260,6 +268,7 @@ class OutputHead:
         finally:
             for owner, item, value in changed:
                 setattr(owner, item.attribute, value)
+            del executed.in_its_place
             if before is None:
                 del executed.forward
             else:
@@ -306,7 +315,7 @@ class OutputHead:
         ours: dict[str, torch.Tensor] = {}
 
         def few(hidden: torch.Tensor) -> torch.Tensor:
-            chosen = _autocast(hidden.reshape(-1, hidden.shape[-1])[index.to(hidden.device)])
+            chosen = self.operand(hidden.reshape(-1, hidden.shape[-1])[index.to(hidden.device)])
             with align_module_device(executed):
                 head = self.tensors()
                 chosen = chosen.to(head.weight.device)
@@ -323,7 +332,7 @@ class OutputHead:
         elif theirs.shape[-2:] != mine.shape:
             self.dense = f'the model turns logits of shape {tuple(mine.shape)} into {tuple(theirs.shape[-2:])}'
         else:
-            theirs = theirs.reshape(mine.shape).float()
+            theirs = theirs.reshape(mine.shape).to(mine.device, torch.float32)
             finite = theirs.isfinite() & mine.isfinite()
             scale = theirs.masked_fill(~finite, 0).abs().amax(-1, keepdim=True).clamp_min(1e-6)
             error = ((mine - theirs).masked_fill(~finite, 0).abs() / scale).max().item()

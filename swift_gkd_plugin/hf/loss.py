@@ -36,9 +36,13 @@ class DistillationLoss(LossInForward):
         """
 
         def in_head(states: torch.Tensor) -> torch.Tensor:
-            chosen = states.reshape(-1, states.shape[-1])[batch.student_index.to(states.device)]
+            chosen, head = states.reshape(-1, states.shape[-1])[batch.student_index.to(states.device)], None
+            if not self.head.dense:
+                head = self.head.tensors()
+                # accelerate's hook, which would move them, is on the forward that this one replaces.
+                chosen = self.head.operand(chosen).to(head.weight.device)
             with torch.autocast(states.device.type, enabled=False):
-                return self._sum(chosen, None if self.head.dense else self.head.tensors(), batch, signal, stats)
+                return self._sum(chosen, head, batch, signal, stats)
 
         if self.head.dense:
             outputs = forward(batch.student_inputs)
@@ -50,11 +54,10 @@ class DistillationLoss(LossInForward):
     def _sum(
         self, chosen: torch.Tensor, head: HeadTensors | None, batch: MicroBatch, signal: Signal | None, stats: TokenStats
     ) -> torch.Tensor:
-        """``chosen`` [n, dim] hidden states, or [n, vocab] logits if ``head`` is None."""
+        """``chosen`` [n, dim] hidden states, or [n, vocab] logits if ``head`` is None; all else comes to their device."""
         options, device = self.options, chosen.device
         common = self._of_tokens(batch.labels.to(device), batch.weights.to(device), batch.imitated.to(device), signal, stats)
         if head is not None:
-            chosen = chosen.to(head.weight.dtype)
             student = dict(student_bias=head.bias, student_transform=head.transform, student_lora=head.lora)
         if signal is None:
             if head is None:
@@ -69,15 +72,14 @@ class DistillationLoss(LossInForward):
             logits = chosen if head is None else head.logits_with_gradient(chosen)
             return logits_divergence(logits, self._teacher_logits(signal, device), options.divergence, **common)
         with self._whole(signal.head):
-            teacher = signal.head.tensors(self.teacher_adapter)
-            hidden = signal.hidden.to(device, teacher.weight.dtype)
+            teacher = signal.head.tensors(self.teacher_adapter).detached(device)
             return linear_divergence(
                 chosen,
                 head.weight,
-                hidden,
-                teacher.weight.detach().to(device),
+                signal.hidden.to(device),
+                teacher.weight,
                 options.divergence,
-                teacher_bias=None if teacher.bias is None else teacher.bias.detach().to(device),
+                teacher_bias=teacher.bias,
                 teacher_transform=teacher.transform,
                 teacher_lora=teacher.lora,
                 **student,
@@ -96,4 +98,4 @@ class DistillationLoss(LossInForward):
             return signal.logits.to(device)
         with torch.no_grad(), self._whole(signal.head):
             head = signal.head.tensors(self.teacher_adapter)
-            return head.logits(signal.hidden.to(head.weight.device, head.weight.dtype)).to(device)
+            return head.logits(signal.hidden.to(head.weight.device)).to(device)

@@ -160,6 +160,8 @@ class GKDPipeline(SwiftRLHF):
             raise OptionError(f'--gkd_routing teacher: {args.model} has no routed experts; leave it out.')
         if engine_scores(args):
             raise OptionError('--gkd_routing teacher with --gkd_teacher_engine vllm: an engine does not say which experts it chose.')
+        if args.training_args.torch_compile:
+            raise OptionError('--gkd_routing teacher with --torch_compile: routers that replay a choice cannot be compiled; leave one out.')
         if args.teacher_model is not None and teacher_offload(args) == 'model':
             raise OptionError(
                 '--gkd_routing teacher with a teacher that looks at a whole step in one visit: use --gkd_teacher_offload layer, or none.'

@@ -23,7 +23,7 @@ def local_teacher(trainer) -> LocalTeacher:
     """The separate model, or one that lives in the student's."""
     if trainer.teacher_model is None:
         return _self_teacher(trainer)
-    bare = trainer.accelerator.unwrap_model(trainer.teacher_model)
+    bare = trainer.accelerator.unwrap_model(trainer.teacher_model, keep_torch_compile=False)
     update_generation_config_eos_token(bare.generation_config, trainer.template)
     if trainer.is_fsdp_enabled:
         dist.fsdp.register_fsdp_forward_method(bare, 'generate')  # PEFT's goes past the root's forward
@@ -40,7 +40,8 @@ def _self_teacher(trainer) -> LocalTeacher:
         kind = AdapterOnBase if TEACHER_ADAPTER in bare.peft_config else SharedBase
         teacher = kind(trainer.model, bare)
     shared = SharedWork(bare, layers=not trainer.aux_loss_enabled)
-    if shared:
+    # Parts that do something else in every micro-batch would be compiled for each.
+    if shared and not trainer.args.torch_compile:
         parts = ', '.join(type(tower).__name__ for tower in shared.towers)
         logger.info(f'Teacher and student share the work of {parts or "no tower"} and the lowest {len(shared.layers)} layers.')
         teacher.shared_work = shared

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -96,10 +97,10 @@ class LocalTeacher:
             heads, dtypes = [], []
 
             def chosen_with_head(states: torch.Tensor) -> torch.Tensor:
-                dtypes.append(states.dtype)
-                with torch.autocast(states.device.type, enabled=False):  # the loss takes the student's head without it, too
-                    heads.append(self._head_for_the_loss() if topk is None else self.head)
-                return chosen(states)
+                hidden = self.head.operand(chosen(states), self.adapter)
+                dtypes.append(hidden.dtype)
+                heads.append(self._head_for_the_loss() if topk is None else self.head)
+                return hidden
 
             with self.head.replaced(chosen_with_head, self.adapter):
                 hidden = forward(model, inputs).logits
@@ -119,12 +120,15 @@ class LocalTeacher:
         ids = torch.empty(len(states), topk.k, dtype=torch.int64, device=states.device)
         with self.head.gathered(self.adapter) if hidden else nullcontext():
             head = self.head.tensors(self.adapter) if hidden else None
+            if hidden:  # once, not for each chunk
+                head = replace(head, weight=head.weight.to(states.dtype))
             for start in range(0, len(states), chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
-                logits = head.logits(states[rows].to(head.weight.device, head.weight.dtype)) if hidden else states[rows].float()
+                logits = head.logits(states[rows].to(head.weight.device)) if hidden else states[rows].float()
                 softened = torch.log_softmax(logits[:, : topk.vocab_size] / topk.temperature, -1)
-                logprobs[rows], ids[rows] = softened.topk(topk.k, dim=-1)
-                tail[rows] = softened.scatter_(-1, ids[rows], -torch.inf).logsumexp(-1)
+                logprobs[rows], largest = softened.topk(topk.k, dim=-1)
+                ids[rows] = largest  # which may be on another device
+                tail[rows] = softened.scatter_(-1, largest, -torch.inf).logsumexp(-1)
         return TopK(logprobs, ids, tail=tail)
 
 

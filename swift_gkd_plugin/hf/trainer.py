@@ -274,7 +274,8 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         if isinstance(self.teacher, AdapterOnBase) or (self.teacher is not None and self.teacher.model not in (None, self.model)):
             heads.append(('teacher', self.teacher.head, lambda: self._call(self.teacher.model, batch.student_inputs), self.teacher.ready()))
         for name, head, forward, ready in heads:
-            with ready:  # eval mode in both: dropout would draw from the random numbers of the step
+            # Eval mode in both: dropout would draw from the random numbers of the step. Nothing is compiled for it.
+            with ready, torch.compiler.set_stance('force_eager'):
                 reason = head.verify(forward, index)
             if reason:
                 logger.warning(f'The {name} runs with whole logits, which take more memory, because {reason}.')

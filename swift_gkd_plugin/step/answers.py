@@ -88,6 +88,7 @@ class Answers:
                     self.encoder.cut_before_media(sample)
 
         with metrics.seconds('seconds/generation'), metrics.seconds('seconds/sampling'):
+            self.server.make_room(self.ranks)
             asked_once(
                 lambda: self.server.answer(samples, prompts, seeds, options, stop_ids), told, take, self.ranks, self.backend.step + 1
             )

@@ -155,4 +155,4 @@ class Books:
 
 
 def _sum(values: torch.Tensor) -> torch.Tensor:
-    return values.double().sum()
+    return values.float().sum()

@@ -295,6 +295,7 @@ class Conductor:
                 self.teacher.ask(batches)
 
             with self.metrics.seconds('seconds/teacher'):
+                self.teacher.make_room(self.ranks)
                 asked_once(ask, lambda: [batch.signal for batch in batches], take, self.ranks, self.backend.step + 1)
         elif self.scored_locally and batches:
             plan = self.backend.teacher_batches(batches)

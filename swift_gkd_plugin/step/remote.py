@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from swift.utils import get_logger
+from swift.utils import empty_cache, get_logger
 
 from .. import checks
 from ..arguments import OptionError, engine_scores
@@ -149,6 +149,13 @@ class RemoteTeacher:
     def __init__(self, servers: TeacherServers, topk: int, awake: Callable[[], AbstractContextManager] = nullcontext, is_free: bool = True):
         self.servers, self.topk, self.awake, self.is_free = servers, topk, awake, is_free
         self.description = ' and '.join(f'the server {server.url}' for server in servers.servers)
+
+    def make_room(self, ranks: Ranks) -> None:
+        """What ranks have reserved of a device and do not use goes back before an engine wakes there. A collective call of the ranks with
+        the same rows, whose devices the engine may have."""
+        if not self.is_free:
+            empty_cache()
+            ranks.largest([0])  # all of them have
 
     def begin(self, samples: Iterable[Sample], again: bool = False) -> None:
         """Have the questions about samples on their way; :meth:`ask` waits for what is said. What a server said while it answered is not

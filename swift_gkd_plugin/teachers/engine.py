@@ -36,6 +36,8 @@ if os.getppid() == int(sys.argv[1]):  # it has not died before that
 """
 # What torchrun and the trainer set for this rank; an engine that saw it would join the trainer's process group.
 RANK_VARIABLES = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'GROUP_RANK', 'MASTER_ADDR', 'MASTER_PORT', 'NPROC_PER_NODE')
+# Settings of torch's allocator, by the names that its versions read.
+ALLOCATOR_VARIABLES = ('PYTORCH_ALLOC_CONF', 'PYTORCH_CUDA_ALLOC_CONF', 'PYTORCH_HIP_ALLOC_CONF')
 
 
 def _free_port() -> int:
@@ -50,6 +52,27 @@ def name_of_device(device: torch.device) -> list[str] | None:
         return None
     visible = os.environ.get('CUDA_VISIBLE_DEVICES')
     return [visible.split(',')[device.index] if visible else str(device.index)]
+
+
+def environment(devices: Sequence[str] | None) -> dict[str, str]:
+    """Of an engine, made of this process's.
+
+    Args:
+        devices: Its GPUs, as in CUDA_VISIBLE_DEVICES; None without any.
+    """
+    env = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES and not name.startswith('TORCHELASTIC')}
+    env['VLLM_SERVER_DEV_MODE'] = '1'  # vLLM's switch for /sleep and /wake_up
+    if devices is None:
+        return env
+    env['CUDA_VISIBLE_DEVICES'] = ','.join(devices)
+    for name in ALLOCATOR_VARIABLES:
+        entries = env.get(name, '').split(',')
+        # The memory pool that sleeps cannot be made of such segments, and vLLM does not start with them.
+        kept = [entry for entry in entries if entry.replace(' ', '').lower() != 'expandable_segments:true']
+        if len(kept) < len(entries):
+            logger.info(f"{name}={env.pop(name)}: the teacher's engine gets it without expandable_segments, with which it cannot sleep.")
+            env |= {name: ','.join(kept)} if kept else {}
+    return env
 
 
 class TeacherEngine:
@@ -71,14 +94,14 @@ class TeacherEngine:
         argv += ['--dtype', dtype, '--max-logprobs', str(max(topk, 1)), '--host', '127.0.0.1', '--port', str(port)]
         argv += ['--enable-sleep-mode'] if self.sleeps else []
         argv = [sys.executable, '-c', LEASH, str(os.getpid()), *argv] if sys.platform == 'linux' else argv
-        env = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES and not name.startswith('TORCHELASTIC')}
-        env['VLLM_SERVER_DEV_MODE'] = '1'  # vLLM's switch for /sleep and /wake_up
-        if devices is not None:
-            env['CUDA_VISIBLE_DEVICES'] = ','.join(devices)
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, 'w') as output:
             self._process = subprocess.Popen(
-                [*argv, *shlex.split(arguments)], env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                [*argv, *shlex.split(arguments)],
+                env=environment(devices),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         atexit.register(self.close)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from places import Places, spread
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from swift_gkd_plugin.divergence import Divergence, LogitTransform, TokenStats
@@ -16,6 +18,7 @@ from swift_gkd_plugin.hf import loss as loss_module
 from swift_gkd_plugin.hf.head import POST_PROCESSING, HeadTensors, OutputHead
 from swift_gkd_plugin.hf.loss import DistillationLoss
 from swift_gkd_plugin.hf.teachers import LocalTeacher, TopKOptions
+from swift_gkd_plugin.step import objective
 from swift_gkd_plugin.step.objective import LossOptions
 from swift_gkd_plugin.step.samples import MicroBatch
 from swift_gkd_plugin.teachers import HiddenStates
@@ -140,6 +143,67 @@ def test_no_gradient_of_a_cross_entropy_that_nobody_asked_for(batch, monkeypatch
     assert torch.allclose(total, divergence + alpha * stats.cross_entropy.sum(), rtol=1e-5)
 
 
+@pytest.mark.parametrize('k', [None, 8])
+def test_fp32_weights_under_autocast(batch, monkeypatch, gradient_difference, k):
+    """Products of the heads take hidden states in autocast's dtype, to which the operator rounds the weights; gradients stay fp32."""
+    name = 'linear_divergence' if k is None else 'topk_divergence'
+    module = loss_module if k is None else objective
+    given = []
+    operator = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args, **extra: given.append((*args, extra)) or operator(*args, **extra))
+
+    def run(weights: torch.dtype):
+        student, bare = (tiny('qwen3', seed).eval().to(weights) for seed in (1, 2))
+        teacher = LocalTeacher(bare, bare)
+        loss = DistillationLoss(LossOptions(Divergence('jsd', 0.5, 0.9), 1.0, 0.5, 'bucket', None), OutputHead(student))
+
+        def forward(model, inputs):
+            with torch.autocast('cpu', torch.bfloat16):
+                outputs = model(**inputs)
+            outputs.logits = outputs.logits.float()  # as accelerate has it
+            return outputs
+
+        assert loss.head.verify(lambda: forward(student, batch.student_inputs), torch.arange(0, 18, 3)) is None
+        (signal,) = teacher.signals([batch], forward, k and TopKOptions(k, 0.9, None))
+        total, _ = loss(lambda inputs: forward(student, inputs), batch, signal, TokenStats())
+        total.backward()
+        return total.item(), signal, {name: p.grad for name, p in student.named_parameters()}
+
+    loss, signal, gradient = run(torch.float32)
+    assert given[0][0].dtype == torch.bfloat16 and given[0][1].dtype == torch.float32
+    assert k or signal.hidden.dtype == given[0][2].dtype == torch.bfloat16
+    assert {g.dtype for g in gradient.values()} == {torch.float32}
+    expected, _, right = run(torch.bfloat16)
+    assert loss == pytest.approx(expected, rel=2e-2) and gradient_difference(gradient, right) < 5e-2
+
+
+def test_compiled_models_are_not_compiled_again(batch):
+    """--torch_compile: once for each model, and once more for lengths that vary; the head is left to the loss."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter, losses = CompileCounterWithBackend('eager'), []
+    torch.compiler.reset()
+    student, bare = (tiny('qwen3', seed).eval() for seed in (1, 2))
+    for model in (student, bare):
+        model.model.layers = model.model.layers[:1]
+    teacher, head = LocalTeacher(torch.compile(bare, backend=counter), bare), OutputHead(student)
+    loss = DistillationLoss(LossOptions(Divergence('jsd', 0.5, 0.9), 1.0, 0.5, 'bucket', None), head)
+    compiled = torch.compile(student, backend=counter)
+    frames = []
+    for step in range(6):
+        padding = torch.zeros(2, step, dtype=torch.int64)
+        inputs = {name: torch.cat([value, padding], 1) for name, value in batch.student_inputs.items()}
+        index = torch.tensor([3, 4, 5, 9 + step, 10 + step, 17 + step])
+        longer = dataclasses.replace(batch, student_inputs=inputs, student_index=index, teacher_index=index)
+        (signal,) = teacher.signals([longer], lambda model, inputs: model(**inputs))
+        for model in (compiled, student):
+            total, _ = loss(lambda inputs, model=model: model(**inputs), longer, signal, TokenStats())
+            losses.append(total.item())
+        frames.append(counter.frame_count)
+    assert losses[::2] == pytest.approx(losses[1::2], rel=1e-6)
+    assert 0 < frames[0] < frames[1] == frames[-1], frames
+
+
 @pytest.mark.parametrize('language', ['en', 'zh'])
 def test_the_list_is_in_the_documentation(language):
     text = Path(__file__).parents[2].joinpath(f'docs_{language}', 'loss.md').read_text()
@@ -182,6 +246,48 @@ def test_a_scale_that_stays_on_is_found_out(batch):
     model.config.logits_scaling = 4.0
     model.change = lambda logits: logits / 4.0  # like the list says, but not from the attribute
     assert 'switched off' in verified(model, batch)
+
+
+def parts_of(model, outer: str, inner: str) -> dict[str, torch.device]:
+    """The embedding and what is tied to it on one device, the layers on another."""
+    head = outer if model.config.tie_word_embeddings else inner
+    places = {'model.embed_tokens': outer, 'model.layers.0': outer, 'model.layers.1': inner, 'model.norm': inner, 'lm_head': head}
+    return {name: torch.device(place) for name, place in {**places, 'model.rotary_emb': outer}.items()}
+
+
+@pytest.mark.parametrize('tied', [True, False])
+@pytest.mark.parametrize('kind', ['hidden states', 'top-k', 'whole logits', "the teacher's whole logits", 'no teacher'])
+def test_models_over_several_devices(batch, tied, kind, gradient_difference):
+    """As under --device_map auto: the loss comes to the head, wherever hidden states, labels and what the teacher says are."""
+
+    def run(places: Places | None):
+        torch.manual_seed(1)
+        config = Qwen3Config(**SIZES, tie_word_embeddings=tied)
+        student, bare = (Qwen3ForCausalLM(config).eval() for _ in range(2))
+        here = batch
+        with places or nullcontext():
+            if places:
+                spread(student, parts_of(student, 'cpu:1', 'cpu:2'))
+                spread(bare, parts_of(bare, 'cpu:2', 'cpu:3'))
+                here = batch.to(torch.device('cpu:1'))
+            teacher = LocalTeacher(bare, bare)
+            loss = DistillationLoss(LossOptions(Divergence('jsd', 0.5, 0.9), 1.0, 0.5, 'bucket', None), OutputHead(student))
+            for head, model in ((loss.head, student), (teacher.head, bare)):
+                assert head.verify(lambda model=model: model(**here.student_inputs), torch.arange(0, 18, 3)) is None
+            if kind == 'whole logits':
+                loss.head.dense = teacher.head.dense = 'the test wants it'
+            elif kind == "the teacher's whole logits":
+                teacher.head.dense = 'the test wants it'
+            topk = TopKOptions(8, 0.9, None) if kind == 'top-k' else None
+            signal = None
+            if kind != 'no teacher':
+                (signal,) = teacher.signals([here], lambda model, inputs: model(**inputs), topk)
+            total, _ = loss(lambda inputs: student(**inputs), here, signal, TokenStats())
+        total.backward()
+        return total.item(), {name: p.grad for name, p in student.named_parameters()}
+
+    (loss, gradient), (expected, right) = run(Places()), run(None)
+    assert loss == expected and gradient_difference(gradient, right) == 0
 
 
 def exact(hidden, weight, bias, lora, transform):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from helpers import write_rows
 from job_runs import ONE_STEP
+
+from swift_gkd_plugin.arguments import OptionError
+from swift_gkd_plugin.hf.pipeline import GKDPipeline
 
 STEP = {**ONE_STEP, 'tuner_type': 'full', 'max_steps': 2}
 
@@ -39,6 +43,7 @@ def runs(run_jobs, tiny_models, tmp_path_factory):
                 'dataloader_drop_last': 'true',
             },
             'device_map': {**STEP, 'device_map': 'cpu'},
+            'compiled': {**STEP, 'torch_compile': 'true', 'torch_compile_backend': 'eager', 'callbacks': None},
             'sequence_parallel_size': {**STEP, 'sequence_parallel_size': 2},
             'truncation split': {**STEP, 'truncation_strategy': 'split'},
             'generation_batch_size': {**mixed, 'generation_batch_size': 8, 'gkd_source_per': 'batch'},
@@ -106,6 +111,18 @@ def test_layout_of_the_batch_does_not_change_the_step(runs, gradient_difference,
     plain, other = runs['plain'].ok(), runs[name].ok()
     assert other.losses == pytest.approx(plain.losses, rel=1e-5)
     assert gradient_difference(other.gradients(1), plain.gradients(1)) < 2e-5
+
+
+def test_compiled_models_say_the_same(runs):
+    assert runs['compiled'].ok().losses == pytest.approx(runs['plain'].ok().losses, rel=1e-5)
+
+
+def test_a_replayed_choice_of_experts_is_not_compiled():
+    pipeline = GKDPipeline.__new__(GKDPipeline)
+    args = {'model_info': SimpleNamespace(is_moe_model=True), 'gkd_teacher_engine': 'transformers', 'gkd_logits_topk': None}
+    pipeline.args = SimpleNamespace(**args, training_args=SimpleNamespace(torch_compile=True))
+    with pytest.raises(OptionError, match='--gkd_routing teacher with --torch_compile'):
+        pipeline._check_routing()
 
 
 def test_no_effect_is_said(runs):

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from fake_backend import FakeServer, flat
 
 from swift_gkd_plugin.step import cycle as cycles
-from swift_gkd_plugin.step import teaching
+from swift_gkd_plugin.step import remote, teaching
 from swift_gkd_plugin.step.data import Row
 from swift_gkd_plugin.step.samples import Sample
 from swift_gkd_plugin.step.teaching import TeacherBatches
@@ -173,7 +174,7 @@ def test_a_server_is_asked_about_later_micro_batches_while_the_first_trains(make
     assert all(waited) and len(server.scored) == 8
 
 
-def test_a_server_that_shares_the_students_device_is_asked_when_its_turn_is(make):
+def test_a_server_that_shares_the_students_device_is_asked_when_its_turn_is(make, monkeypatch):
     server = Watched()
     run = make('server', server, lmbda=0, max_steps=2)
     awake = []
@@ -186,6 +187,7 @@ def test_a_server_that_shares_the_students_device_is_asked_when_its_turn_is(make
             awake.append(False)
 
     run.conductor.teacher.awake, run.conductor.teacher.is_free = Awake, False
+    monkeypatch.setattr(remote, 'empty_cache', lambda: awake.append('room is made'))
     score = server.score
 
     def only_awake(question):
@@ -194,7 +196,16 @@ def test_a_server_that_shares_the_students_device_is_asked_when_its_turn_is(make
 
     server.score = only_awake
     run.train()
-    assert awake == [True, False] * 2 and len(server.scored) == 8
+    assert awake == ['room is made', True, False] * 2 and len(server.scored) == 8
+
+
+def test_there_is_room_before_an_engine_answers(make, monkeypatch):
+    run = make('local', FakeServer(), lmbda=0, seq_kd=True, max_steps=2)
+    happened = []
+    run.conductor.answering.awake, run.conductor.answering.is_free = lambda: nullcontext(happened.append('awake')), False
+    monkeypatch.setattr(remote, 'empty_cache', lambda: happened.append('room is made'))
+    run.train()
+    assert happened == ['room is made', 'awake'] * 2
 
 
 class Flaky(Watched):
