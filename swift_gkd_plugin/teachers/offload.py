@@ -1,18 +1,20 @@
 """Frozen weights that live on the host and visit the device: a whole model at a time, or two of its layers.
 
-There is one copy on the host, pinned where there is a GPU, and made once. On the way back nothing is copied, for the weights have not
+There is one copy on the host (:mod:`.host_memory`). On the way back nothing is copied, for the weights have not
 changed: the parameters point at the host's copy again and the device's memory is free.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from .host_memory import HostMemory, Places
 
 
 class HostCopy:
@@ -21,18 +23,19 @@ class HostCopy:
     Args:
         weights: Parameters, or the tensors in which a sharded model keeps this rank's part of them.
         device: Where they visit.
+        replica: As :class:`HostMemory`.
 
     Attributes:
         bytes: Of one visit.
         moved: Bytes that came to the device so far.
     """
 
-    def __init__(self, weights: Iterable[torch.Tensor], device: torch.device):
+    def __init__(self, weights: Iterable[torch.Tensor], device: torch.device, replica: Hashable = None):
         self.weights, self.device = list(weights), device
-        self.copies = [_pinned(w.data) for w in self.weights]
-        self.bytes = sum(w.numel() * w.element_size() for w in self.copies)
+        self.memory = HostMemory([self.weights], replica)
+        self.copies = self.memory.places[0].within(self.memory.blocks[0])
+        self.bytes = sum(copy.nbytes for copy in self.copies)
         self.moved = 0
-        self.leave()
 
     def arrive(self) -> None:
         """Start the transfer, on the current stream."""
@@ -64,6 +67,7 @@ class LayerStream:
     Args:
         model: Frozen; nothing else may run it meanwhile.
         device: Where it computes.
+        replica: As :class:`HostMemory`.
 
     Attributes:
         bytes: Of one forward.
@@ -73,12 +77,14 @@ class LayerStream:
         ValueError: The model has no list of layers.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device):
+    def __init__(self, model: nn.Module, device: torch.device, replica: Hashable = None):
         layers = repeated_layers(model)
         if not layers:
             raise ValueError(f'{type(model).__name__} has no list of layers that could be streamed')
         self.device, self.moved = device, 0
-        self._layers = [StreamedLayer(weights) for weights in own_weights(model, layers)]
+        weights = own_weights(model, layers)
+        self.memory = HostMemory(weights, replica)
+        self._layers = [StreamedLayer(*layer) for layer in zip(weights, self.memory.places, self.memory.blocks, strict=True)]
         self.bytes = sum(layer.bytes for layer in self._layers)
         self._stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
         self._buffers: dict[int, Buffer] = {}  # by the number of a layer modulo 2, while the model visits
@@ -155,18 +161,17 @@ class LayerStream:
 
 
 class StreamedLayer:
-    """The weights of a layer in one block of host memory, so that they come to the device in one copy.
+    """The weights of a layer, which come to the device in one copy.
 
     Args:
-        weights: They point at the block from now on.
+        weights: In ``block``.
+        places: Where each of them is in a block.
+        block: Of host memory.
     """
 
-    def __init__(self, weights: list[torch.Tensor]):
-        self.weights, self.places = weights, Places(weights)
+    def __init__(self, weights: list[torch.Tensor], places: Places, block: torch.Tensor):
+        self.weights, self.places, self.block = weights, places, block
         self.bytes = sum(w.nbytes for w in weights)
-        self.block = torch.empty(self.places.bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-        for weight, place in zip(weights, self.places.within(self.block), strict=True):
-            weight.data = place.copy_(weight.data)
 
     def arrive(self, room: torch.Tensor) -> None:
         """Start the transfer, on the current stream."""
@@ -198,26 +203,6 @@ class Buffer:
     number: int | None = None
 
 
-class Places:
-    """Where tensors of any shape and dtype lie in a block of bytes, each with its own strides.
-
-    Attributes:
-        bytes: Of the block.
-    """
-
-    ALIGNMENT = 256  # as the allocator of CUDA aligns: kernels load 16 bytes at a time, or fall back
-
-    def __init__(self, tensors: Iterable[torch.Tensor]):
-        self._tensors, self.bytes = [], 0
-        for tensor in tensors:
-            self._tensors.append((self.bytes, torch.empty_like(tensor.data, device='meta')))
-            self.bytes += -(-tensor.nbytes // self.ALIGNMENT) * self.ALIGNMENT
-
-    def within(self, block: torch.Tensor) -> list[torch.Tensor]:
-        """The tensors in a block."""
-        return [block[start : start + like.nbytes].view(like.dtype).as_strided(like.shape, like.stride()) for start, like in self._tensors]
-
-
 def own_weights(model: nn.Module, layers: list[nn.Module]) -> list[list[torch.Tensor]]:
     """Each layer's parameters, without those that another layer, or something outside of the layers, has too."""
     inside = {id(module) for layer in layers for module in layer.modules()}
@@ -234,8 +219,3 @@ def repeated_layers(model: nn.Module) -> list[nn.Module]:
     found = dict.fromkeys(layer for one in lists for layer in one if type(layer).__name__ in names)
     inside = {id(module) for layer in found for module in layer.modules() if module is not layer}
     return [layer for layer in found if id(layer) not in inside]
-
-
-def _pinned(data: torch.Tensor) -> torch.Tensor:
-    copy = data.detach().to('cpu')
-    return copy.pin_memory() if torch.cuda.is_available() else copy
