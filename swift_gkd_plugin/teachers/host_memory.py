@@ -20,11 +20,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from swift.utils import get_logger
 
 from ..arguments import OptionError
-
-logger = get_logger()
 
 
 class Places:
@@ -230,9 +227,11 @@ def _shared_block(everyone: list[Holding], rank: int) -> tuple[torch.Tensor | No
         may = one.sharers(everyone)
         agreed.append(one if len(may) > 1 and all(opened[n] for n in may) else replace(one, key=number))
     if len(sharers) > 1 and not all(opened[n] for n in sharers):
+        from swift.utils import get_logger  # where a model visits without ranks, as in benchmarks/gpu, ms-swift need not be installed
+
         block = None
         size = everyone[rank].bytes / 2**30
-        logger.warning(
+        get_logger().warning(
             f'{len(sharers)} ranks of this machine cannot share the teacher in host memory ({reason}), so that each keeps a copy: '
             f'{len(sharers) * size:.2f} GiB instead of {size:.2f}.'
         )
