@@ -96,6 +96,7 @@ def offloaded(how: str, meter):
     row = meter.measure(lambda: visit(inputs[0]))
     if copy is not None:
         row |= {'gb_per_s': copy.bytes / row['ms'] / 1e6, 'moved_gb': copy.bytes / 1e9, 'copy_made_s': made}
+        row |= {'host_gb': copy.memory.bytes / 1e9, 'pinned': next(model.parameters()).is_pinned()}
     status = 'ok' if different == 0 else 'wrong'
     yield {'what': f'{bytes_all / 1e9:.2f} GB, {tokens} tokens', 'status': status, **row, 'different': different}
     if meter.cuda:

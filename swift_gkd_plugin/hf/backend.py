@@ -90,8 +90,21 @@ class TransformersBackend(Backend):
             first = self.trainer.conductor.encoder.micro_batch(batches[0].samples)
             self.trainer.verify_heads(self.trainer.model_wrapped, first.to(args.device))
         tokens = max(2 * max(batch.size for batch in batches), MANY_TOKENS if teacher.is_sharded or teacher.host_copy else FEW_TOKENS)
-        kept = None if teacher.comes_once else 12 * args.gkd_logits_topk if args.gkd_logits_topk else 4 * teacher.head.width
+        kept = None if teacher.comes_once else self._bytes_per_token
         return TeacherBatches(args.gkd_teacher_batch_size, tokens, teacher.is_sharded, bytes_per_token=kept)
+
+    @property
+    def _bytes_per_token(self) -> int:
+        """Of what the teacher says."""
+        k = self.args.gkd_logits_topk
+        return 12 * k if k else 4 * self.trainer.teacher.head.width
+
+    @property
+    def kept_per_token(self) -> int | None:
+        trainer = self.trainer
+        if not trainer.conductor.scored_locally or trainer.teacher.host_copy is None or trainer.teacher.routing is not None:
+            return None
+        return self._bytes_per_token
 
     @property
     def _lives_in_student(self) -> bool:

@@ -14,7 +14,7 @@ from ..teachers.offload import HostCopy, LayerStream
 from .head import language_model
 from .shared_work import SharedWork
 from .teachers import TEACHER_ADAPTER, AdapterOnBase, AveragedStudent, LiveStudent, LocalTeacher, SharedBase
-from .zero3 import PartitionedParameters, is_zero3
+from .zero3 import PartitionedParameters, is_zero3, ranks_share_weights
 
 logger = get_logger()
 
@@ -66,14 +66,15 @@ def host_copy(teacher: nn.Module, how: str | None, device: torch.device) -> Host
     """
     if how is None:
         return None
+    replica = None if ranks_share_weights(teacher) else 'whole'
     if how == 'layer':
-        copy = LayerStream(teacher, device)
+        copy = LayerStream(teacher, device, replica)
     else:
         head = {id(p) for p in language_model(teacher).get_output_embeddings().parameters()}
-        copy = HostCopy((getattr(p, 'ds_tensor', p) for p in teacher.parameters() if id(p) not in head), device)
+        copy = HostCopy((getattr(p, 'ds_tensor', p) for p in teacher.parameters() if id(p) not in head), device, replica)
     visitors = {id(weight) for weight in copy.weights}
     for tensor in (*(getattr(p, 'ds_tensor', p) for p in teacher.parameters()), *teacher.buffers()):
         if id(tensor) not in visitors:
             tensor.data = tensor.data.to(device)
-    logger.info(f'The teacher lives on the host; {copy.bytes / 2**30:.2f} GiB come to the device with each visit.')
+    logger.info(f'The teacher lives in {copy.memory}; {copy.bytes / 2**30:.2f} GiB come to the device with each visit.')
     return copy

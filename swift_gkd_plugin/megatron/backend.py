@@ -103,6 +103,13 @@ class MegatronBackend(Backend):
             multiple=stages if interleaved and not relocated else 1,
         )
 
+    @property
+    def kept_per_token(self) -> int | None:
+        trainer, k = self.trainer, self.args.gkd_logits_topk
+        if not trainer.conductor.scored_locally or trainer.teacher.host_copy is None:
+            return None
+        return 12 * k if k else 4 * trainer.teacher.chunks[0].config.hidden_size
+
     def signals(self, batches: InTurn) -> list[Signal | None]:
         options, k = self.trainer.loss.options, self.args.gkd_logits_topk
         topk = None if k is None else TopKOptions(k, options.divergence.temperature, options.vocab_size)

@@ -245,7 +245,8 @@ class RelocatedTeacher(LocalTeacher):
         with torch.no_grad():
             self.loss_head = HeadShard(self._head_of_student_shard())
         # The model's own head is not needed on the device for the loss.
-        self.host_copy = host_copy(chunks) if offload else None
+        with layout.entered():
+            self.host_copy = host_copy(chunks) if offload else None
 
     @contextmanager
     def ready(self) -> Iterator[None]:

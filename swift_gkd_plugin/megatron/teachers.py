@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from swift.utils import get_current_device
+from swift.utils import get_current_device, get_logger
 from torch import nn
 
 from ..responses.local import evaluation_mode
@@ -26,9 +26,11 @@ from .chunks import for_each_chunk
 from .head import OutputHead
 from .views import LocalView, local_view
 
+logger = get_logger()
+
 
 def host_copy(chunks: list[nn.Module], head: OutputHead | None = None) -> HostCopy:
-    """A model that lives on the host.
+    """A model that lives on the host. A collective call of all ranks of the run.
 
     Args:
         chunks: The model's chunks on this rank.
@@ -36,7 +38,16 @@ def host_copy(chunks: list[nn.Module], head: OutputHead | None = None) -> HostCo
     """
     stays = {id(head.tensors().weight)} if head is not None and head.model is not None else set()
     params = (p for chunk in chunks for p in chunk.parameters() if id(p) not in stays)
-    return HostCopy(params, torch.device(get_current_device()))
+    # Data- and context-parallel replicas of these hold the same.
+    part = (
+        mpu.get_tensor_model_parallel_rank(),
+        mpu.get_pipeline_model_parallel_rank(),
+        mpu.get_expert_model_parallel_rank(),
+        mpu.get_expert_tensor_parallel_rank(),
+    )
+    copy = HostCopy(params, torch.device(get_current_device()), part)
+    logger.info(f'The teacher lives in {copy.memory}; {copy.bytes / 2**30:.2f} GiB come to the device with each visit.')
+    return copy
 
 
 class LocalTeacher:

@@ -77,6 +77,12 @@ class Backend(ABC):
     def teacher_batches(self, batches: list[Counted]) -> TeacherBatches | None:
         """How a local teacher looks at these micro-batches of a step; None if it takes them as they are."""
 
+    @property
+    def kept_per_token(self) -> int | None:
+        """Bytes that stay of a token that a local teacher has looked at, if its weights come from the host for that: an evaluation makes as
+        few visits as a step. None else."""
+        return None
+
     @abstractmethod
     def signals(self, batches: InTurn) -> list[Signal | None]:
         """What a local teacher says about the trained tokens of each batch, before the student's first forward; None for one that it looks

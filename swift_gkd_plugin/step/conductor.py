@@ -418,7 +418,8 @@ class Conductor:
 
         Args:
             rows: Micro-batches of this rank, the same number on every rank.
-            at_once: How many of them are answered, looked at by the teacher and run together.
+            at_once: How many of them are answered together, looked at by the teacher and run; more of them are looked at together by a
+                teacher that comes from the host.
 
         Returns:
             loss, divergence (with a teacher), cross_entropy, and the numbers of tokens and rows.

@@ -13,6 +13,7 @@ import torch
 from swift.utils import get_logger
 
 from ..sources import DATASET
+from . import teaching
 from .answers import Answers
 from .backend import Backend
 from .books import Books
@@ -64,10 +65,19 @@ class Evaluation:
     def _counted(self, rows: Iterator[list[Row]], at_once: int) -> list[int]:
         """Numbers of trained tokens, of rows and of rows that were left out, over all ranks."""
         numbers = [0, 0, 0]
+        for samples in self._together(self._answered(rows, at_once, numbers)):
+            batches = self.taught(samples)
+            with torch.no_grad():
+                self.backend.run(batches)
+            numbers[0] += sum(batch.num_tokens for batch in batches.counted)
+        return self.ranks.totals(numbers)
+
+    def _answered(self, rows: Iterator[list[Row]], at_once: int, numbers: list[int]) -> Iterator[list[list[Sample]]]:
+        """Micro-batches with their responses, those that are answered together at a time; rows are counted."""
         for number in itertools.count():
             part = list(itertools.islice(rows, at_once))
             if not part:
-                return self.ranks.totals(numbers)
+                return
             self.answers.cycle_key = -1, number  # the same at every evaluation
             samples = [[self._sample(row) for row in micro_batch] for micro_batch in part]
             counted = [sample for one in samples for sample in one if sample.row.counts]
@@ -75,11 +85,31 @@ class Evaluation:
             answered = [sample for sample in counted if sample.row.counts]
             if self.source != DATASET:
                 self.answers.by_source[self.source](answered)
-            batches = self.taught(samples)
-            with torch.no_grad():
-                self.backend.run(batches)
-            found = sum(batch.num_tokens for batch in batches.counted), len(answered), len(counted) - len(answered)
-            numbers = [sum(pair) for pair in zip(numbers, found, strict=True)]
+            numbers[1] += len(answered)
+            numbers[2] += len(counted) - len(answered)
+            yield samples
+
+    def _together(self, parts: Iterator[list[list[Sample]]]) -> Iterator[list[list[Sample]]]:
+        """Micro-batches that the teacher looks at in one visit: a part, or where its weights come for it as many as may be kept."""
+        waiting, kept = [], 0
+        for part in parts:
+            more = self._kept(part)
+            if waiting and kept + more > teaching.KEPT_BYTES:
+                yield waiting
+                waiting, kept = [], 0
+            waiting, kept = waiting + part, kept + more
+            if kept >= teaching.KEPT_BYTES:
+                yield waiting
+                waiting, kept = [], 0
+        if waiting:
+            yield waiting
+
+    def _kept(self, part: list[list[Sample]]) -> int:
+        """Bytes that stay of a part, as if every token were trained: its encoded rows wait too, with their images."""
+        per_token = self.backend.kept_per_token
+        if per_token is None:
+            return teaching.KEPT_BYTES
+        return self.ranks.at_most(per_token * sum(self.encoder.teacher_length(sample) for one in part for sample in one))
 
     def _sample(self, row: Row) -> Sample:
         if row.prepared is not None:

@@ -24,7 +24,8 @@ class Recorder(TrainerCallback):
 
     ``gradients-<step>.pt``: each step's gradient, before clipping. ``seen.json``: the longest input of the student in tokens, on which
     sides its batches were padded, the largest dropout, how often the template's forward context was entered, how many parameters are
-    spread over the ranks, what ZeRO-3 gathered, and how often a vision tower, an audio tower and the lowest decoder layer ran.
+    spread over the ranks, what ZeRO-3 gathered, how often a vision tower, an audio tower and the lowest decoder layer ran, and at the end
+    of each evaluation how often a teacher on the host has come.
     """
 
     def __init__(self, args, trainer):
@@ -109,6 +110,11 @@ class Recorder(TrainerCallback):
             invalidate()
 
         coordinator._PartitionedParameterCoordinator__all_gather_params_, coordinator._invalidate_trace = counted, forgot
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        host_copy = getattr(self.trainer.teacher, 'host_copy', None)
+        if host_copy is not None:
+            self.seen.setdefault('visits', []).append(host_copy.moved / host_copy.bytes)
 
     def on_train_end(self, args, state, control, **kwargs):
         if args.process_index == 0:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import job_runs
 import pytest
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from transformers import AutoModelForCausalLM
 
+from swift_gkd_plugin.hf.placement import host_copy
+from swift_gkd_plugin.hf.teachers import LocalTeacher
 from swift_gkd_plugin.teachers.offload import HostCopy, LayerStream, repeated_layers
 
 STEP = {
@@ -30,14 +35,15 @@ def model(tiny_models):
 
 def test_a_visit_changes_nothing(model):
     ids = torch.arange(12)[None]
-    expected, before = model(ids).logits, [p.data_ptr() for p in model.parameters()]
-    host_copy = HostCopy(model.parameters(), CPU)
+    expected = model(ids).logits
+    copy = HostCopy(model.parameters(), CPU)
+    before = [p.data_ptr() for p in model.parameters()]
     for visit in (1, 2):
-        with host_copy.on_device():
+        with copy.on_device():
             assert not set(before) & {p.data_ptr() for p in model.parameters()}
             assert torch.equal(model(ids).logits, expected)
         assert [p.data_ptr() for p in model.parameters()] == before
-        assert host_copy.moved == visit * sum(p.nbytes for p in model.parameters())
+        assert copy.moved == visit * sum(p.nbytes for p in model.parameters())
 
 
 def test_two_layers_at_a_time(model):
@@ -65,6 +71,16 @@ def test_an_interrupted_forward_leaves_nothing_behind(model):
     assert stream.present == 0 and [p.data_ptr() for p in model.parameters()] == before
 
 
+def test_mixed_precision_keeps_what_the_head_gets(model):
+    """F38. On the way out of a forward accelerate makes everything fp32."""
+    model.to(torch.bfloat16)
+    model.forward = convert_outputs_to_fp32(torch.autocast('cpu', dtype=torch.bfloat16)(model.forward))
+    teacher = LocalTeacher(model, model, host_copy(model, 'model', CPU))
+    batch = SimpleNamespace(teacher_inputs=None, student_inputs={'input_ids': torch.arange(12)[None]}, teacher_index=torch.arange(5))
+    (signal,) = teacher.signals([batch], lambda model, inputs: model(**inputs))
+    assert signal.hidden.dtype == torch.bfloat16 and model(torch.arange(12)[None]).logits.dtype == torch.float32
+
+
 def test_needs_layers():
     with pytest.raises(ValueError, match='no list of layers'):
         LayerStream(torch.nn.Linear(2, 2), CPU)
@@ -72,7 +88,7 @@ def test_needs_layers():
 
 @pytest.fixture(scope='module')
 def runs(run_jobs, tiny_models):
-    evaluated = {'val_dataset': tiny_models.val, 'eval_strategy': 'steps', 'eval_steps': 1, 'per_device_eval_batch_size': 8}
+    evaluated = {'val_dataset': tiny_models.val, 'eval_strategy': 'steps', 'eval_steps': 1, 'per_device_eval_batch_size': 1}
     return run_jobs(
         {
             'plain': {**STEP, **evaluated},
@@ -116,6 +132,14 @@ def test_bytes_of_a_step(runs, tiny_models):
     for name, moved in (('model', model), ('layer', layers), ('layer, batches of 2', 3 * layers)):
         steps = runs[name].ok().values('teacher/moved_gib')
         assert [step * 2**30 for step in steps] == pytest.approx([moved, moved], rel=1e-3), name
+
+
+@pytest.mark.parametrize('name', ['model', 'layer'])
+def test_an_evaluation_is_one_visit(runs, tiny_models, name):
+    """F38. It has more micro-batches than a step."""
+    assert len(tiny_models.val.read_text().splitlines()) > STEP['gradient_accumulation_steps']
+    first, second = runs[name].ok().seen['visits']
+    assert second - first == 2  # of a step and of an evaluation
 
 
 def test_refused(runs):

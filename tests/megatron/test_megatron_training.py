@@ -87,6 +87,7 @@ def parallel(run_jobs, data) -> dict[str, Run]:
             steps={**STEPS, **SHARDED},
             on_policy={**ON_POLICY, **SHARDED},
             evaluated=EVALUATED,
+            evaluated_offloaded={**EVALUATED, 'offload_teacher_model': 'true'},
             base={**LORA, **STEPS, **SHARDED, 'teacher_model': 'student'},
         ),
         'DP2',
@@ -162,6 +163,14 @@ def test_offloading_changes_nothing(alone):
     run = alone['offloaded'].ok()
     assert run.losses == alone['steps'].losses
     assert min(run.values('teacher/moved_gib')) > 0
+
+
+def test_replicas_share_the_copy_on_the_host(parallel):
+    """An evaluation waits for its rows there, and is the same."""
+    run = parallel['evaluated_offloaded'].ok()
+    assert ' of host memory, shared by 2 ranks; ' in run.output
+    assert run.losses == parallel['evaluated'].losses
+    assert run.values('eval_loss') == pytest.approx(parallel['evaluated'].ok().values('eval_loss'), abs=1e-7)
 
 
 def test_teacher_of_another_family(alone, models):

@@ -148,10 +148,12 @@ class FakeBackend(Backend):
         nan: Numbers of rows whose loss is none.
         slow: What the engine waits for before it answers.
         kept_bytes: Of each token that the local teacher has looked at; None for nothing.
+        kept_per_token: The same, of a teacher from the host.
         as_the_student: The local teacher looks at the student's micro-batches.
     """
 
     step = 0
+    kept_per_token: int | None = None
 
     def __init__(self, args, ranks: Ranks, template):
         self.args, self.ranks, self.template = args, ranks, template

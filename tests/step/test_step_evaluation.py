@@ -6,6 +6,7 @@ import pytest
 from datasets import Dataset
 from fake_backend import FakeServer, flat
 
+from swift_gkd_plugin.step import teaching
 from swift_gkd_plugin.teachers.server import TeacherServerError
 
 WAYS = [(1, 1), (1, 3), (2, 1), (2, 4), (5, 2), (16, 1)]
@@ -34,6 +35,37 @@ def test_it_is_divergence_plus_cross_entropy_of_every_token(make, dataset):
         assert one['cross_entropy'] == pytest.approx(1)  # of the untrained student, on its own tokens too
         assert one['loss'] == pytest.approx(one['divergence'] + (0.5 if source != 'student' else 0))
     assert len({one['divergence'] for one in found.values()}) == 3
+
+
+@pytest.mark.parametrize('source', ['dataset', 'student', 'teacher'])
+@pytest.mark.parametrize(('kept', 'visits'), [(None, 10), (1, 1), (1 << 40, 10)])
+def test_a_teacher_from_the_host_comes_for_as_much_as_may_be_kept(make, dataset, source, kept, visits):
+    """F38. An engine's seeds stay those of the rows that are answered together."""
+    options = dict(gkd_eval_source=source, use_vllm=True)
+    plain, run = make(**options), make(**options)
+    run.backend.kept_per_token = kept
+    assert run.evaluate(dataset, 1, 1) == pytest.approx(plain.evaluate(dataset, 1, 1), rel=1e-9)
+    assert len(run.backend.looked_at) == visits
+    assert run.backend.engine_calls == plain.backend.engine_calls
+
+
+def test_what_is_kept_of_an_evaluation_has_a_limit(make, dataset, monkeypatch):
+    run = make()
+    run.backend.kept_per_token = 4
+    lengths = []
+    length = run.conductor.encoder.teacher_length
+    monkeypatch.setattr(run.conductor.encoder, 'teacher_length', lambda sample: lengths.append(length(sample)) or lengths[-1])
+    whole = run.evaluate(dataset, 1, 1)
+    limit = 4 * max(lengths) * 3
+    monkeypatch.setattr(teaching, 'KEPT_BYTES', limit)
+    other = make()
+    other.backend.kept_per_token = 4
+    assert other.evaluate(dataset, 1, 1) == pytest.approx(whole, rel=1e-9)
+    of_row = dict(zip(range(len(dataset)), lengths, strict=False))
+    visits = [[row for batch in visit for row in batch] for visit in other.backend.looked_at]
+    assert 1 < len(visits) < 10
+    assert sorted(row for visit in visits for row in visit) == list(range(10))
+    assert all(4 * sum(of_row[row] for row in visit) <= limit for visit in visits)
 
 
 def test_without_a_teacher_there_is_no_divergence(make, dataset):
