@@ -97,6 +97,7 @@ def parallel(run_jobs, data) -> dict[str, Run]:
             on_policy={**ON_POLICY, **SHARDED},
             evaluated=EVALUATED,
             base={**LORA, **STEPS, **SHARDED, 'teacher_model': 'student'},
+            offloaded={**EVALUATED, **SHARDED, 'lr': 1e-3, 'offload_teacher_model': 'true'},
         ),
         'DP2',
     )
@@ -175,10 +176,16 @@ def test_auxiliary_loss_of_routers(alone):
     assert [first, second] == pytest.approx(alone['recomputed'].ok().values('grad_norm'), rel=1e-5)
 
 
-def test_offloading_changes_nothing(alone):
+def test_offloading_changes_nothing(alone, parallel):
     run = alone['offloaded'].ok()
     assert run.losses == alone['steps'].losses
     assert min(run.values('teacher/moved_gib')) > 0
+    assert parallel['offloaded'].ok().losses == parallel['steps'].losses
+
+
+def test_offloaded_teacher_has_the_place_of_the_gradients(alone, parallel):
+    assert alone['steps'].seen['gradient_bytes'] > 0 and parallel['steps'].seen['gradient_bytes'] > 0
+    assert alone['offloaded'].seen['gradient_bytes'] == parallel['offloaded'].seen['gradient_bytes'] == 0
 
 
 def test_teacher_of_another_family(alone, models):
