@@ -10,6 +10,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from megatron.core import mpu
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from swift.megatron.utils import maybe_finalize_async_save
 from swift.template import update_generation_config_eos_token
@@ -113,8 +114,23 @@ class MegatronBackend(Backend):
     def signals(self, batches: InTurn) -> list[Signal | None]:
         options, k = self.trainer.loss.options, self.args.gkd_logits_topk
         topk = None if k is None else TopKOptions(k, options.divergence.temperature, options.vocab_size)
-        with self.trainer.conductor.metrics.seconds('seconds/teacher'):
+        with self.trainer.conductor.metrics.seconds('seconds/teacher'), self._without_gradients():
             return self.trainer.teacher.signals(batches, topk)
+
+    @contextmanager
+    def _without_gradients(self) -> Iterator[None]:
+        """A teacher that comes from the host has the place of the student's gradients meanwhile. They are zero: it looks at a step before
+        the step's first forward. A captured step of the optimizer would read them where they were."""
+        trainer = self.trainer
+        lends = trainer.teacher.host_copy is not None and not self.args.optimizer_cuda_graph
+        lent = [m for m in trainer.wrapped_models if isinstance(m, DistributedDataParallel)] if lends else []
+        for model in lent:
+            model.offload_grad_buffers()
+        try:
+            yield
+        finally:
+            for model in lent:
+                model.restore_grad_buffers()
 
     def run(self, batches: InTurn) -> None:
         trainer = self.trainer

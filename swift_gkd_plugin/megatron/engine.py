@@ -21,6 +21,7 @@ from swift.rl_core.data import GKDSample
 from ..sources import STUDENT, engine_seed
 from ..step.ahead import Ahead
 from ..step.samples import Sample, check_one_each
+from .exchange import exchange_objects, numbers_of_all
 
 
 class EngineRollout(MegatronRolloutMixin):
@@ -70,9 +71,10 @@ class EngineRollout(MegatronRolloutMixin):
             self._last_loaded_step = self._step
         self._turn = 0
         self._requested = self._preprocess_inputs(self._share(samples))
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, self.samples2requests(self._requested))
-        self._shares = list(map(len, everyone))
+        world = dist.get_world_size()
+        self._shares = numbers_of_all(len(self._requested))
+        # To the last rank, which is the main process.
+        everyone = exchange_objects([*[None] * (world - 1), self.samples2requests(self._requested)], dist.group.WORLD)
         if self.is_main_process:
             requests, config = list(itertools.chain.from_iterable(everyone)), self._get_request_config()
             self._ahead.begin(self.vllm_client.infer, infer_requests=requests, request_config=config)

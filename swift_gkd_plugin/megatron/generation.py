@@ -39,6 +39,7 @@ from ..responses.budget import PASS_TOKENS, default_tokens
 from ..responses.local import ends_of_responses, evaluation_mode, inference_template, never_sampled, unpacked
 from ..responses.sampling import sampling_processors
 from ..teachers.server import MEDIA
+from .exchange import exchange_objects, numbers_of_all
 
 # Rows share a micro-batch if their prompts differ by no more tokens than this: each of them is a pass for the whole batch.
 SPREAD = 64
@@ -170,28 +171,33 @@ class Generator:
             prompts: Other replicas are sent their ``inputs``, which are smaller than what images are encoded to.
             seeds: One per prompt; what a prompt is answered depends on no other prompt.
         """
-        mine = mpu.get_data_parallel_rank()
-        speaks = mpu.get_context_parallel_rank() == 0 and _first_of_replica()
-        asked: list[Any] = _everyone((mine, [(p.inputs, seed) for p, seed in zip(prompts, seeds, strict=True)]) if speaks else None)
-        shares = dict(share for share in asked if share is not None)
-        # [(data-parallel rank, number there)] of all prompts, in an order that all ranks know.
-        everything = [(owner, number) for owner in sorted(shares) for number in range(len(shares[owner]))]
+        owners = mpu.get_data_parallel_group()  # each of its ranks has other rows, and together they have all
+        mine = dist.get_rank(owners)
+        # (data-parallel rank, number there) of all prompts, in an order that all ranks know.
+        counts = numbers_of_all(len(prompts), owners)
+        everything = [(owner, number) for owner, count in enumerate(counts) for number in range(count)]
         if not everything:
             return []
         with self.lend_model() as chunks:
             # In the layout of the model that answers, which need not be that of the student.
-            replica = mpu.get_data_parallel_rank(with_context_parallel=True)
             replicas = mpu.get_data_parallel_world_size(with_context_parallel=True)
-            here = range(replica, len(everything), replicas)
+            shares = [
+                range(replica, len(everything), replicas)
+                for replica in numbers_of_all(mpu.get_data_parallel_rank(with_context_parallel=True), owners)
+            ]
+            wanted = [[everything[n][1] for n in share if everything[n][0] == mine] for share in shares]
+            asked = exchange_objects([{number: (prompts[number].inputs, seeds[number]) for number in of} for of in wanted], owners)
             rows = []
-            for n in here:
+            for n in shares[mine]:
                 owner, number = everything[n]
-                inputs, seed = shares[owner][number]
+                inputs, seed = asked[owner][number]
                 prompt = prompts[number] if owner == mine else Prompt(inputs, self._encoded(inputs))
                 rows.append(self._row(n, prompt, seed, options))
             _generate(chunks, rows, options.max_tokens, self.tokens)
             answers = [(row.number, row.answer, row.finish_reason) for row in rows] if _first_of_replica() else []
-        found = {everything[number]: Response(ids, reason) for part in _everyone(answers) for number, ids, reason in part}
+        of_replicas: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(of_replicas, answers)
+        found = {everything[number]: Response(ids, reason) for part in of_replicas for number, ids, reason in part}
         return [found[mine, number] for number in range(len(prompts))]
 
     def _encoded(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -218,12 +224,6 @@ class Generator:
 
 def _first_of_replica() -> bool:
     return mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_pipeline_model_parallel_rank() == 0
-
-
-def _everyone(value: Any) -> list[Any]:
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
 
 
 def _generate(chunks: list[nn.Module], rows: list[_Row], max_tokens: int, budget: int | None) -> None:

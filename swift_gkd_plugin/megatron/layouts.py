@@ -11,9 +11,9 @@ to the student's vocabulary shard; they are collected once.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import math
-import pickle
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +35,7 @@ from torch import nn
 from ..step.random_state import RandomState
 from ..step.samples import InTurn, MicroBatch
 from ..teachers import HiddenStates, Signal, TopKOptions
+from .exchange import exchange_objects, exchange_rows, numbers_of_all
 from .head import HeadTensors
 from .rota import Rota
 from .teachers import LocalTeacher, host_copy
@@ -166,45 +167,12 @@ class Seat:
 
 @dataclass(frozen=True)
 class Question:
-    """What the teacher is told of a micro-batch; the attributes are those of :class:`MicroBatch`."""
+    """What the teacher is told of a micro-batch; the attributes are those of :class:`MicroBatch`, and ``kept``: whether this rank
+    is the one that hands the answer on, or keeps it for itself."""
 
     teacher_inputs: dict[str, Any] = field(repr=False)
     teacher_index: torch.Tensor = field(repr=False)
-
-
-def exchange_objects(outgoing: list[Any], group: dist.ProcessGroup) -> list[Any]:
-    """One picklable object to each rank of a group and one from each; a rank's own stays as it is."""
-    device, mine = get_current_device(), dist.get_rank(group)
-    packed = [b'' if member == mine else pickle.dumps(thing) for member, thing in enumerate(outgoing)]
-    sizes = torch.tensor([len(p) for p in packed], device=device)
-    theirs = torch.empty_like(sizes)
-    dist.all_to_all_single(theirs, sizes, group=group)
-    theirs = theirs.tolist()
-    sent = torch.frombuffer(bytearray(b''.join(packed) or b'\0'), dtype=torch.uint8)[: sum(map(len, packed))].to(device)
-    received = torch.empty(sum(theirs), dtype=torch.uint8, device=device)
-    dist.all_to_all_single(received, sent, theirs, [len(p) for p in packed], group=group)
-    parts = received.cpu().split(theirs)
-    return [
-        thing if m == mine else pickle.loads(part.numpy().tobytes()) for m, (thing, part) in enumerate(zip(outgoing, parts, strict=True))
-    ]
-
-
-def exchange_rows(outgoing: dict[int, torch.Tensor], expected: dict[int, int], like: torch.Tensor) -> dict[int, torch.Tensor]:
-    """Rows from rank to rank, all ranks of the run at once.
-
-    Args:
-        outgoing: [n, dim] for each rank that gets something.
-        expected: Number of rows from each rank that has something for this one.
-        like: [0, dim], of the dtype and on the device of the rows.
-
-    Returns:
-        What arrived, by the rank that sent it.
-    """
-    ranks = range(dist.get_world_size())
-    given, taken = ([rows.get(rank, 0) for rank in ranks] for rows in ({q: len(x) for q, x in outgoing.items()}, expected))
-    received = like.new_empty(sum(taken), like.shape[1])
-    dist.all_to_all_single(received, torch.cat([like, *(outgoing[q] for q in sorted(outgoing))]), taken, given)
-    return {rank: part for rank, part in zip(ranks, received.split(taken), strict=True) if rank in expected}
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -265,7 +233,8 @@ class RelocatedTeacher(LocalTeacher):
             return [self._reduced(states[n], topk) if topk else HiddenStates(states[n], self.loss_head) for n in range(len(batches))]
 
     def _kept(self, states: torch.Tensor, batch: Question, view: LocalView, chunk: nn.Module) -> torch.Tensor:
-        return view.whole(states)
+        whole = view.whole(states)
+        return whole if batch.kept else whole.new_empty(0, whole.shape[1])
 
     def _bring_together(self, batches: list[MicroBatch]) -> tuple[Rota, list[Question]]:
         """The micro-batches of this rank's replica of the teacher, from their owners in the student's layout.
@@ -273,11 +242,10 @@ class RelocatedTeacher(LocalTeacher):
         Of the ranks that own the same micro-batches each sends to those in its own data-parallel group.
         """
         group = mpu.get_data_parallel_group()
-        counts = [torch.zeros(1, dtype=torch.int64, device=self.like.device) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(counts, torch.tensor([len(batches)], device=self.like.device), group=group)
+        counts = numbers_of_all(len(batches), group)
         stages = self.args.pipeline_model_parallel_size
         interleaved = (self.args.virtual_pipeline_model_parallel_size or 1) > 1
-        rota = Rota.make([int(count) for count in counts], self.replicas, stages if interleaved else 1)
+        rota = Rota.make(counts, self.replicas, stages if interleaved else 1)
         owner = dist.get_rank(group)
         outgoing = []
         for rank in dist.get_process_group_ranks(group):
@@ -286,7 +254,21 @@ class RelocatedTeacher(LocalTeacher):
                 {n: Question(batches[n].teacher_inputs or batches[n].student_inputs, batches[n].teacher_index) for n in sorted(wanted)}
             )
         received = exchange_objects(outgoing, group)
-        return rota, [received[of][number] for of, number in rota.of(self.seats[dist.get_rank()][1].replica)]
+        replica = self.seats[dist.get_rank()][1].replica
+        return rota, [
+            dataclasses.replace(received[of][number], kept=bool(self._receivers(rota, turn)))
+            for turn, (of, number) in enumerate(rota.of(replica))
+        ]
+
+    def _receivers(self, rota: Rota, turn: int) -> list[int]:
+        """The ranks that get the states of this rank's replica from this rank, which may be one of them."""
+        me = dist.get_rank()
+        teacher = self.seats[me][1]
+        answered = rota.answered(teacher.replica, turn) if teacher.head else None
+        if answered is None:
+            return []
+        owners = [rank for rank, (seat, _) in enumerate(self.seats) if seat.head and seat.replica == answered[0]]
+        return [rank for rank in owners if self._source(rank, replica=teacher.replica) == me]
 
     def _bring_home(self, rota: Rota, found: list[torch.Tensor], batches: list[MicroBatch]) -> dict[int, torch.Tensor]:
         """The hidden states of this rank's own trained tokens, [n_here, dim] by number of the micro-batch, on the student's last stage.
@@ -294,19 +276,16 @@ class RelocatedTeacher(LocalTeacher):
         One round at a time, so that no more than a micro-batch is there twice.
 
         Args:
-            found: [n, dim] of each round, on the teacher's last stage.
+            found: [n, dim] of each round, on the teacher's last stage, where this rank is the one that hands them on.
         """
         me = dist.get_rank()
-        student, teacher = self.seats[me]
+        student = self.seats[me][0]
         states = {}
         for turn in range(rota.rounds):
             outgoing, expected, numbers = {}, {}, {}
-            answered = rota.answered(teacher.replica, turn) if teacher.head else None
-            if answered is not None:
-                mine = found[turn].to(self.like.dtype)
-                for rank, (seat, _) in enumerate(self.seats):
-                    if seat.head and seat.replica == answered[0] and self._source(rank, replica=teacher.replica) == me:
-                        outgoing[rank] = mine
+            receivers = self._receivers(rota, turn)
+            if receivers:
+                outgoing = dict.fromkeys(receivers, found[turn].to(self.like.dtype))
             for replica in range(self.replicas) if student.head else ():
                 answered = rota.answered(replica, turn)
                 if answered is not None and answered[0] == student.replica:

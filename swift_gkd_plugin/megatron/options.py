@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..arguments import OptionError, engine_scores
-from ..sources import TEACHER
+from ..sources import STUDENT, TEACHER
 
 # Options that are refused: name, when, and what to do instead.
 REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -77,15 +77,21 @@ def teacher_options(args: Any) -> dict[str, int]:
 
 
 def teacher_arguments(args: Any, has_experts: bool = False) -> Any:
-    """ms-swift's arguments as they are for the teacher: a copy, with its own layout where one is given and the student's elsewhere.
+    """ms-swift's arguments as they are for the teacher: a copy, with its own layout where one is given and the student's elsewhere, and
+    without the student's FP8 or FP4, under which weights cannot leave for the host and no single token can be generated.
 
-    How layers are dealt out to the stages follows the student's options as long as the number of stages does. The teacher's sequence
-    parallelism follows the student's too, and is on where megatron-core asks for it, with experts under tensor parallelism.
+    How layers are dealt out to the stages follows the student's options as long as the number of stages does. So does the sequence
+    parallelism of a teacher with TP, if the student has TP as well: ms-swift switches it off for one that has none, whatever was asked for,
+    and here it is on then; and where megatron-core asks for it, with experts.
 
     Args:
         has_experts: Whether the teacher's layers have any.
     """
     theirs, given = copy.copy(args), teacher_options(args)
+    for bits in ('fp8', 'fp4'):
+        setattr(theirs, bits, None)
+        setattr(theirs, f'{bits}_format', None)
+        setattr(theirs, f'{bits}_param_gather', False)
     for name, size in given.items():
         setattr(theirs, name.removeprefix('teacher_'), size)
     if 'teacher_pipeline_model_parallel_size' in given:
@@ -94,7 +100,8 @@ def teacher_arguments(args: Any, has_experts: bool = False) -> Any:
         theirs.decoder_first_pipeline_num_layers = theirs.decoder_last_pipeline_num_layers = None
         theirs.account_for_embedding_in_pipeline_split = theirs.account_for_loss_in_pipeline_split = False
     if given:
-        theirs.sequence_parallel = theirs.tensor_model_parallel_size > 1 and (args.sequence_parallel or has_experts)
+        alone = args.tensor_model_parallel_size == 1
+        theirs.sequence_parallel = theirs.tensor_model_parallel_size > 1 and (args.sequence_parallel or alone or has_experts)
         theirs.tp_comm_overlap = False  # its buffers are made for one layout
     return theirs
 
@@ -104,6 +111,32 @@ def loads_teacher(args: Any) -> bool:
     scores = args.gkd_loss_weight > 0 and not engine_scores(args)
     answers = (args.seq_kd or args.gkd_eval_source == TEACHER) and args.gkd_teacher_engine != 'vllm'
     return args.teacher_model is not None and (scores or answers)
+
+
+def check_precision(args: Any) -> None:
+    """To be asked when it is known whether the teacher is the student's base: ``teacher_model`` is None then.
+
+    Raises:
+        OptionError: The student's model is to answer in the training processes under FP8 or FP4, whose matrix products ask for multiples of
+            16 tokens where a generation has one.
+    """
+    bits = next((name for name in ('fp8_format', 'fp4_format') if getattr(args, name) is not None), None)
+    if bits is None:
+        return
+    elsewhere = args.teacher_model_server is not None or args.gkd_teacher_engine == 'vllm'
+    of_teacher = args.teacher_model is None and not elsewhere
+    answers = (
+        ('lmbda', args.lmbda > 0 and not args.use_vllm, 'use --use_vllm true, or --lmbda 0'),
+        ('gkd_eval_source', args.gkd_eval_source == STUDENT and not args.use_vllm, 'use --use_vllm true, or dataset'),
+        ('seq_kd', args.seq_kd and of_teacher, 'give a separate --teacher_model, which is spared of it'),
+        ('gkd_eval_source', args.gkd_eval_source == TEACHER and of_teacher, 'give a separate --teacher_model, or use dataset'),
+    )
+    for name, applies, instead in answers:
+        if applies:
+            raise OptionError(
+                f'--{name} {getattr(args, name)}: a student with --{bits} {getattr(args, bits)} cannot answer in the training processes; '
+                f'{instead}.'
+            )
 
 
 def check_layout(args: Any) -> None:

@@ -39,6 +39,7 @@ from .layouts import common_padding
 from .loss import DistillationLoss
 from .options import loads_teacher
 from .placement import build_teacher, check_who_generates, load_teacher, local_teacher
+from .routers import leave_unweighed, weigh
 from .teachers import LiveStudent, LocalTeacher, SharedBase
 from .views import LocalView, local_view
 
@@ -101,6 +102,7 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
         check_who_generates(self.args, models, self.teacher_models)
         peft_models = super()._prepare_peft_model(models)
         mark_shards(models)
+        leave_unweighed(models)
         return peft_models
 
     def _resolve_teacher(self) -> LocalTeacher | RemoteTeacher:
@@ -182,6 +184,7 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
             if self.conductor.scored_by_server and view.here is not None:  # of all tokens, not only of those that are here
                 signal = dataclasses.replace(signal, logprobs=view.of(signal.logprobs), ids=view.of(signal.ids))
             output = self.loss(lambda inputs: model(**inputs), batch, view, signal, stats)
+        weigh(output, batch.num_tokens, chunk.config)
         return output, partial(self.loss_func, batch=batch, view=view, stats=stats)
 
     def loss_func(self, output: torch.Tensor, *, batch: MicroBatch, view: LocalView, stats: TokenStats):

@@ -12,6 +12,7 @@ import torch
 from runs import LAYOUTS, Run, relative
 from torch.nn.functional import cross_entropy, log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 LORA = {'tuner_type': 'lora', 'adapters': 'adapter', 'target_modules': 'all-linear', 'lora_rank': 4, 'lora_alpha': 8}
 MOE = {'model': 'moe', 'teacher_model': 'moe_teacher'}
@@ -48,6 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     'MoE, unequal vocabularies': {'model': 'moe', 'teacher_model': 'wide', 'beta': 0, **FILLERS},
     'MoE, LoRA, shared base': {**MOE_BASE, 'beta': 0},
+    'MoE, balanced experts': {**MOE, 'moe_aux_loss_coeff': 1, 'padding_free': 'false'},
     'no teacher': {'gkd_loss_weight': 0, 'sft_alpha': 1},
 }
 
@@ -140,8 +142,18 @@ def _sequences(inputs: Mapping[str, Any], index: torch.Tensor) -> list[tuple[tor
     return found
 
 
+def _balance(model: torch.nn.Module, rows: list[torch.Tensor]) -> torch.Tensor:
+    """The auxiliary loss of a micro-batch, summed over layers; that of transformers is one for all of them, and k times as large."""
+    by_row = [model(input_ids=ids[None], output_router_logits=True).router_logits for ids in rows]
+    experts, k = model.config.num_experts, model.config.num_experts_per_tok
+    return sum(load_balancing_loss_func((torch.cat(layer),), experts, k) / k for layer in zip(*by_row, strict=True))
+
+
 def plain(run: Run, case: Mapping[str, Any], models: Mapping[str, Path]) -> tuple[float, dict[str, torch.Tensor]]:
-    """The first step's loss and gradients by transformers: whole logits, textbook formulas, autograd. Full training only."""
+    """The first step's loss and gradients by transformers: whole logits, textbook formulas, autograd. Full training only.
+
+    The gradients have the auxiliary loss of each layer's router in them.
+    """
     student, teacher = (
         AutoModelForCausalLM.from_pretrained(models[case.get(key, default)], dtype=torch.float32, attn_implementation='eager')
         for key, default in (('model', 'student'), ('teacher_model', 'teacher'))
@@ -149,9 +161,11 @@ def plain(run: Run, case: Mapping[str, Any], models: Mapping[str, Path]) -> tupl
     temperature, beta, columns = 0.9, case.get('beta', 0.5), None
     if student.config.vocab_size != teacher.config.vocab_size:
         columns = len(AutoTokenizer.from_pretrained(models['student']))
-    total, tokens = 0.0, 0
+    total, auxiliary, tokens = 0.0, 0.0, 0
     for batch in run.saved('batches'):
         labels, weights, imitated = batch['labels'], batch['weights'], batch['imitated']
+        if not len(labels):
+            continue
         views = [_sequences(batch['student_inputs'], batch['student_index'])]
         views.append(_sequences(batch['teacher_inputs'], batch['teacher_index']) if batch['teacher_inputs'] else views[0])
         ours, theirs = (
@@ -168,9 +182,17 @@ def plain(run: Run, case: Mapping[str, Any], models: Mapping[str, Path]) -> tupl
         # The cross-entropy is over the ids that both have, too.
         value = value * weights + case.get('sft_alpha', 0) * weights * imitated * cross_entropy(ours[:, :columns], labels, reduction='none')
         total, tokens = total + value.sum(), tokens + len(labels)
+        if 'moe_aux_loss_coeff' in case:
+            auxiliary = auxiliary + case['moe_aux_loss_coeff'] * len(labels) * _balance(student, [ids for ids, _ in views[0]])
     loss = total / tokens
-    loss.backward()
-    return loss.item(), {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    (loss + auxiliary / tokens).backward()
+    gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    for name in [name for name in gradients if '.experts.' in name]:  # all of a layer in one tensor, while files have them one by one
+        for number, of_expert in enumerate(gradients.pop(name)):
+            kinds = ('gate_proj', 'up_proj') if name.endswith('gate_up_proj') else ('down_proj',)
+            for kind, part in zip(kinds, of_expert.chunk(len(kinds)), strict=True):
+                gradients[f'{name.rpartition(".")[0]}.{number}.{kind}.weight'] = part
+    return loss.item(), gradients
 
 
 def compared(run: Run, other: Run) -> tuple[float, float]:

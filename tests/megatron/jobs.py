@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import itertools
 import json
 import os
 import sys
@@ -77,15 +78,16 @@ def make_recorder(caches: Caches):
     class Recorder(MegatronCallback):
         """``gradients.pt``: the first step's gradient. ``batches.pt``: its micro-batches, of a run with one data-parallel rank.
         ``answers_rank<r>.json``: the responses that this rank was given, with their prompts.
-        ``seen.json``: the largest tensor that was saved for a backward pass, in elements, what the teacher left behind, and of
-        the generated responses for how many tokens there were keys and values at once, and the most tokens of a micro-batch's pass."""
+        ``seen.json``: the largest tensor that was saved for a backward pass, in elements; what the teacher left behind, what this rank
+        kept of its pass, and the bytes of the student's gradients meanwhile; of the generated responses for how many tokens there were
+        keys and values at once, and the most tokens of a micro-batch's pass."""
 
         def on_train_begin(self) -> None:
             trainer, step = self.trainer, self.trainer.optimizer.step
             self.batches: list[dict[str, Any]] = []
             self.collated: list[list[Any]] = []
             self.answers: list[dict[str, Any]] = []
-            self.seen = {'payload': 0, 'payload_dtype': None}
+            self.seen = {'payload': 0, 'payload_dtype': None, 'kept': 0, 'gradient_bytes': 0}
             encode = trainer.conductor.encoder.micro_batch
 
             def remembered(samples):
@@ -110,7 +112,17 @@ def make_recorder(caches: Caches):
                         self.seen['payload_dtype'] = str(states[0].dtype)
                     return found
 
-                trainer.teacher.signals = weighed
+                states = trainer.teacher._states
+
+                def kept(*args, **kwargs):
+                    buffers = itertools.chain.from_iterable(m.buffers + m.expert_parallel_buffers for m in trainer.wrapped_models)
+                    room = sum(buffer.grad_data.untyped_storage().nbytes() for buffer in buffers)
+                    self.seen['gradient_bytes'] = max(self.seen['gradient_bytes'], room)
+                    found = states(*args, **kwargs)
+                    self.seen['kept'] = max(self.seen['kept'], sum(s.numel() for s in found))
+                    return found
+
+                trainer.teacher.signals, trainer.teacher._states = weighed, kept
 
             def recorded():
                 if trainer.state.iteration == 0 and not self.args.use_distributed_optimizer:

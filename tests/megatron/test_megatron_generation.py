@@ -10,10 +10,11 @@ from typing import Any
 
 import helpers
 import pytest
+import starts
 import torch
 from cases import LORA, MOE, make_datasets
 from peft import PeftModel
-from runs import Run
+from runs import CPU, HERE, MODULES, Run
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
 
@@ -205,6 +206,12 @@ def test_training_on_answers_is_the_same_in_every_layout(answered, layout):
         run, alone = answered(layout)[name], answered('1')[name].ok()
         assert run.ok().losses == pytest.approx(alone.losses, abs=1e-6), name
         assert run.values('eval_loss') == pytest.approx(alone.values('eval_loss'), abs=1e-6), name
+
+
+def test_prompts_go_to_those_who_answer_them(tmp_path):
+    """With their images; of all that every rank is given nothing has the size of one."""
+    returncode, output = starts.run(HERE / 'shares.py', modules=MODULES, ranks=2, env=CPU, cwd=tmp_path, timeout=120)
+    assert returncode == 0 and output.count('each its own') == 2, output[-3000:]
 
 
 def test_attention_that_cannot_answer_is_refused_before_any_weights(answered, models):

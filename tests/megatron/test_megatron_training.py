@@ -7,7 +7,7 @@ from collections import Counter
 
 import helpers
 import pytest
-from cases import LORA, make_datasets, plain
+from cases import LORA, MOE, make_datasets, plain
 from runs import Run, relative
 from teacher_cases import layout
 
@@ -28,6 +28,10 @@ ON_POLICY = {
     'steps_per_generation': 2,
 }
 PASSES = {**ON_POLICY, **SAVED, 'train_iters': None, 'num_train_epochs': 2, 'gkd_num_samples': 3}
+# Without an update, and in order: the second step has the last two rows and six fillers.
+IN_ORDER = {**MOE, 'moe_aux_loss_coeff': 1, 'lr': 0, 'train_dataloader_shuffle': 'false', 'dataset_shuffle': 'false'}
+BALANCED = {**IN_ORDER, 'dataset': 'ten', 'global_batch_size': 8, 'train_iters': 2}
+RECOMPUTED = {'recompute_granularity': 'full', 'recompute_method': 'uniform', 'recompute_num_layers': 1}
 SHARDED = {'use_distributed_optimizer': 'true', 'overlap_grad_reduce': 'true', 'overlap_param_gather': 'true', 'export': True}
 
 
@@ -38,7 +42,9 @@ def data(tmp_path_factory, tiny_models):
     val.write_text(''.join(tiny_models.val.read_text().splitlines(True)[:7]))
     nothing = directory / 'nothing.jsonl'
     nothing.write_text('')
-    return {**make_datasets(tiny_models.train, directory), 'val': val, 'nothing': nothing}
+    last_two = directory / 'last_two.jsonl'
+    last_two.write_text(''.join(tiny_models.train.read_text().splitlines(True)[8:10]))
+    return {**make_datasets(tiny_models.train, directory), 'val': val, 'nothing': nothing, 'last_two': last_two}
 
 
 def jobs(data, **cases):
@@ -72,6 +78,9 @@ def alone(run_jobs, data, tmp_path_factory) -> dict[str, Run]:
             base={**LORA, **STEPS, 'teacher_model': 'student', 'export': True},
             self_teacher={**LORA, **STEPS, 'teacher_model': None, 'gkd_self_teacher': 'base'},
             two_teachers={**STEPS, 'gkd_self_teacher': 'live'},
+            balanced=BALANCED,
+            recomputed={**BALANCED, **RECOMPUTED},
+            last_two={**IN_ORDER, 'dataset': 'last_two', 'global_batch_size': 2},
             no_adapter={**STEPS, 'teacher_model': None, 'gkd_self_teacher': 'base'},
         )
     )
@@ -89,6 +98,7 @@ def parallel(run_jobs, data) -> dict[str, Run]:
             evaluated=EVALUATED,
             evaluated_offloaded={**EVALUATED, 'offload_teacher_model': 'true'},
             base={**LORA, **STEPS, **SHARDED, 'teacher_model': 'student'},
+            offloaded={**EVALUATED, **SHARDED, 'lr': 1e-3, 'offload_teacher_model': 'true'},
         ),
         'DP2',
     )
@@ -159,10 +169,24 @@ def test_the_base_by_either_name(alone):
     assert 'there is no adapter to switch off' in alone['no_adapter'].error
 
 
-def test_offloading_changes_nothing(alone):
+def test_auxiliary_loss_of_routers(alone):
+    """What it has to be is held against transformers in test_parity.py. Of fillers it is nothing, also where layers run again in the
+    backward pass."""
+    first, second = alone['balanced'].ok().values('grad_norm')
+    assert [second] == pytest.approx(alone['last_two'].ok().values('grad_norm'), rel=1e-5)
+    assert [first, second] == pytest.approx(alone['recomputed'].ok().values('grad_norm'), rel=1e-5)
+
+
+def test_offloading_changes_nothing(alone, parallel):
     run = alone['offloaded'].ok()
     assert run.losses == alone['steps'].losses
     assert min(run.values('teacher/moved_gib')) > 0
+    assert parallel['offloaded'].ok().losses == parallel['steps'].losses
+
+
+def test_offloaded_teacher_has_the_place_of_the_gradients(alone, parallel):
+    assert alone['steps'].seen['gradient_bytes'] > 0 and parallel['steps'].seen['gradient_bytes'] > 0
+    assert alone['offloaded'].seen['gradient_bytes'] == parallel['offloaded'].seen['gradient_bytes'] == 0
 
 
 def test_replicas_share_the_copy_on_the_host(parallel):

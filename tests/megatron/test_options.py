@@ -16,6 +16,7 @@ from swift_gkd_plugin.arguments import GKDOptions, OptionError
 from swift_gkd_plugin.megatron.options import (
     check_layout,
     check_model,
+    check_precision,
     check_supported,
     check_teacher,
     loads_teacher,
@@ -53,6 +54,12 @@ DEFAULTS = {f.name: f.default for f in fields(GKDOptions)} | dict(
     decoder_last_pipeline_num_layers=None,
     sequence_parallel=False,
     tp_comm_overlap=False,
+    fp8=None,
+    fp8_format=None,
+    fp8_param_gather=False,
+    fp4=None,
+    fp4_format=None,
+    fp4_param_gather=False,
 )
 
 
@@ -230,11 +237,53 @@ def test_layout_of_the_teacher_follows_the_student():
     # With other stages the layers are dealt out evenly; experts under tensor parallelism bring sequence parallelism with them.
     theirs = teacher_arguments(options(**vars(args) | dict(teacher_pipeline_model_parallel_size=1)))
     assert theirs.virtual_pipeline_model_parallel_size is None and theirs.decoder_first_pipeline_num_layers is None
-    own = options(teacher_tensor_model_parallel_size=2)
-    assert [teacher_arguments(own, experts).sequence_parallel for experts in (False, True)] == [False, True]
+    # ms-swift takes it from a student without tensor parallelism, be it asked for or not.
+    own = options(tensor_model_parallel_size=1, teacher_tensor_model_parallel_size=8)
+    assert [teacher_arguments(own, experts).sequence_parallel for experts in (False, True)] == [True, True]
+    without = options(tensor_model_parallel_size=2, teacher_tensor_model_parallel_size=8)
+    assert [teacher_arguments(without, experts).sequence_parallel for experts in (False, True)] == [False, True]
+    assert teacher_arguments(options(**vars(without) | dict(sequence_parallel=True))).sequence_parallel
     assert not teacher_arguments(
         options(tensor_model_parallel_size=2, sequence_parallel=True, teacher_tensor_model_parallel_size=1)
     ).sequence_parallel
+
+
+@pytest.mark.parametrize(
+    ('given', 'message'),
+    [
+        (dict(lmbda=0.5), '--lmbda 0.5: a student with --fp8_format hybrid .*--use_vllm true, or --lmbda 0'),
+        (dict(gkd_eval_source='student'), '--gkd_eval_source student: .*--use_vllm true, or dataset'),
+        (dict(seq_kd=True, teacher_model=None), '--seq_kd True: .*separate --teacher_model'),
+        (dict(gkd_eval_source='teacher', teacher_model=None), '--gkd_eval_source teacher: .*separate --teacher_model'),
+        (dict(lmbda=1.0, fp8_format=None, fp4_format='e2m1'), '--lmbda 1.0: a student with --fp4_format e2m1 '),
+    ],
+    ids=str,
+)
+def test_answers_of_a_student_in_few_bits(given, message):
+    with pytest.raises(OptionError, match=f'^{message}[^\n]*$'):
+        check_precision(options(**{'fp8_format': 'hybrid', **given}))
+
+
+@pytest.mark.parametrize(
+    'given',
+    [
+        {},
+        dict(lmbda=0.5, gkd_eval_source='student', use_vllm=True),
+        dict(seq_kd=True, gkd_eval_source='teacher'),  # a separate one
+        dict(seq_kd=True, teacher_model=None, teacher_model_server='http://localhost:8000'),
+        dict(lmbda=0.5, fp8_format=None),
+    ],
+    ids=str,
+)
+def test_training_in_few_bits(given):
+    check_precision(options(**{'fp8_format': 'hybrid', **given}))
+
+
+def test_teacher_has_all_its_bits():
+    args = options(fp8='e4m3', fp8_format='e4m3', fp8_param_gather=True, fp4='e2m1', fp4_format='e2m1', fp4_param_gather=True)
+    for given in ({}, dict(teacher_tensor_model_parallel_size=2)):
+        theirs = vars(teacher_arguments(options(**vars(args) | given)))
+        assert [value for name, value in theirs.items() if name.startswith(('fp8', 'fp4'))] == [None, None, False] * 2
 
 
 LABELS = """
@@ -257,10 +306,42 @@ assert all(extra['labels'] is not None for extra in given)
 """
 
 
-def test_no_gradient_of_a_cross_entropy_that_nobody_asked_for():
-    """The labels are there all the same, for the cross-entropy that is logged."""
+def in_process(script: str) -> None:
     path = os.pathsep.join([runs.CPU['PYTHONPATH'], str(Path(__file__).resolve().parents[2])])
     done = subprocess.run(
-        [sys.executable, '-c', LABELS], env={**os.environ, **runs.CPU, 'PYTHONPATH': path}, capture_output=True, text=True
+        [sys.executable, '-c', script], env={**os.environ, **runs.CPU, 'PYTHONPATH': path}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_no_gradient_of_a_cross_entropy_that_nobody_asked_for():
+    """The labels are there all the same, for the cross-entropy that is logged."""
+    in_process(LABELS)
+
+
+TOPK = """
+from types import SimpleNamespace
+import torch
+import swift.megatron
+from swift_gkd_plugin.megatron import teachers
+from swift_gkd_plugin.megatron.head import HeadTensors
+from swift_gkd_plugin.teachers import TopKOptions
+
+teachers.mpu.get_tensor_model_parallel_group = lambda: None
+teachers.mpu.get_tensor_model_parallel_world_size = lambda: 1
+teachers.mpu.get_tensor_model_parallel_rank = lambda: 0
+torch.manual_seed(0)
+hidden, weight = torch.randn(50, 64).bfloat16(), torch.randn(400, 64).bfloat16()
+teacher = object.__new__(teachers.LocalTeacher)
+teacher.loss_head = SimpleNamespace(tensors=lambda adapter: HeadTensors(weight, None))
+with torch.no_grad():
+    signal = teacher._reduced(hidden, TopKOptions(8, 0.9, 390))
+exact = (hidden.double() @ weight.double().T)[:, :390].div(0.9).log_softmax(-1)
+torch.testing.assert_close(signal.logprobs.double(), exact.gather(-1, signal.ids), rtol=0, atol=2e-5)
+torch.testing.assert_close(signal.logprobs.double(), exact.topk(8).values, rtol=0, atol=2e-5)
+"""
+
+
+def test_top_k_of_half_precision_weights_is_that_of_exact_logits():
+    """Logits rounded to bf16 would be off by 0.14 here."""
+    in_process(TOPK)

@@ -20,6 +20,7 @@ PLAIN = (
     'padded rows',
     'unequal vocabularies',
     'separate teacher, privileged',
+    'MoE, balanced experts',
 )
 
 

@@ -81,6 +81,15 @@ def test_way_there_and_back_changes_no_bit(in_layout, student):
     assert own.keys() == shared.keys() and all(torch.equal(own[name], shared[name]) for name in own)
 
 
+@pytest.mark.e2e
+@pytest.mark.timeout(900)
+def test_a_rank_keeps_its_own(in_layout):
+    """Each of the two ranks of a teacher with TP computes the states of all micro-batches of the step, and owns half of them."""
+    for name in ('TP2, fillers', 'TP2, wide', 'TP2, another family'):
+        seen = in_layout('DP2')[name].seen
+        assert 0 < seen['kept'] == seen['payload'], name
+
+
 @pytest.mark.parametrize('student', VISITS)
 @pytest.mark.e2e
 @pytest.mark.timeout(900)
