@@ -59,9 +59,9 @@ def make_step(name: str, hs, ws, ht, wt):
         return step
     if name == 'ours':
         sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-        from swift_gkd_plugin.divergence import Divergence, chunks, linear_divergence
+        from swift_gkd_plugin.divergence import Divergence, implementations, linear_divergence
 
-        chunks.COMPILED_AFTER = 0  # as in the middle of a run
+        implementations.COMPILED_AFTER = 0  # as in the middle of a run
 
         def loss_of():
             return linear_divergence(hs, ws, ht, wt, Divergence('jsd', BETA, TEMPERATURE), reduction='sum') / tokens

@@ -5,6 +5,7 @@ In the order to read them:
     kinds.py       the divergences: a closed form each, of value and gradient, and why it is that one
     operator.py    what callers use, and autograd
     chunks.py      the engine: chunks of tokens, from logits to losses and gradients
+    implementations.py   which of the three below does it
     sweeps.py      what the engine asks of the elementwise work: normalise, sums, gradient
     _eager.py      that by torch operations on `kinds.py`
     _compiled.py   by loops that torch.compile makes of `kinds.py`

@@ -7,9 +7,6 @@ for each chunk of tokens      logits of both sides (matrix products, fp32)
 What is known of the tokens is left in memory of their own, and made into losses and statistics once, after the last chunk.
 """
 
-import functools
-import importlib.util
-import logging
 from dataclasses import dataclass
 
 import torch
@@ -20,20 +17,13 @@ from ._eager import Eager
 from .gradients import HeadGradients, ReadyGradients
 from .heads import LinearHead, ReadyLogits
 from .kinds import Divergence
-from .sharding import Reduce, Vocabulary, on_all_ranks
+from .sharding import Reduce, Vocabulary
 from .stats import TokenStats
 from .sweeps import Logits, Setting, Sweeps, Tokens
 from .topk import Listed, TopKTeacher
 
-logger = logging.getLogger(__name__)
-
-_HAS_TRITON = importlib.util.find_spec('triton') is not None
 # Two buffers of a chunk's logits take about this much. Larger chunks do not make the matrix products faster.
 _CHUNK_BYTES = {'cpu': 320 << 20, 'cuda': 640 << 20}
-# On a CPU torch.compile may make the sweeps from this vocabulary on: a model's, not a test's.
-_COMPILED_VOCABULARY = 1 << 15
-# And once a process has worked on so many logits without: it takes 14 to 40 s to compile, which is what that has cost more.
-COMPILED_AFTER = 8 << 30
 
 
 @dataclass(frozen=True)
@@ -94,10 +84,10 @@ def chunk_tokens(columns: int, itemsize: int, device: str, buffers: bool = False
     return max(64, budget // (2 * itemsize * columns) // 64 * 64)
 
 
-def run(call: Call, gradients: HeadGradients | ReadyGradients | None, sweeps: type[Sweeps] | None = None) -> Tensor:
-    """The loss of each token [tokens]; the gradient of their sum goes to `gradients`. sweeps: None chooses an implementation."""
+def run(call: Call, gradients: HeadGradients | ReadyGradients | None, implementation: type[Sweeps]) -> Tensor:
+    """The loss of each token [tokens]; the gradient of their sum goes to `gradients`."""
     student, teacher, device, width = call.student, call.teacher, call.device, call.vocabulary.columns
-    sweeps = (sweeps or implementation(call))(call.setting)
+    sweeps = implementation(call.setting)
     buffers = call.vocabulary.reduce.group is not None and isinstance(sweeps, Eager)
     chunk = call.chunk or chunk_tokens(call.vocabulary.widest, student.dtype.itemsize, device.type, buffers)
     chunk = min(chunk, max(call.tokens, 1))
@@ -252,56 +242,3 @@ def _losses(call: Call, tokens: Tokens) -> Tensor:
     for name, values in found.items():
         setattr(call.stats, name, values.detach().to(torch.float32))
     return loss
-
-
-# ---- which implementation ----
-
-
-def implementation(call: Call) -> type[Sweeps]:
-    """Triton's kernels on a GPU, on a CPU loops that torch.compile makes once a run is long enough; else, and
-    for a divergence that has no kernel yet, torch operations."""
-    group = call.vocabulary.reduce.group
-    if call.student.dtype != torch.float32:
-        return Eager
-    if call.student.hidden.is_cuda:
-        return _on_gpu(call.device, group, call.divergence)
-    # Not over a group: its ranks must agree, and only some of them might have a compiler.
-    if call.device.type == 'cpu' and call.vocabulary.size >= _COMPILED_VOCABULARY and group is None:
-        return _on_cpu(call.tokens * call.vocabulary.size)
-    return Eager
-
-
-@functools.cache
-def _on_gpu(device: torch.device, group, divergence: Divergence) -> type[Sweeps]:
-    """Triton's, where its kernels do as they should: on every rank of the group, for the ranks must make the same reductions."""
-    works = False
-    if _HAS_TRITON:
-        try:
-            from . import _triton
-        except Exception as error:  # of another version than those that are known
-            logger.warning('Triton cannot be used (%s): the divergence is computed without it, right but slower', error)
-        else:
-            works = divergence.form[0] in _triton.Triton.kinds and _triton.works(device, divergence)
-    return _triton.Triton if on_all_ranks(group, works, device) else Eager
-
-
-_worked_on = 0  # logits, by torch operations on the CPU
-
-
-def _on_cpu(logits: int) -> type[Sweeps]:
-    global _worked_on
-    if _worked_on >= COMPILED_AFTER:
-        return _compiled_sweeps() or Eager
-    _worked_on += logits
-    return Eager
-
-
-@functools.cache
-def _compiled_sweeps() -> type[Sweeps] | None:
-    from . import _compiled
-
-    if not _compiled.works():
-        return None
-    # A warning, for the run waits, and lower levels of this logger are not shown.
-    logger.warning('torch.compile now makes the loops of the divergence for this CPU: 14 to 40 s for each kind, once, then from its cache')
-    return _compiled.Compiled

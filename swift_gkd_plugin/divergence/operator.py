@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import implementations
 from .chunks import Call, LogitsTeacher, Weights, run
 from .gradients import Found, HeadGradients, ReadyGradients
 from .heads import LinearHead, LogitTransform, ReadyLogits
@@ -34,7 +35,7 @@ class _Operator(torch.autograd.Function):
         ctx.like = [None if t is None else (t.shape, t.dtype) for t in tensors]
         with torch.autocast(tensors[0].device.type, enabled=False):
             gradients = _gradients(call, ctx.wanted, late=True) if any(ctx.wanted) and not ctx.second_pass else None
-            loss = run(call, gradients)
+            loss = run(call, gradients, implementations.choose(call))
             if ctx.second_pass:
                 ctx.save_for_backward(*tensors)
             else:
@@ -57,7 +58,7 @@ class _Operator(torch.autograd.Function):
             )
             with torch.autocast(upstream.device.type, enabled=False):
                 gradients = _gradients(call, ctx.wanted, late=False)
-                run(call, gradients)
+                run(call, gradients, implementations.choose(call))
                 found = gradients.finish()
             scale = None  # the weights of the tokens have it
         with torch.autocast(upstream.device.type, enabled=False):

@@ -12,7 +12,7 @@ from swift_gkd_plugin.divergence import (
     Divergence,
     LogitTransform,
     TokenStats,
-    chunks,
+    implementations,
     linear_divergence,
     logits_divergence,
     topk_divergence,
@@ -47,7 +47,7 @@ def close(found, expected, bound, what):
 
 
 def run(sweeps, divergence, x, other, head, transform, labels, weights, detail, chunk=3):
-    chunks.implementation = lambda call: sweeps
+    implementations.choose = lambda call: sweeps
     x = {n: t.clone().requires_grad_() for n, t in x.items()}
     stats = TokenStats(detail=detail)
     loss = linear_divergence(
@@ -106,7 +106,7 @@ def dense(kinds=KINDS + SMALL, distances=(1e-3, 1.0, 4.0)):
 
 
 def run_few(sweeps, divergence, x, topk, tail, transform, labels, weights, detail):
-    chunks.implementation = lambda call: sweeps
+    implementations.choose = lambda call: sweeps
     x = {n: t.clone().requires_grad_() for n, t in x.items()}
     stats = TokenStats(detail=detail)
     common = dict(labels=labels, label_weights=None if labels is None else weights, stats=stats, chunk_tokens=3, reduction='sum')
@@ -169,7 +169,7 @@ def close_few():
 
 def certain():
     """The cross-entropy of tokens that the student is certain of, at several temperatures."""
-    chunks.implementation = lambda call: sweeps
+    implementations.choose = lambda call: sweeps
     hidden, weight, labels = sure_of_its_labels(5003)
     for temperature in (1.0, 0.7) if compiled else (1.0, 0.3, 0.7, 2.7):
         divergence, topk = Divergence(temperature=temperature), torch.log_softmax(hidden @ weight.t() / temperature, -1).topk(3)
@@ -229,7 +229,7 @@ def extremes(cases=90):
             side[:, 3] = -torch.inf
         found = []
         for one, dtype in ((sweeps, torch.float32), (Eager, torch.float64)):
-            chunks.implementation = lambda call, one=one: one
+            implementations.choose = lambda call, one=one: one
             x = student.to(dtype).requires_grad_()
             loss = logits_divergence(x, teacher.to(dtype), divergence)
             found += [loss.detach(), torch.autograd.grad(loss.sum(), x)[0]]

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from divergence_reference import relative, sure_of_its_labels
 
-from swift_gkd_plugin.divergence import Divergence, LogitTransform, TokenStats, chunks, linear_divergence, topk_divergence
+from swift_gkd_plugin.divergence import Divergence, LogitTransform, TokenStats, chunks, implementations, linear_divergence, topk_divergence
 from swift_gkd_plugin.divergence._eager import Eager
 
 RANK, WORLD = int(sys.argv[1]), int(sys.argv[2])
@@ -178,7 +178,7 @@ def shards_that_change():
 
 def kernels_of_some_ranks():
     """What does not work on one rank is used by none; each rank tries it alone."""
-    if not chunks._HAS_TRITON:
+    if not implementations._HAS_TRITON:
         return
     from swift_gkd_plugin.divergence import _trial, _triton
 
@@ -187,7 +187,7 @@ def kernels_of_some_ranks():
         assert _trial.wrong(Eager, of_all, device) is None
     _triton.works = lambda device, divergence: divergence == of_all or RANK == 0
     for divergence in (of_all, of_some, of_all):
-        sweeps = chunks._on_gpu(device, dist.group.WORLD, divergence)
+        sweeps = implementations._on_gpu(device, dist.group.WORLD, divergence)
         assert sweeps is (_triton.Triton if divergence == of_all else Eager), (RANK, divergence, sweeps)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from pretended_gpu import PretendedGPU
 
-from swift_gkd_plugin.divergence import Divergence, _compiled, chunks, linear_divergence, operator
+from swift_gkd_plugin.divergence import Divergence, _compiled, implementations, linear_divergence, operator
 from swift_gkd_plugin.divergence._eager import Eager
 from swift_gkd_plugin.divergence.sharding import Vocabulary
 from swift_gkd_plugin.divergence.sweeps import Logits, Setting, Tokens
@@ -101,15 +101,15 @@ def test_a_divergence_without_a_kernel(monkeypatch):
 
     monkeypatch.setattr(_triton, 'works', lambda *args: True)
     monkeypatch.setattr(_triton.Triton, 'kinds', {'jsd'})
-    chunks._on_gpu.cache_clear()
+    implementations._on_gpu.cache_clear()
     chosen = []
-    monkeypatch.setattr(operator, '_apply', lambda call, reduction: chosen.append(chunks.implementation(call)))
+    monkeypatch.setattr(operator, '_apply', lambda call, reduction: chosen.append(implementations.choose(call)))
     hidden, weight = torch.randn(3, 4), torch.randn(50, 4)
     for divergence in (Divergence(), Divergence('tvd'), Divergence(beta=0)):
         with PretendedGPU():
             linear_divergence(hidden, weight, hidden, weight.clone(), divergence)
     assert chosen == [_triton.Triton, Eager, Eager]
-    chunks._on_gpu.cache_clear()
+    implementations._on_gpu.cache_clear()
 
 
 def test_without_a_compiler_for_triton(monkeypatch, caplog):
@@ -122,7 +122,7 @@ def test_without_a_compiler_for_triton(monkeypatch, caplog):
 
     monkeypatch.setattr(_triton.Triton, 'take', no_compiler)  # the first that is started
     _triton.works.cache_clear()
-    chunks._on_gpu.cache_clear()
+    implementations._on_gpu.cache_clear()
     torch.manual_seed(0)
     hidden, other, weight = torch.randn(3, 4), torch.randn(3, 4), torch.randn(50, 4)
     expected = linear_divergence(hidden, weight, other, weight.clone(), Divergence())
@@ -133,7 +133,7 @@ def test_without_a_compiler_for_triton(monkeypatch, caplog):
         'Triton does not work here (Failed to find C compiler.): the divergence is computed without it, right but slower'
     ]
     _triton.works.cache_clear()
-    chunks._on_gpu.cache_clear()
+    implementations._on_gpu.cache_clear()
 
 
 def off_by_a_little(name, method):
@@ -180,7 +180,7 @@ def test_wrong_numbers_on_a_device(monkeypatch, caplog, method, what):
 
     monkeypatch.setitem(_trial._BOUND, torch.bfloat16, 1e-4)  # torch operations write no bf16
     monkeypatch.setattr(_triton, 'Triton', off_by_a_little('Wrong', method))
-    for cache in (_triton.works, chunks._on_gpu):
+    for cache in (_triton.works, implementations._on_gpu):
         cache.cache_clear()
     torch.manual_seed(0)
     state = torch.get_rng_state()
@@ -191,7 +191,7 @@ def test_wrong_numbers_on_a_device(monkeypatch, caplog, method, what):
     assert torch.allclose(found[1], linear_divergence(hidden, weight, hidden * 2, weight.clone(), Divergence()), rtol=1e-5)
     (message,) = (record.message for record in caplog.records if 'Triton' in record.message)
     assert f'(a kernel gives wrong numbers: {what})' in message
-    for cache in (_triton.works, chunks._on_gpu):
+    for cache in (_triton.works, implementations._on_gpu):
         cache.cache_clear()
 
 
@@ -225,13 +225,13 @@ def test_long_runs_of_large_vocabularies_are_compiled_on_a_cpu(monkeypatch, capl
     """Once there were so many logits that compiling would have cost less. One line says so, and where compiling fails torch
     operations give the same loss, and one warning says that."""
     torch.manual_seed(0)
-    vocabulary = chunks._COMPILED_VOCABULARY
+    vocabulary = implementations._COMPILED_VOCABULARY
     hidden, other, weight = torch.randn(3, 4), torch.randn(3, 4), torch.randn(vocabulary, 4)
     made = []
     original = _compiled.Compiled.normalise
     monkeypatch.setattr(_compiled.Compiled, 'normalise', lambda *args: made.append(1) or original(*args))
-    monkeypatch.setattr(chunks, '_worked_on', 0)
-    monkeypatch.setattr(chunks, 'COMPILED_AFTER', 2 * 3 * vocabulary)
+    monkeypatch.setattr(implementations, '_worked_on', 0)
+    monkeypatch.setattr(implementations, 'COMPILED_AFTER', 2 * 3 * vocabulary)
     small = slice(0, vocabulary - 1)
     for _ in range(3):
         linear_divergence(hidden, weight[small], other, weight[small], Divergence())
@@ -245,11 +245,11 @@ def test_long_runs_of_large_vocabularies_are_compiled_on_a_cpu(monkeypatch, capl
         raise RuntimeError('no C++ compiler')
 
     monkeypatch.setattr(_compiled, '_compile', no_compiler)
-    for cache in (_compiled.works, chunks._compiled_sweeps):
+    for cache in (_compiled.works, implementations._compiled_sweeps):
         cache.cache_clear()
     for _ in range(2):
         assert torch.allclose(linear_divergence(hidden, weight, other, weight, Divergence()), eager, rtol=1e-5)
     assert len(made) == 2
     assert sum('no C++ compiler' in record.message for record in caplog.records) == 1
-    for cache in (_compiled.works, chunks._compiled_sweeps):
+    for cache in (_compiled.works, implementations._compiled_sweeps):
         cache.cache_clear()
