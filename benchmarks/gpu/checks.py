@@ -7,6 +7,7 @@ A row says how far the loss and the gradients are off, relative to their norms, 
 import math
 
 import divergence_reference as reference
+import plan
 import torch
 from operator_kernels import kernel_launches
 
@@ -77,7 +78,7 @@ def nvidia_smi() -> dict:
 
     fields = ('driver_version', 'clocks.max.sm', 'clocks.max.mem', 'power.limit', 'pcie.link.gen.max', 'pcie.link.width.max')
     try:
-        command = ['nvidia-smi', '-i', '0', f'--query-gpu={",".join(fields)}', '--format=csv,noheader,nounits']
+        command = ['nvidia-smi', '-i', plan.gpu(), f'--query-gpu={",".join(fields)}', '--format=csv,noheader,nounits']
         found = subprocess.run(command, capture_output=True, text=True, timeout=20)
         return dict(zip(fields, (x.strip() for x in found.stdout.strip().split(',')), strict=True))
     except (OSError, ValueError, subprocess.SubprocessError):
@@ -366,4 +367,4 @@ def twice(meter):
         loss = linear_divergence(x['hidden'], x['weight'], x['other'], x['head'], KINDS['jsd'], **more)
         found.append([loss.detach(), *grad(loss, x)])
     same = all(torch.equal(one, other) for one, other in zip(*found, strict=True))
-    yield {'what': 'bit for bit', 'same': same}
+    yield {'what': 'bit for bit', 'status': 'ok' if same else 'wrong', 'same': same}

@@ -51,7 +51,7 @@ class Clocks:
 
     def __init__(self):
         self.seen: list[tuple[float, list[float]]] = []
-        command = ['nvidia-smi', '-i', '0', f'--query-gpu={",".join(self.FIELDS)}', '--format=csv,noheader,nounits', '-lms', '500']
+        command = ['nvidia-smi', '-i', plan.gpu(), f'--query-gpu={",".join(self.FIELDS)}', '--format=csv,noheader,nounits', '-lms', '500']
         try:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         except OSError:

@@ -110,6 +110,12 @@ def _one_over(x):
 
 
 @triton.jit
+def _at_least_0(x):
+    """And NaN where x is: a run is to see it and stop."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _polynomial(x, C: tl.constexpr):
     """Σ C[i]·xⁱ."""
     N: tl.constexpr = len(C)
@@ -200,9 +206,9 @@ def _column(log_s, log_t, d, KIND: tl.constexpr, W: tl.constexpr, REST: tl.const
         value = tl.where(near, (W * T + REST * S) * ((d * d) * _polynomial(d, V)), -(W * T * over_t + REST * S * over_s))
         return S, value, tl.where(near, linear, -REST * over_s)
     if KIND == 'skew_forward_kl':
-        value = tl.where(near, T * (d * d) * _polynomial(d, V), tl.maximum(REST * (S - T) - T * over_t, 0.0))
+        value = tl.where(near, T * (d * d) * _polynomial(d, V), _at_least_0(REST * (S - T) - T * over_t))
         return S, value, tl.where(near, linear, REST * REST * ratio)
-    value = tl.where(near, S * (d * d) * _polynomial(d, V), tl.maximum(W * (T - S) - S * over_s, 0.0))
+    value = tl.where(near, S * (d * d) * _polynomial(d, V), _at_least_0(W * (T - S) - S * over_s))
     return S, value, tl.where(near, linear, -(over_s + REST * W * ratio))
 
 
@@ -673,9 +679,9 @@ def _bucket(log_s, log_t, KIND: tl.constexpr, W: tl.constexpr, REST: tl.constexp
     S, T = tl.exp(log_s), tl.exp(log_t)
     d = tl.minimum(tl.maximum(log_t - log_s, -_LIMIT), _LIMIT)
     if KIND == 'forward_kl':
-        return S, tl.maximum(T * d - T + S, 0.0), S - T
+        return S, _at_least_0(T * d - T + S), S - T
     if KIND == 'reverse_kl':
-        return S, tl.maximum(T - S - S * d, 0.0), -d
+        return S, _at_least_0(T - S - S * d), -d
     if KIND == 'tvd':
         return S, tl.abs(T - S) * 0.5, tl.where(d > 0, -0.5, tl.where(d < 0, 0.5, 0.0))
     if KIND == 'skew_reverse_kl' and W < _SLIGHT:
@@ -683,13 +689,13 @@ def _bucket(log_s, log_t, KIND: tl.constexpr, W: tl.constexpr, REST: tl.constexp
         return S, column, -falling
     over_s, over_t, ratio = _mixture(d, W, REST)
     if KIND == 'jsd':
-        return S, tl.maximum(-(W * T * over_t + REST * S * over_s), 0.0), -REST * over_s
+        return S, _at_least_0(-(W * T * over_t + REST * S * over_s)), -REST * over_s
     if KIND == 'skew_forward_kl':
-        column = tl.maximum(REST * (S - T) - T * over_t, 0.0)
+        column = _at_least_0(REST * (S - T) - T * over_t)
         if REST < _SLIGHT:
             column, _ = _slight(T, S, -d, REST)
         return S, column, REST * REST * ratio
-    return S, tl.maximum(W * (T - S) - S * over_s, 0.0), -(over_s + REST * W * ratio)
+    return S, _at_least_0(W * (T - S) - S * over_s), -(over_s + REST * W * ratio)
 
 
 @triton.jit

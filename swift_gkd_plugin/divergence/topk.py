@@ -12,7 +12,8 @@ that range which is nearest to the student's. The value then stays a lower bound
 
 **Temperature.** The log-probabilities were taken at a temperature τ, and the divergence is wanted at another one, T.
 The tail's mass at T cannot be known. So both sides are bucketed at τ, and the k+1 buckets are then tempered: p_i^(τ/T),
-renormalised. Without a tail this is softmax(z/T) over the k ids.
+renormalised. Without a tail this is softmax(z/T) over the k ids. With one the value is no lower bound at T < τ: tempered as one
+number, a tail of many columns keeps more mass than they would.
 
 **Gradient.** Let B_i be the student's bucket log-probabilities, g_i = ∂D/∂B_i (it sums to 0), and S its columns at τ.
 Then, with ∂B_i/∂(z_v/τ) = δ_iv - S_v for an id and [v in tail]·S_v/S_tail - S_v for the tail,

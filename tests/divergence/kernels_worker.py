@@ -236,6 +236,19 @@ def extremes(cases=90):
         assert_as_exact(divergence, (student, teacher), found[:2], found[2:])
 
 
+def nan():
+    """One logit that is no number: the loss of its token is none, for a run to stop; those of the others are."""
+    x, other, _, _ = inputs()
+    x['hidden'][1, 0] = torch.nan
+    values, ids = (torch.randn(5, 5003) * 3).log_softmax(-1).topk(7)
+    implementations.choose = lambda call: sweeps
+    for divergence in KINDS + SMALL[1::2]:
+        dense = linear_divergence(x['hidden'], x['weight'], other, x['weight'], divergence)
+        few = topk_divergence(x['hidden'], x['weight'], values, ids, divergence, topk_temperature=1.0)
+        for loss in (dense, few):
+            assert loss.isnan().tolist() == [False, True, False, False, False], (divergence, loss)
+
+
 def one_load():
     """The kernel that reads a row once: in three launches, for programs that are interpreted one after the other can't meet. Where
     it gives other numbers than the sweeps, they do the work, and a warning says so."""

@@ -33,7 +33,7 @@ def run_worker(name, *arguments):
 
 PARTS = ['dense', 'few', 'strided', 'certain', 'half']
 # At their extremes the compiled loops are torch operations: they call the same functions.
-CASES = [('Triton', part) for part in ('extremes', 'close_few', 'one_load')]
+CASES = [('Triton', part) for part in ('extremes', 'close_few', 'nan', 'one_load')]
 CASES += itertools.product(['Triton', 'Compiled'], PARTS)
 
 
