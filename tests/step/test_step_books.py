@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 import torch
 from datasets import Dataset
 from fake_backend import FakeServer, flat
+from places import Places
 
 from swift_gkd_plugin import metrics
+from swift_gkd_plugin.divergence import TokenStats
 from swift_gkd_plugin.teachers.server import TeacherServerError
 
 # -- the loss ------------------------------------------------------------------------------------------------------------------------------
@@ -28,6 +31,33 @@ def test_a_step_is_divided_by_its_own_tokens_however_it_is_split(make):
     assert runs[0].losses == pytest.approx(runs[1].losses, rel=1e-12)
     assert torch.equal(runs[0].backend.weights > 0, runs[1].backend.weights > 0)
     assert runs[0].backend.weights.tolist() == pytest.approx(runs[1].backend.weights.tolist(), rel=1e-9)
+
+
+def test_no_float64_on_the_device(make):
+    """MPS has none, and not every library of collectives reduces it."""
+    torch.manual_seed(0)
+    books, device = make().conductor.books, torch.device('mps')
+    books.ranks, books.metrics = dataclasses.replace(books.ranks, device=device), metrics.Metrics(device)
+    lost = torch.rand(50, 7) + 1e-6
+    with Places():
+        for row in lost:
+            batch = SimpleNamespace(imitated=torch.ones(7).to(device), lengths=[7], samples=[SimpleNamespace()])
+            stats = TokenStats(True, *([row.to(device)] * 9))
+            books.add_loss(batch, row.to(device).sum(), stats)
+        books.metrics.total('tokens/generated', 2**40 + 1)
+        found = books.metrics.pop()
+    assert found.pop('tokens/generated') == 2**40 + 1
+    assert len(found) == 10 and list(found.values()) == pytest.approx([lost.double().mean().item()] * 10, rel=1e-7)
+
+
+@pytest.mark.parametrize('device', ['cpu', 'mps'])
+def test_counts_are_exact(device):
+    kept = metrics.Metrics(torch.device(device))
+    with Places():
+        for count in (2.0**24, 1.0, 2.0**30, 1.0, 1.0):
+            kept.add('count', torch.tensor(count), 0)
+        kept.add('count', 1, 1)
+        assert kept.pop() == {'count': 2**30 + 2**24 + 4}
 
 
 def test_a_server_and_a_local_teacher_teach_the_same(make):

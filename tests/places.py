@@ -1,4 +1,4 @@
-"""Tensors of one CPU as if they were on several devices: what would fail on two GPUs fails here."""
+"""Tensors of one CPU as if they were on several devices: what would fail on two GPUs, or for float64 on MPS, fails here."""
 
 from __future__ import annotations
 
@@ -38,8 +38,15 @@ class Places(TorchFunctionMode):
         found = func(*args, **kwargs)
         for x in tree_leaves(found):
             if isinstance(x, torch.Tensor):
-                put(x, place_of(operands[0]) if func in COPIES else torch.device(device or next(iter(places), HOST)))
+                place = place_of(operands[0]) if func in COPIES else torch.device(device or next(iter(places), HOST))
+                self._check_dtype(x, place)
+                put(x, place)
         return found
+
+    @staticmethod
+    def _check_dtype(tensor: torch.Tensor, place: torch.device) -> None:
+        if place.type == 'mps' and tensor.dtype == torch.float64:
+            raise TypeError("The MPS framework doesn't support float64")
 
     @staticmethod
     def _may_be_elsewhere(func, tensor: torch.Tensor, first: torch.Tensor) -> bool:
@@ -53,6 +60,7 @@ class Places(TorchFunctionMode):
         found = tensor.to(*rest, **kwargs) if rest or 'dtype' in kwargs else tensor
         if found is tensor and place != place_of(tensor):
             found = tensor.clone()
+        self._check_dtype(found, place)
         put(found, place)
         return found
 
