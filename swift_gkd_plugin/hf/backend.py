@@ -19,7 +19,7 @@ from ..step.ranks import Ranks
 from ..step.samples import Counted, InTurn, Sample
 from ..step.teaching import TeacherBatches
 from ..teachers import Signal
-from .zero3 import ranks_share_weights
+from .zero3 import gathered_for_generation, is_zero3, ranks_share_weights
 
 # Tokens in a batch of the teacher's, if the student's are not half as large already: of one whose weights are brought together for each
 # batch, and of one that is there anyway. A forward without a backward pass takes 0.2 to 0.3 MB per token of a 32B model.
@@ -67,8 +67,10 @@ class TransformersBackend(Backend):
     def _lent(self, source: Source) -> Iterator[nn.Module]:
         trainer, student = self.trainer, source == STUDENT
         gathers = self.args.ds3_gather_for_generation if student else trainer.teacher_ds3_gather_for_generation
+        alone = not student and trainer.is_teacher_ds3 and not is_zero3(self.args.deepspeed)
         with (
             nullcontext(trainer.model_wrapped) if student else trainer.teacher.ready() as model,
+            gathered_for_generation(model) if alone and gathers else nullcontext(),
             unwrap_model_for_generation(model, trainer.accelerator, gather_deepspeed3_params=gathers) as bare,
         ):
             yield bare

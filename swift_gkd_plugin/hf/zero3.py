@@ -59,6 +59,23 @@ def one_trace(engine: Any) -> Iterator[None]:
         del coordinator.reset_step
 
 
+@contextmanager
+def gathered_for_generation(engine: Any) -> Iterator[None]:
+    """All parameters of a ZeRO-3 model on every rank, brought together once, and not by each module for each token that it generates.
+
+    As ``unwrap_model_for_generation`` of ms-swift does where the student is under ZeRO-3; at another model's stage it does not look.
+    """
+    import deepspeed
+    from trl.models.utils import add_hooks, remove_hooks
+
+    with deepspeed.zero.GatheredParameters(list(engine.parameters())):
+        remove_hooks(engine)
+        try:
+            yield
+        finally:
+            add_hooks(engine)
+
+
 class PartitionedParameters(SpreadParameters):
     """What a model trains, spread over ranks by ZeRO-3: each has an equal piece of a flat parameter, padded at the end.
 

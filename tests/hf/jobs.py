@@ -76,6 +76,20 @@ class Recorder(TrainerCallback):
             engine.step = record_first
             if hasattr(engine.optimizer, 'parameter_offload'):
                 self.count_gathers(engine.optimizer.parameter_offload.get_param_coordinator())
+            teacher = getattr(self.trainer.teacher_model, 'optimizer', None)
+            if hasattr(teacher, 'get_param_coordinator'):
+                self.count_gathers_of_teacher(teacher.get_param_coordinator())
+
+    def count_gathers_of_teacher(self, coordinator):
+        """How often its modules asked for a parameter under ZeRO-3."""
+        gather = coordinator._PartitionedParameterCoordinator__all_gather_params_
+        self.seen['gathered_of_teacher'] = 0
+
+        def counted(params, *args, **kwargs):
+            self.seen['gathered_of_teacher'] += sum(p.ds_status.name == 'NOT_AVAILABLE' for p in params)
+            gather(params, *args, **kwargs)
+
+        coordinator._PartitionedParameterCoordinator__all_gather_params_ = counted
 
     def count_gathers(self, coordinator):
         """ZeRO-3: parameters that a rank asked the others for, and how often it forgot the order of modules."""

@@ -116,8 +116,12 @@ def files(tiny_models, tmp_path_factory):
     # ms-swift's own, parameters and optimizer on the host, for the SGD of these tests instead of DeepSpeed's Adam.
     offload = json.loads((Path(swift.__file__).parent / 'config' / 'zero3_offload.json').read_text())
     (root / 'offload.json').write_text(json.dumps({**offload, 'zero_force_ds_cpu_optimizer': False}))
+    # A tiny model's parameters would stay once they have been gathered.
+    limits = ('param_persistence_threshold', 'max_reuse_distance', 'max_live_parameters', 'prefetch_bucket_size')
+    zero = {'stage': 3, **{f'stage3_{name}': 0 for name in limits}}
+    (root / 'forgetful.json').write_text(json.dumps({**offload, 'zero_optimization': zero}))
     found = {'privileged': write_rows(root / 'privileged.jsonl', rows), 'tied': tied}
-    return found | {'fsdp': root / 'fsdp.json', 'offload': root / 'offload.json'}
+    return found | {name: root / f'{name}.json' for name in ('fsdp', 'offload', 'forgetful')}
 
 
 # Its epsilon keeps Adam from turning the rounding of gradients near zero into whole steps.
@@ -247,6 +251,10 @@ def layouts(run_jobs, cases, generating, files, tiny_models, tmp_path_factory):
     sharded['zero3 no gather'] = {**sharded['zero3 generated'], 'ds3_gather_for_generation': 'false', 'output_dir': root / 'no gather'}
     sharded['zero2 few'] = {**sharded['zero3 few'], 'deepspeed': 'zero2', 'output_dir': root / 'zero2 few'}
     sharded['zero3 teacher zero0'] = {**sharded['zero3 generated'], 'teacher_deepspeed': 'zero0', 'output_dir': root / 'zero0'}
+    teacher_alone = {**sharded['zero3 generated'], 'deepspeed': 'zero2', 'teacher_deepspeed': files['forgetful']}
+    sharded['zero2 teacher zero3'] = {**teacher_alone, 'output_dir': root / 'zero2 teacher zero3'}
+    no_gather = {'ds3_gather_for_generation': 'false', 'output_dir': root / 'zero2 teacher zero3 no gather'}
+    sharded['zero2 teacher zero3 no gather'] = {**teacher_alone, **no_gather}
     for name, zero in NOT_AVERAGED.items():
         path = root / f'{name}.json'
         path.write_text(json.dumps({**json.loads(files['offload'].read_text()), 'zero_optimization': {'stage': 3, **zero}}))
@@ -306,6 +314,8 @@ GENERATED = {
     'zero3 generated': 'generated',
     'zero3 no gather': 'generated',
     'zero3 teacher zero0': 'generated',
+    'zero2 teacher zero3': 'generated',
+    'zero2 teacher zero3 no gather': 'generated',
     'zero3 few': 'few',
     'zero2 few': 'few',
     'zero3 generated shared': 'generated shared',
@@ -324,6 +334,12 @@ def test_responses_are_those_of_one_process(one_process, layouts, name):
     run, whole = layouts[name].ok(), one_process[GENERATED[name]].ok()
     assert by_row(run) == by_row(whole)
     assert run.losses == pytest.approx(whole.losses, rel=1e-5)
+
+
+@pytest.mark.e2e
+def test_a_zero3_teacher_of_a_zero2_student_is_gathered_once_for_all_tokens(layouts):
+    once, each = (layouts[f'zero2 teacher zero3{how}'].ok().seen['gathered_of_teacher'] for how in ('', ' no gather'))
+    assert 0 < once < each / 2
 
 
 @pytest.mark.e2e
