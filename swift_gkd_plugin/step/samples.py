@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -317,14 +317,22 @@ class MicroBatch:
         return len(self.labels)
 
     def to(self, device: torch.device) -> MicroBatch:
+        """The same on a device, what the teacher says included. The host waits for no copy to a GPU."""
+
         def move(value):
             if isinstance(value, dict):
                 return {k: move(v) for k, v in value.items()}
             if isinstance(value, list | tuple):
                 return type(value)(map(move, value))
-            return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            if isinstance(value, Signal):
+                return replace(value, **{f.name: move(getattr(value, f.name)) for f in fields(value)})
+            if not isinstance(value, torch.Tensor):
+                return value
+            if device.type == 'cuda' and value.device.type == 'cpu':
+                value = value.pin_memory()  # of other memory only a part can wait for its turn in the GPU's queue
+            return value.to(device, non_blocking=True)
 
-        stays = ('samples', 'lengths', 'signal')
+        stays = ('samples', 'lengths')
         return MicroBatch(**{name: value if name in stays else move(value) for name, value in vars(self).items()})
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from swift_gkd_plugin.responses import Response
 from swift_gkd_plugin.step.data import Row
-from swift_gkd_plugin.step.samples import IGNORED, Sample, SampleEncoder, TeacherView, predicting_positions
+from swift_gkd_plugin.step.samples import IGNORED, MicroBatch, Sample, SampleEncoder, TeacherView, predicting_positions
+from swift_gkd_plugin.teachers import HiddenStates, TopK
 from swift_gkd_plugin.teachers.server import Scores
 
 QUESTION = {'role': 'user', 'content': 'what is 3 plus 4 ?'}
@@ -134,6 +136,41 @@ def test_own_tokens_are_not_imitated(template):
     for one in samples:
         encoder.check(one)
     assert encoder.micro_batch(samples).imitated.tolist() == [0, 0, 1]
+
+
+class PretendedGPU(TorchFunctionMode):
+    """Tensors stay on the CPU. Those on their way to a GPU have to be pinned, and nobody may wait for them."""
+
+    def __init__(self):
+        super().__init__()
+        self.pinned, self.arrived = set(), []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.pin_memory:
+            self.pinned.add(args[0].data_ptr())
+            return args[0]
+        if func is torch.Tensor.to and args[1] == torch.device('cuda'):
+            assert args[0].data_ptr() in self.pinned and kwargs == {'non_blocking': True}
+            self.arrived.append(args[0])
+            return args[0].clone()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    'signal', [TopK(torch.rand(3, 4), torch.ones(3, 4).long(), 1.0, torch.rand(3)), HiddenStates(torch.rand(3, 8), 'its head')]
+)
+def test_the_host_waits_for_no_copy_of_a_micro_batch(signal):
+    rows, index, ones = {'input_ids': torch.arange(6)[None], 'several': [torch.arange(2)]}, torch.arange(3), torch.ones(3)
+    batch = MicroBatch([], rows, {**rows}, index, index + 1, index + 2, ones, ones + 1, [3], signal)
+    gpu = PretendedGPU()
+    with gpu:
+        there = batch.to(torch.device('cuda'))
+    tensors = [value for value in vars(signal).values() if isinstance(value, torch.Tensor)]
+    assert {id(tensor) for tensor in tensors} <= {id(tensor) for tensor in gpu.arrived}
+    assert len(gpu.arrived) == 9 + len(tensors)
+    for name, value in vars(signal).items():
+        one = getattr(there.signal, name)
+        assert torch.equal(one, value) and one is not value if isinstance(value, torch.Tensor) else one == value
 
 
 def test_positions_predict_the_labels():
