@@ -1,7 +1,7 @@
 """Numbers that are logged: sums and counts over tokens, samples and seconds, added up over micro-batches and ranks.
 
 A mean of means would weigh short micro-batches too much, so only sums travel and the division comes last. Nothing is moved to the
-host before the numbers are asked for. No device is asked for float64, which MPS does not have and HCCL does not reduce.
+host before the numbers are asked for.
 """
 
 from __future__ import annotations
@@ -15,25 +15,35 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+# Types of devices: MPS has none, HCCL does not reduce it.
+WITHOUT_FLOAT64 = ('mps', 'npu')
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """In which numbers are added up there."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
+
 
 class Sum:
-    """Numbers, as they come, and tensors on their device, in two parts of fp32: together as exact as a number of 48 bits."""
+    """Numbers, as they come, and tensors on their device: in float64, or in two parts of fp32, together as exact as 48 bits."""
 
     def __init__(self):
-        self.known, self.parts = 0.0, None
+        self.known, self.parts = 0.0, ()
 
     def add(self, amount, device: torch.device) -> None:
         if not isinstance(amount, torch.Tensor):
             self.known += amount
             return
-        amount = amount.to(device, torch.float32, non_blocking=True)
-        if self.parts is None:
-            self.parts = amount.clone(), torch.zeros_like(amount)
-            return
-        high, low = self.parts
-        total = high + amount
-        added = total - high
-        self.parts = total, low + ((high - (total - added)) + (amount - added))  # what rounding took away (Knuth's TwoSum)
+        amount = amount.to(device, widest(device), non_blocking=True)
+        if not self.parts:
+            self.parts = (amount.clone(),) if amount.dtype == torch.float64 else (amount.clone(), torch.zeros_like(amount))
+        elif amount.dtype == torch.float64:
+            self.parts[0].add_(amount)
+        else:
+            high, low = self.parts
+            total = high + amount
+            added = total - high
+            self.parts = total, low + ((high - (total - added)) + (amount - added))  # what rounding took away (Knuth's TwoSum)
 
 
 class Metrics:
@@ -105,8 +115,8 @@ class Metrics:
 
     def _on_host(self) -> dict[str, tuple[float, float]]:
         """Sum and count of each name of this rank."""
-        sums = [(name, store[name]) for name in self._sums for store in (self._sums, self._counts)]
-        parts = [part for _, one in sums for part in one.parts or ()]
+        sums = [store[name] for name in self._sums for store in (self._sums, self._counts)]
+        parts = [part for one in sums for part in one.parts]
         values = iter(torch.stack(parts).tolist() if parts else ())
-        totals = [one.known + (next(values) + next(values) if one.parts else 0.0) for _, one in sums]
+        totals = [one.known + sum(next(values) for _ in one.parts) for one in sums]
         return {name: (totals[2 * i], totals[2 * i + 1]) for i, name in enumerate(self._sums)}

@@ -10,7 +10,7 @@ import torch
 
 from .. import sources
 from ..divergence import TokenStats
-from ..metrics import Metrics
+from ..metrics import Metrics, widest
 from .backend import Backend
 from .completions import Completions
 from .samples import MicroBatch, Sample, SampleEncoder
@@ -155,4 +155,4 @@ class Books:
 
 
 def _sum(values: torch.Tensor) -> torch.Tensor:
-    return values.float().sum()
+    return values.sum(dtype=widest(values.device))

@@ -50,12 +50,14 @@ def test_no_float64_on_the_device(make):
     assert len(found) == 10 and list(found.values()) == pytest.approx([lost.double().mean().item()] * 10, rel=1e-7)
 
 
-def test_counts_are_exact():
-    kept = metrics.Metrics(torch.device('cpu'))
-    for count in (2.0**24, 1.0, 2.0**30, 1.0, 1.0):
-        kept.add('count', torch.tensor(count), 0)
-    kept.add('count', 1, 1)
-    assert kept.pop() == {'count': 2**30 + 2**24 + 4}
+@pytest.mark.parametrize('device', ['cpu', 'mps'])
+def test_counts_are_exact(device):
+    kept = metrics.Metrics(torch.device(device))
+    with Places():
+        for count in (2.0**24, 1.0, 2.0**30, 1.0, 1.0):
+            kept.add('count', torch.tensor(count), 0)
+        kept.add('count', 1, 1)
+        assert kept.pop() == {'count': 2**30 + 2**24 + 4}
 
 
 def test_a_server_and_a_local_teacher_teach_the_same(make):

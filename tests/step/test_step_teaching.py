@@ -320,7 +320,7 @@ def test_a_signal_is_let_go_once_its_micro_batch_has_been_used(run):
     signal = batch.signal = TopK(torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64))
     trainer = SimpleNamespace(args=SimpleNamespace(device=torch.device('cpu')))
     here = GKDTrainer._prepare_inputs(trainer, batch)
-    assert here.signal is signal and batch.signal is None
+    assert here.signal.ids is signal.ids and batch.signal is None
 
 
 def test_what_a_worker_process_has_encoded_leaves_its_memory(run):
