@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
+
+from .world import from_all, world_size
 
 # Types of devices: MPS has none, HCCL does not reduce it.
 WITHOUT_FLOAT64 = ('mps', 'npu')
@@ -68,7 +69,7 @@ class Metrics:
     def total(self, name: str, amount: float) -> None:
         """Add ``amount`` to a total over all ranks. If one rank calls it between two calls of :meth:`pop`, all of them do."""
         self.add(name, amount, 0)
-        self._counts[name].known = 1 / (dist.get_world_size() if dist.is_initialized() else 1)
+        self._counts[name].known = 1 / world_size()
 
     def add_seconds(self, name: str, seconds: float) -> None:
         """Add what was timed elsewhere."""
@@ -98,10 +99,7 @@ class Metrics:
             for name, start, end in self._events:
                 self._clocks[name] += start.elapsed_time(end) / 1000
         mine = self._on_host(), dict(self._clocks)
-        everyone = [mine]
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            everyone = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, mine)
+        everyone = from_all(mine)
         for store in (self._sums, self._counts, self._clocks, self._events):
             store.clear()
         result = {}

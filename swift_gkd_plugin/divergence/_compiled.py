@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .kinds import Divergence, Scratch, columns
-from .sweeps import Logits, Sweeps, Tokens
+from .sweeps import Logits, Sweeps, Tokens, in_one_line
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def works() -> bool:
         if _compile(lambda x: x + torch.compiler.is_compiling())(torch.zeros(2)).all():
             return True
     except Exception as error:  # whatever a compiler, its headers or its cache directory can lack
-        reason = str(error).strip().splitlines()[0]
+        reason = in_one_line(error)
     logger.warning('torch.compile does not work here (%s): the divergence is computed without it, right but slower', reason)
     return False
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import _trial, memory
 from . import _triton_kernels as kernels
 from .kinds import MAX_LOG_RATIO, Divergence
-from .sweeps import Logits, Setting, Sweeps, Tokens
+from .sweeps import Logits, Setting, Sweeps, Tokens, in_one_line
 from .topk import KNOWN, Listed
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ class Triton(Sweeps):
                     tokens.sums,
                     tokens.sums.stride(0),
                     tokens.weight,
-                    *(tokens.lse[0] if x is None else x for x in (tokens.label_lse, tokens.label_weight, tokens.label)),
+                    *self._labels_or_nothing(tokens),
                     out,
                     notes,
                     arrived,
@@ -209,7 +209,7 @@ class Triton(Sweeps):
                 weight if teacher.tail_logprobs is None else teacher.tail_logprobs[listed.rows],
                 tokens.lse[0],
                 weight,
-                *(tokens.lse[0] if x is None else x for x in (tokens.label_lse, tokens.label_weight, tokens.label)),
+                *self._labels_or_nothing(tokens),
                 tokens.sums[0],
                 tail_weight,
                 per_id,
@@ -239,6 +239,11 @@ class Triton(Sweeps):
         return len(z), triton.cdiv(z.shape[1], _BLOCK)
 
     @staticmethod
+    def _labels_or_nothing(tokens: Tokens) -> list[Tensor]:
+        """What is known of the labels; where there is nothing the kernel looks at nothing."""
+        return [tokens.lse[0] if x is None else x for x in (tokens.label_lse, tokens.label_weight, tokens.label)]
+
+    @staticmethod
     def _label(tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         if tokens.label_weight is None:
             return (tokens.lse[0],) * 3
@@ -260,7 +265,7 @@ def works(device: torch.device, divergence: Divergence) -> bool:
             return True
         reason = f'a kernel gives wrong numbers: {wrong}'
     except Exception as error:  # whatever a compiler, Python's headers or a driver can lack
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = in_one_line(error)
     logger.warning('Triton does not work here (%s): the divergence is computed without it, right but slower', reason)
     return False
 
@@ -277,7 +282,7 @@ def _one_load_works(setting: Setting, difference: bool, labels: bool, trained: b
         if not wrong < (1e-4 if dtype == torch.float32 else 1e-2):
             raise ValueError(f'it is off by {wrong:.1e}')
     except Exception as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = in_one_line(error)
         logger.warning('%s=1 is not taken here (%s): the divergence is computed in three sweeps', ONE_LOAD, reason)
         return False
     return True

@@ -140,3 +140,8 @@ class Sweeps(ABC):
         one = here.int().argmax(-1, keepdim=True)
         column = torch.where(here, column, column.gather(1, one))
         out.scatter_(1, column, torch.where(here, values, values.gather(1, one)))
+
+
+def in_one_line(error: Exception) -> str:
+    """Why an implementation cannot be used."""
+    return (str(error).strip() or repr(error)).splitlines()[0]

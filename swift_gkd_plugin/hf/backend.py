@@ -17,7 +17,7 @@ from ..sources import STUDENT, Source
 from ..step.backend import Backend
 from ..step.ranks import Ranks
 from ..step.samples import Counted, InTurn, Sample
-from ..step.teaching import TeacherBatches
+from ..step.teaching import TeacherBatches, bytes_per_token
 from ..teachers import Signal
 from .zero3 import gathered_for_generation, is_zero3, ranks_share_weights
 
@@ -96,8 +96,7 @@ class TransformersBackend(Backend):
     @property
     def _bytes_per_token(self) -> int:
         """Of what the teacher says."""
-        k = self.args.gkd_logits_topk
-        return 12 * k if k else 4 * self.trainer.teacher.head.width
+        return bytes_per_token(self.args.gkd_logits_topk, self.trainer.teacher.head.width)
 
     @property
     def kept_per_token(self) -> int | None:

@@ -22,7 +22,7 @@ from ..sources import STUDENT, Source
 from ..step.backend import Backend
 from ..step.ranks import Ranks
 from ..step.samples import Counted, InTurn, Sample
-from ..step.teaching import TeacherBatches
+from ..step.teaching import TeacherBatches, bytes_per_token
 from ..teachers import Signal, TopKOptions
 from .generation import Generator
 from .layouts import RelocatedTeacher, TrackedRandomState
@@ -106,10 +106,10 @@ class MegatronBackend(Backend):
 
     @property
     def kept_per_token(self) -> int | None:
-        trainer, k = self.trainer, self.args.gkd_logits_topk
+        trainer = self.trainer
         if not trainer.conductor.scored_locally or trainer.teacher.host_copy is None:
             return None
-        return 12 * k if k else 4 * trainer.teacher.chunks[0].config.hidden_size
+        return bytes_per_token(self.args.gkd_logits_topk, trainer.teacher.chunks[0].config.hidden_size)
 
     def signals(self, batches: InTurn) -> list[Signal | None]:
         options, k = self.trainer.loss.options, self.args.gkd_logits_topk

@@ -39,6 +39,7 @@ from ..responses.budget import PASS_TOKENS, default_tokens
 from ..responses.local import ends_of_responses, evaluation_mode, inference_template, never_sampled, unpacked
 from ..responses.sampling import sampling_processors
 from ..teachers.server import MEDIA
+from ..world import from_all
 from .exchange import exchange_objects, numbers_of_all
 
 # Rows share a micro-batch if their prompts differ by no more tokens than this: each of them is a pass for the whole batch.
@@ -195,9 +196,7 @@ class Generator:
                 rows.append(self._row(n, prompt, seed, options))
             _generate(chunks, rows, options.max_tokens, self.tokens)
             answers = [(row.number, row.answer, row.finish_reason) for row in rows] if _first_of_replica() else []
-        of_replicas: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(of_replicas, answers)
-        found = {everything[number]: Response(ids, reason) for part in of_replicas for number, ids, reason in part}
+        found = {everything[number]: Response(ids, reason) for part in from_all(answers) for number, ids, reason in part}
         return [found[mine, number] for number in range(len(prompts))]
 
     def _encoded(self, inputs: dict[str, Any]) -> dict[str, Any]:

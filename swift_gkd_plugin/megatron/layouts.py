@@ -35,6 +35,7 @@ from torch import nn
 from ..step.random_state import RandomState
 from ..step.samples import InTurn, MicroBatch
 from ..teachers import HiddenStates, Signal, TopKOptions
+from ..world import from_all
 from .exchange import exchange_objects, exchange_rows, numbers_of_all
 from .head import HeadTensors
 from .rota import Rota
@@ -206,8 +207,7 @@ class RelocatedTeacher(LocalTeacher):
         with layout.entered():
             seat, self.replicas = Seat.here(), mpu.get_data_parallel_world_size()
         # The student's seat and the teacher's, of every rank.
-        self.seats: list[tuple[Seat, Seat]] = [None] * dist.get_world_size()
-        dist.all_gather_object(self.seats, (Seat.here(), seat))
+        self.seats: list[tuple[Seat, Seat]] = from_all((Seat.here(), seat))
         config = chunks[0].config
         self.like = torch.empty(0, config.hidden_size, dtype=config.params_dtype, device=get_current_device())
         with torch.no_grad():

@@ -23,8 +23,9 @@ from ..arguments import OptionError
 from ..responses import Response
 from ..sources import DATASET, STUDENT, TEACHER, Source
 from ..teachers.server import MEDIA, Scores, TeacherServerError
+from ..world import this_rank, world_size
 from .data import Row
-from .ranks import Ranks, this_rank, world_size
+from .ranks import Ranks
 from .said import Few, in_one_line
 from .samples import Sample, SampleEncoder
 

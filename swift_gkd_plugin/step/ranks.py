@@ -10,15 +10,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from ..world import from_all, world_size
+
 T = TypeVar('T')
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def this_rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 @dataclass(frozen=True)
@@ -63,11 +57,7 @@ class Ranks:
 
     def gathered(self, lines: list[T]) -> list[T]:
         """The lines of all owners, in the order of their ranks."""
-        if world_size() == 1:
-            return lines
-        everyone: list[Any] = [None] * dist.get_world_size(self.owners)
-        dist.all_gather_object(everyone, lines, group=self.owners)
-        return list(itertools.chain.from_iterable(everyone))
+        return list(itertools.chain.from_iterable(from_all(lines, self.owners)))
 
     def shared(self, make: Callable[[], T]) -> T:
         """What the first of the ranks with the same rows makes, on all of them."""
@@ -87,11 +77,7 @@ class Ranks:
 
     def among_sharers(self, thing: T) -> list[T]:
         """What each of the ranks with the same rows has, in the order of their ranks."""
-        if self.sharers == 1:
-            return [thing]
-        everyone: list[Any] = [None] * self.sharers
-        dist.all_gather_object(everyone, thing, group=self.sharing)
-        return everyone
+        return [thing] if self.sharers == 1 else from_all(thing, self.sharing)
 
     def at_most(self, value: int) -> int:
         """The largest of a number over all ranks of the run."""

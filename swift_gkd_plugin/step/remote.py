@@ -21,8 +21,9 @@ from ..sources import TEACHER
 from ..teachers import TopK
 from ..teachers.engine import TeacherEngine, name_of_device
 from ..teachers.server import Question, Scores, ServerOptions, TeacherServerError, TeacherServers
+from ..world import this_rank
 from .cycle import stop_together
-from .ranks import Ranks, this_rank
+from .ranks import Ranks
 from .samples import Counted, Sample
 
 logger = get_logger()

@@ -17,6 +17,11 @@ from .samples import Counted, InTurn, SampleEncoder
 KEPT_BYTES = 2 << 30
 
 
+def bytes_per_token(k: int | None, width: int) -> int:
+    """Of what a teacher says: k log-probabilities with their ids, or at None hidden states of this width."""
+    return 12 * k if k else 4 * width
+
+
 @dataclass(frozen=True)
 class TeacherBatches:
     """How large they are.

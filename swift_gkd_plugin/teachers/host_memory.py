@@ -16,12 +16,11 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ..arguments import OptionError
+from ..world import from_all, this_rank
 
 
 class Places:
@@ -88,9 +87,9 @@ class HostMemory:
         self.places = [Places(group) for group in groups]
         self.bytes = sum(places.bytes for places in self.places)
         weights = list(chain.from_iterable(groups))
-        rank = dist.get_rank() if dist.is_initialized() else 0
+        rank = this_rank()
         key = rank if replica is None else (replica, _fingerprint(weights))
-        everyone = _among_all(Holding(_machine(), key, self.bytes, _given_back(weights), available_bytes()))
+        everyone = from_all(Holding(_machine(), key, self.bytes, _given_back(weights), available_bytes()))
         whole, everyone = _shared_block(everyone, rank)
         check_fits(everyone)
         sharers = everyone[rank].sharers(everyone)
@@ -101,11 +100,11 @@ class HostMemory:
         if not fills:
             for weight, place in zip(weights, there, strict=True):
                 weight.data = place
-        _among_all(None)  # now there is no more than one of the copies that have been loaded
+        from_all(None)  # now there is no more than one of the copies that have been loaded
         if fills:
             for weight, place in zip(weights, there, strict=True):
                 weight.data = place.copy_(weight.data)
-        _among_all(None)
+        from_all(None)
         _pin(whole)
 
     def __str__(self) -> str:
@@ -190,15 +189,6 @@ def _fingerprint(weights: list[torch.Tensor], samples: int = 64) -> str:
     return found.hexdigest()
 
 
-def _among_all(mine: Any) -> list[Any]:
-    """What every rank says, in order. A collective call."""
-    if not dist.is_initialized():
-        return [mine]
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    return found
-
-
 def _shared_block(everyone: list[Holding], rank: int) -> tuple[torch.Tensor | None, list[Holding]]:
     """The memory that this rank shares with others, if it does, and who shares in the end: all that may, if all of them can open it.
 
@@ -211,7 +201,7 @@ def _shared_block(everyone: list[Holding], rank: int) -> tuple[torch.Tensor | No
             file = os.memfd_create(name)
             os.ftruncate(file, max(everyone[rank].bytes, 1))
             offer = f'/proc/{os.getpid()}/fd/{file}', name
-    offer = _among_all(offer)[sharers[0]]
+    offer = from_all(offer)[sharers[0]]
     if offer is not None:
         try:
             with open(offer[0], 'r+b') as theirs:
@@ -219,7 +209,7 @@ def _shared_block(everyone: list[Holding], rank: int) -> tuple[torch.Tensor | No
                     block = _mapped(theirs.fileno(), everyone[rank].bytes)
         except OSError as error:
             reason = str(error)
-    opened = _among_all(block is not None)
+    opened = from_all(block is not None)
     if file is not None:
         os.close(file)
     agreed = []
