@@ -7,6 +7,7 @@ script, and how that ended. starts.py has the other end.
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import importlib
@@ -18,6 +19,8 @@ import runpy
 import signal
 import sys
 import threading
+from argparse import ArgumentParser
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -80,8 +83,10 @@ def run(request: dict[str, Any]) -> int:
 
 def save_time() -> None:
     """What costs each run more than its few steps: a process for the preprocessing of eight rows (datasets starts one for num_proc=1,
-    ms-swift's default), and the metadata of the same packages, read and parsed anew each time that a library asks for a version."""
+    ms-swift's default), the metadata of the same packages, read and parsed anew each time that a library asks for a version, a parser with
+    hundreds of options for each command line, and configurations that are written out for a log that nobody reads."""
     importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
+    importlib.metadata.version = functools.cache(importlib.metadata.version)
     if 'datasets' in sys.modules:
         from datasets import Dataset
 
@@ -92,6 +97,31 @@ def save_time() -> None:
             return in_processes(self, *args, num_proc=None if num_proc == 1 else num_proc, **kwargs)
 
         Dataset.map = mapped
+    if 'transformers.configuration_utils' in sys.modules:
+        sys.modules['transformers.configuration_utils'].PreTrainedConfig.__repr__ = object.__repr__
+    if 'swift.utils.utils' in sys.modules:
+        sys.modules['swift.utils.utils'].HfArgumentParser = Parsers(sys.modules['swift.utils.utils'].HfArgumentParser)
+
+
+class Parsers:
+    """One parser of the command line for each class of arguments.
+
+    Args:
+        make: Makes it, of a list of one class.
+    """
+
+    def __init__(self, make: Callable[[list[type]], ArgumentParser]):
+        self.make, self.made = make, {}
+
+    def __call__(self, classes: list[type]) -> ArgumentParser:
+        (of,) = classes
+        if of not in self.made:
+            parser = self.make(classes)
+            self.made[of] = parser, copy.deepcopy({action.dest: action.default for action in parser._actions})
+        parser, defaults = self.made[of]
+        for action in parser._actions:  # what a run has done to a list does not reach the next one
+            action.default = copy.copy(defaults[action.dest])
+        return parser
 
 
 def serve(requests: TextIO, answers: TextIO) -> int:

@@ -97,6 +97,6 @@ def swift_deploy(model: Path, directory: Path, env: Mapping[str, str] | None = N
         'external_plugins': ON_CPU,
         **options,
     }
-    argv = [helpers.SCRIPTS / 'swift', 'deploy', *helpers.command_line(options)]
+    argv = [*helpers.script('deploy'), *helpers.command_line(options)]
     with serving(argv, port, directory / 'log.txt', env) as url:
         yield url

@@ -17,6 +17,7 @@ logits at a time.
 
 import argparse
 import csv
+import functools
 import os
 import re
 import subprocess
@@ -129,6 +130,7 @@ def compiled(kernel: triton.JITFunction, args: tuple, options: dict):
     return kernel.run(*args, grid=(1,), warmup=True, **options)
 
 
+@functools.cache  # cases share kernels
 def disassembled(cubin: bytes) -> str:
     tool = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
     with tempfile.NamedTemporaryFile(suffix='.cubin') as file:

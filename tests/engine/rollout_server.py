@@ -16,17 +16,17 @@ import helpers
 from engine_options import ENGINE
 
 HERE = Path(__file__).parent
-ENVIRONMENT = {**helpers.vllm_environment(), 'PYTHONPATH': f'{helpers.VLLM}{os.pathsep}{HERE}', 'VLLM_PLUGINS': 'vllm_on_cpu'}
+ENVIRONMENT = {**helpers.vllm_environment(), 'VLLM_PLUGINS': 'vllm_on_cpu,engine_in_a_fork'}
 MODULES = ('vllm_on_cpu',)
 
 
 class RolloutServer:
-    """``swift rollout`` on the loopback, with the tiny student.
+    """What ``swift rollout`` starts, on the loopback, with the tiny student.
 
     Args:
         options: On top of what every server of the tests has.
         log: File for its output.
-        command: What takes the options.
+        command: What takes the options, if it is not ms-swift's own script.
         env: On top of the environment of every process with an engine.
     """
 
@@ -35,7 +35,7 @@ class RolloutServer:
         models: helpers.TinyModels,
         options: Mapping[str, Any],
         log: Path,
-        command: Sequence[Any] = (helpers.SCRIPTS / 'swift', 'rollout'),
+        command: Sequence[Any] | None = None,
         env: Mapping[str, str] | None = None,
     ):
         self.port, self.log = helpers.free_port(), log
@@ -53,7 +53,7 @@ class RolloutServer:
             }
         )
         self.process = subprocess.Popen(
-            [*map(str, command), *argv],
+            [*map(str, command or helpers.script('rollout')), *argv],
             env={
                 **os.environ,
                 'PATH': f'{helpers.SCRIPTS}{os.pathsep}{os.environ["PATH"]}',

@@ -5,12 +5,13 @@ the requests, the weight sync, sleeping, LoRA and multi-turn, is theirs and ours
 
 It belongs into every process that holds an engine or talks to one. The trainers import it before anything else, a server gets it by
 ``--external_plugins``, and processes that vLLM starts itself find it as a plugin of vLLM, by its dist-info in this directory, with this
-directory in PYTHONPATH and VLLM_PLUGINS=vllm_on_cpu.
+directory in PYTHONPATH and vllm_on_cpu in VLLM_PLUGINS.
 """
 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +92,13 @@ def _no_devices_needed() -> None:
     RolloutArguments._check_device_count = lambda self: None  # swift/arguments/deploy_args.py:142
 
 
+def _worker_in_a_fork() -> None:
+    # ms-swift spawns the worker of `swift rollout` unless told otherwise (swift/pipelines/infer/rollout.py:573), because of CUDA. A fork
+    # has imported everything, which is half of the time that a server needs to start.
+    if multiprocessing.get_start_method(allow_none=True) is None:
+        multiprocessing.set_start_method('fork')
+
+
 def register() -> None:
     """For vLLM's plugin loader, which calls something after importing this module."""
 
@@ -101,3 +109,4 @@ _sleep()
 _lora_tensors_of_its_own()
 _weights_over_the_store()
 _no_devices_needed()
+_worker_in_a_fork()
