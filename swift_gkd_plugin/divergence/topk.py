@@ -190,8 +190,9 @@ class Listed:
 def _compare(divergence: Divergence, log_s: Tensor, log_t: Tensor, equal: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """D [rows] of log-probabilities [rows, buckets], and its gradient with respect to the student's logits.
 
-    equal: [rows, 1], for a TVD: whether the two tails are, wherever the student's goes. Its slope there is not 0, the middle of
-    ±½: as T_tail moves along, T_i all do, and what is left of it is the mean of their slopes, Σ p̂·a.
+    equal: [rows, 1], for a TVD, where the teacher's tail is whatever the student's is: |T - S| has a kink there, at which the slope a
+    may be anything from -½ to ½. With the tail's share the listed T_i = (1-q)·p̂_i change, and it is the mean Σ p̂·a of theirs at
+    which D does not change with q.
     """
     s, t = log_s.exp(), log_t.exp()
     scratch = Scratch(*(torch.empty_like(s) for _ in range(4)))
