@@ -89,9 +89,10 @@ def cross_entropy(student, labels, vocab_size=None):
     return torch.nn.functional.cross_entropy(student[:, :vocab_size], labels, ignore_index=-100, reduction='none')
 
 
-def divergence_of_buckets(divergence, student, logprobs, ids, tail, temperature, vocab_size=None, at=None):
+def divergence_of_buckets(divergence, student, logprobs, ids, tail, temperature, vocab_size=None, at=None, slack=0.0):
     """Row by row, with Python's lists of the ids that count. Of the masses that the teacher's tail may have at the divergence's
-    temperature, that at which it is least is found by looking at many. Where each row's is goes to the list `at`."""
+    temperature, that at which it is least is found by looking at many. Where each row's is goes to the list `at`.
+    slack: how far 1 - Σ of the probabilities may be from the tail's mass."""
     vocab_size = vocab_size or student.shape[1]
     power = temperature / divergence.temperature
     values = []
@@ -110,7 +111,8 @@ def divergence_of_buckets(divergence, student, logprobs, ids, tail, temperature,
             s = torch.cat([s, torch.logsumexp(log_s[rest], 0)[None]])
             elsewhere = [math.exp(float(lp[j]) * power) for j in finite if j not in keep]
             mass, ceiling = -math.expm1(float(lp[finite].logsumexp(0))), float(lp[finite].min().exp())
-            ends = [sum(elsewhere) + x for x in sums_of_powers(mass, ceiling, vocab_size - len(keep), power)]
+            sums = [sums_of_powers(m, ceiling, vocab_size - len(keep), power) for m in (mass - slack, mass + slack)]
+            ends = [sum(elsewhere) + end for end in (sums[0][0], sums[1][1])]
             found = least_divergent_tail(divergence, s, t, *ends)
             t = torch.cat([t, found[None]])
             if at is not None:
