@@ -217,7 +217,7 @@ def group() -> dist.ProcessGroup:
     return dist.group.WORLD
 
 
-def few(k: int, labels: bool = False, divergence: Divergence = JSD, sharded: bool = False):
+def few(k: int, labels: bool = False, divergence: Divergence = JSD, sharded: bool = False, taken_at: float | None = None):
     """k log-probabilities of a teacher, or none of it."""
     torch.manual_seed(0)
     weight = torch.randn(VOCAB, DIM).bfloat16()
@@ -228,7 +228,7 @@ def few(k: int, labels: bool = False, divergence: Divergence = JSD, sharded: boo
         more |= {'reduction': 'sum', 'chunk_tokens': CHUNK, 'vocab_group': group() if sharded else None}
         if k:
             topk = torch.randn(tokens, VOCAB).log_softmax(-1).topk(k)
-            topk_divergence(hidden, weight, *topk, divergence, **more)
+            topk_divergence(hidden, weight, *topk, divergence, topk_temperature=taken_at, **more)
         else:
             linear_divergence(hidden, weight, None, None, divergence, **more)
 
@@ -261,8 +261,8 @@ CASES = {
     ),
     'top-k': few(64),
     'top-k, labels': few(64, labels=True, divergence=Divergence(temperature=0.9)),
-    'top-k, skew_forward_kl 0.999': few(64, divergence=Divergence('skew_forward_kl', skew=0.999)),
-    'top-k, labels, sharded': few(64, labels=True, sharded=True),
+    'top-k at 1, skew_forward_kl 0.999': few(64, divergence=Divergence('skew_forward_kl', temperature=0.9, skew=0.999), taken_at=1.0),
+    'top-k, tvd, labels, sharded': few(64, labels=True, divergence=Divergence('tvd'), sharded=True),
     'cross-entropy': few(0, labels=True),
     'cross-entropy at 0.9': few(0, labels=True, divergence=Divergence(temperature=0.9)),
 }

@@ -13,11 +13,11 @@ import torch
 import triton
 from torch import Tensor
 
-from . import _trial, memory
+from . import _trial, memory, tails
 from . import _triton_kernels as kernels
 from .kinds import MAX_LOG_RATIO, Divergence
 from .sweeps import Logits, Setting, Sweeps, Tokens, in_one_line
-from .topk import KNOWN, Listed
+from .topk import Listed
 
 logger = logging.getLogger(__name__)
 
@@ -214,16 +214,19 @@ class Triton(Sweeps):
                 tail_weight,
                 per_id,
                 ids.shape[1],
+                setting.vocabulary.size,
                 setting.to_one,
                 setting.softcap or 1.0,
-                SHARPENING=setting.temperature / setting.divergence.temperature,
                 KIND=form['KIND'],
                 W=form['W'],
                 REST=form['REST'],
+                POWER=teacher.power,
                 TAIL=teacher.tail == 'bucket',
                 GIVEN=teacher.tail_logprobs is not None,
                 SLACK=teacher.slack,
-                KNOWN=KNOWN,
+                KNOWN=tails.KNOWN,
+                STEPS=tails.STEPS,
+                STILL=tails.STILL,
                 LABELS=tokens.label_lse is not None,
                 TRAINED=tokens.label_weight is not None,
                 SOFTCAP=bool(setting.softcap),

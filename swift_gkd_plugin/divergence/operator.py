@@ -199,6 +199,9 @@ def topk_divergence(
 ) -> Tensor:
     """Divergence from a teacher of which k log-probabilities per token are known.
 
+    Of the masses that the teacher's tail may have, the one counts at which the divergence is least: the value is never
+    above that of the teacher's whole distribution.
+
     As `linear_divergence`, with in the teacher's place:
 
     Args:
@@ -209,12 +212,12 @@ def topk_divergence(
         tail: 'bucket' compares k ids and one bucket with the remaining mass of each side; 'renormalize' compares the
             two distributions renormalised over the k ids.
         topk_temperature: the temperature at which topk_logprobs were taken; default: the divergence's. Where they
-            differ (an inference server's log-probabilities are at 1) both sides are bucketed at topk_temperature, and
-            the buckets are tempered to the divergence's.
+            differ (an inference server's log-probabilities are at 1) they are brought to the divergence's, at which the
+            mass of the teacher's tail is known to lie in an interval only: topk_logprobs must be the largest of their
+            row then, and the teacher has no more columns than are compared, but for those that topk_ids names.
         tail_logprobs: [tokens] log of the teacher's mass on what is not listed, at topk_temperature, summed over just that;
             -inf for none. None: it is 1 - Σ exp(topk_logprobs), which rounding leaves unknown by 3e-5 (by four units in
-            the last place from fp64); of the masses within that range the one nearest to the student's counts. Without
-            use where tail is 'renormalize'.
+            the last place from fp64). Without use where tail is 'renormalize'.
         vocab_size: default: the student's vocabulary.
         vocab_group: as in `linear_divergence`, every rank passing the same topk_logprobs and topk_ids (global ids).
             Collectives per chunk: an all-reduce and an all-gather; labels and statistics as there.
@@ -233,8 +236,9 @@ def topk_divergence(
         raise ValueError(f'student_hidden has {len(student_hidden)} tokens, topk_ids {len(topk_ids)}')
     if tail not in ('bucket', 'renormalize'):
         raise ValueError(f"tail must be 'bucket' or 'renormalize', got {tail!r}")
+    temperature = divergence.temperature
     if topk_temperature is None:
-        topk_temperature = divergence.temperature
+        topk_temperature = temperature
     elif not 0 < topk_temperature < float('inf'):
         raise ValueError(f'topk_temperature must be positive and finite, got {topk_temperature}')
     student_vocab = student_hidden.shape[1] if student_weight is None else len(student_weight)
@@ -247,10 +251,10 @@ def topk_divergence(
         raise ValueError(f'k = {topk_ids.shape[1]} is larger than the vocabulary of {vocabulary.size}')
     columns = vocabulary.columns
     if student_weight is None:
-        student = ReadyLogits(student_hidden, columns, topk_temperature)
+        student = ReadyLogits(student_hidden, columns, temperature)
     else:
-        student = LinearHead(student_hidden, student_weight, student_bias, student_lora, student_transform, columns, topk_temperature)
-    teacher = TopKTeacher.of(topk_logprobs, topk_ids, tail, tail_logprobs, vocabulary.size)
+        student = LinearHead(student_hidden, student_weight, student_bias, student_lora, student_transform, columns, temperature)
+    teacher = TopKTeacher.of(topk_logprobs, topk_ids, tail, tail_logprobs, vocabulary.size, topk_temperature / temperature)
     weights = _weights(student, teacher, token_weights, labels, label_weights)
     return _apply(Call(divergence, student, teacher, weights, vocabulary, chunk_tokens, stats), reduction)
 

@@ -14,8 +14,7 @@ class TokenStats:
 
     * `forward_kl` KL(teacher‖student) and `reverse_kl` KL(student‖teacher), whatever kind is trained on; of the buckets
       for top-k.
-    * `student_entropy`, `teacher_entropy`; for a top-k teacher the entropy of its buckets, a lower bound where
-      its log-probabilities are of the divergence's temperature.
+    * `student_entropy`, `teacher_entropy`; for a top-k teacher the least that the entropy of its buckets can be, a lower bound.
     * `top1_agreement`: 1 where both sides have the same most probable token, else 0.
     * `teacher_prob_of_label`: where labels are given, 0 where the label is -100; for a top-k teacher 0 too where the
       label is not among its ids, a lower bound.

@@ -5,20 +5,15 @@ makes a divergence larger, so the value is a lower bound of the full one, and st
 a gradient. With `tail='renormalize'` there is no tail bucket: both sides are renormalised over the k ids, and the value
 and the gradient say nothing of the mass outside.
 
-**The teacher's tail.** Without `tail_logprobs` all that is known of its mass is 1 - Σ of the k probabilities, a difference
-that fp32 rounds: for a confident teacher it comes out as 0 or below, and a student's tail of 1e-4 would be 1e4 nats off in
-KL(S‖T). So the mass, where it is small, is taken to lie within `_SLACK` of that difference, and what counts is the mass in
-that range which is nearest to the student's. The value then stays a lower bound of the full one.
+**The teacher's tail.** Its mass is known up to rounding where the log-probabilities were taken at the temperature T of the
+divergence, and within an interval where they were taken at another one, τ: theirs are then p^(τ/T), the student's columns are
+softmax(z/T). Of the masses in question the one counts at which the divergence is least, and the value stays a lower bound
+of the full one: `tails.py`. Without a tail both sides are softmax(z/T) over the k ids.
 
-**Temperature.** The log-probabilities were taken at a temperature τ, and the divergence is wanted at another one, T.
-The tail's mass at T cannot be known. So both sides are bucketed at τ, and the k+1 buckets are then tempered: p_i^(τ/T),
-renormalised. Without a tail this is softmax(z/T) over the k ids. With one the value is no lower bound at T < τ: tempered as one
-number, a tail of many columns keeps more mass than they would.
+**Gradient.** Let B_i be the student's bucket log-probabilities, g_i = ∂D/∂B_i (it sums to 0), and S its columns.
+Then, with ∂B_i/∂(z_v/T) = δ_iv - S_v for an id and [v in tail]·S_v/S_tail - S_v for the tail,
 
-**Gradient.** Let B_i be the student's bucket log-probabilities, g_i = ∂D/∂B_i (it sums to 0), and S its columns at τ.
-Then, with ∂B_i/∂(z_v/τ) = δ_iv - S_v for an id and [v in tail]·S_v/S_tail - S_v for the tail,
-
-    ∂D/∂(z_v/τ) = g_i where v is the id i,        g_tail · S_v/S_tail where v is in the tail.
+    ∂D/∂(z_v/T) = g_i where v is the id i,        g_tail · S_v/S_tail where v is in the tail.
 
 S_v/S_tail is a softmax over the tail's logits, finite however small S_tail is.
 """
@@ -28,53 +23,95 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import tails
 from .kinds import Divergence, Scratch, columns
 from .sweeps import LOWEST_LOGIT, Setting, Tokens
-
-# How far 1 - Σ of a teacher's k probabilities may be from its tail's mass. torch's log_softmax over 151,936 fp32 logits is off
-# by up to 2e-5 on a CPU: beside one large probability most of a tail is lost in the running sum.
-_SLACK = 2.0**-15
-# A tail so many times larger is taken as it is: its logarithm is hardly off, and neither is the divergence.
-KNOWN = 32
 
 
 @dataclass(frozen=True)
 class TopKTeacher:
     """logprobs, ids: [tokens, k], ids -1 where an entry does not count; tail_logprobs: [tokens] log of the mass of what is not
-    listed, or None."""
+    listed, or None. All at a temperature that is `power` times the divergence's."""
 
     logprobs: Tensor
     ids: Tensor
     tail: str
     tail_logprobs: Tensor | None
+    power: float = 1.0
 
     @classmethod
-    def of(cls, logprobs: Tensor, ids: Tensor, tail: str, tail_logprobs: Tensor | None, vocab_size: int) -> 'TopKTeacher':
+    def of(
+        cls, logprobs: Tensor, ids: Tensor, tail: str, tail_logprobs: Tensor | None, vocab_size: int, power: float = 1.0
+    ) -> 'TopKTeacher':
         """An entry counts where its log-probability is finite and its id in [0, vocab_size)."""
         if not ids.shape[1]:  # one that does not count is less trouble than none
             logprobs, ids = logprobs.new_full((len(ids), 1), -torch.inf), ids.new_full((len(ids), 1), -1)
         counts = (ids >= 0) & (ids < vocab_size) & (logprobs > -torch.inf)
         # In memory as kernels read them, one after the other.
         given = None if tail_logprobs is None else tail_logprobs.contiguous()
-        return cls(logprobs.contiguous(), ids.masked_fill(~counts, -1).contiguous(), tail, given)
+        return cls(logprobs.contiguous(), ids.masked_fill(~counts, -1).contiguous(), tail, given, power)
 
     @property
     def slack(self) -> float:
-        """How far 1 - Σ of the k probabilities may be from the tail's mass."""
-        eps = torch.finfo(self.logprobs.dtype).eps
-        return 4 * eps if self.logprobs.dtype == torch.float64 else max(_SLACK, 4 * eps)
+        return tails.slack(self.logprobs.dtype)
 
-    def tail_range(self, rows: slice, counted: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-        """The least and the largest log-mass [rows, 1] that the tail can have, LOWEST_LOGIT for none. counted: [rows, k] the
-        log-probabilities in fp64, LOWEST_LOGIT of entries that are not `present`."""
-        if self.tail_logprobs is None:
-            mass = -torch.expm1(torch.logsumexp(counted, -1, keepdim=True))
-            slack = torch.where(mass > KNOWN * self.slack, 0.0, self.slack)
-            return tuple(x.clamp(0, 1).log().clamp_min(LOWEST_LOGIT) for x in (mass - slack, mass.clamp_min(0) + slack))
-        elsewhere = self.logprobs[rows].double().masked_fill(present, -torch.inf)  # an id that the student lacks is tail, too
-        tail = torch.cat([self.tail_logprobs[rows, None].double(), elsewhere], -1).logsumexp(-1, keepdim=True)
-        tail = tail.clamp_min(LOWEST_LOGIT).masked_fill(~present.any(-1, keepdim=True), 0)
-        return tail, tail
+    @property
+    def known(self) -> float:
+        """The mass above which a tail has no slack. Brought to another temperature every one has: of a power below 1 little goes a
+        long way."""
+        return tails.KNOWN * self.slack if self.power == 1 else torch.inf
+
+    def of_listed(self, rows: slice) -> Tensor:
+        """Their log-probabilities [rows, k] in fp64 at the divergence's temperature, for a power other than 1 not normalised;
+        LOWEST_LOGIT of entries that do not count."""
+        return (self.logprobs[rows].double() * self.power).masked_fill(self.ids[rows] < 0, LOWEST_LOGIT)
+
+    def of_tail(self, rows: slice, vocab_size: int) -> tuple[Tensor, Tensor]:
+        """The least and the largest log-mass [rows, 1] that the tail can have beside them, LOWEST_LOGIT for none. An id that the
+        student lacks is tail, too."""
+        logprobs, present = self.logprobs[rows].double(), self.ids[rows] >= 0
+        elsewhere = (logprobs * self.power).masked_fill(present, -torch.inf).logsumexp(-1, keepdim=True)
+        if self.tail_logprobs is not None:
+            least = largest = self.tail_logprobs[rows, None].double()
+        elif self.power == 1:
+            least, largest = tails.masses(self.of_listed(rows), self.slack, self.known)
+            elsewhere = torch.full_like(elsewhere, -torch.inf)  # is part of 1 - Σ
+        else:
+            least, largest = tails.masses(logprobs.clamp_min(LOWEST_LOGIT), self.slack, self.known)
+        if self.power != 1:
+            ceiling = logprobs.masked_fill(logprobs == -torch.inf, torch.inf).amin(-1, keepdim=True)
+            others = (vocab_size - present.sum(-1, keepdim=True)).clamp_min(1).double()
+            least, largest = tails.powers(least, largest, ceiling, others, self.power)
+        none = ~present.any(-1, keepdim=True)
+        return tuple(torch.logaddexp(x, elsewhere).clamp_min(LOWEST_LOGIT).masked_fill(none, 0) for x in (least, largest))
+
+
+@dataclass
+class Buckets:
+    """Both sides of a block in fp64. student: [rows, buckets] log-probabilities. listed: [rows, k] the teacher's, normalised or not.
+    least, largest: [rows, 1] likewise, what its tail may be; None where there is no tail, and buckets = k."""
+
+    student: Tensor
+    listed: Tensor
+    least: Tensor | None = None
+    largest: Tensor | None = None
+
+    def compare(self, divergence: Divergence) -> tuple[Tensor, Tensor]:
+        """D [rows], and its gradient with respect to the student's logits [rows, buckets]."""
+        if self.least is None:
+            return _compare(divergence, self.student, torch.log_softmax(self.listed, -1))
+        tail = tails.least_divergent(divergence, self.student, self.listed, self.least, self.largest)
+        equal = (tail > self.least) & (tail < self.largest) if divergence.kind == 'tvd' else None
+        return _compare(divergence, self.student, self._teacher(tail), equal)
+
+    def entropy(self) -> Tensor:
+        """The teacher's [rows], a lower bound: over its tail's share it is concave, and so least at an end."""
+        ends = [self.listed] if self.least is None else [torch.cat([self.listed, end], -1) for end in (self.least, self.largest)]
+        found = [-torch.linalg.vecdot(log_t.exp(), log_t) for log_t in (torch.log_softmax(end, -1) for end in ends)]
+        return torch.minimum(found[0], found[-1])
+
+    def _teacher(self, tail: Tensor) -> Tensor:
+        return torch.log_softmax(torch.cat([self.listed, tail], -1), -1)
 
 
 @dataclass
@@ -97,25 +134,21 @@ class Listed:
         """
         ids = self.ids
         present = ids >= 0
-        listed = teacher = self.teacher.logprobs[self.rows].double().masked_fill(~present, LOWEST_LOGIT)
         z = self.logits.double().masked_fill(~present, LOWEST_LOGIT)
         tail = tokens.lse[0][:, None]
         total = torch.cat([z, tail], -1).logsumexp(-1, keepdim=True)
         student = (z - total).masked_fill(~present, LOWEST_LOGIT)
-        sharpening = setting.temperature / setting.divergence.temperature
-        bucket = self.teacher.tail == 'bucket'
-        if bucket:
-            student = torch.cat([student, tail - total], -1)
-            least, largest = self.teacher.tail_range(self.rows, teacher, present)
-            teacher = torch.cat([teacher, nearest_tail(student, teacher, least, largest, sharpening)], -1)
-        log_s, log_t = (torch.log_softmax(side * sharpening, -1) for side in (student, teacher))
-        value, gradient = _buckets(setting.divergence, log_s, log_t)
+        listed, of_tail = self.teacher.of_listed(self.rows), self.teacher.of_tail(self.rows, setting.vocabulary.size)
+        if bucket := self.teacher.tail == 'bucket':
+            buckets = Buckets(torch.log_softmax(torch.cat([student, tail - total], -1), -1), listed, *of_tail)
+        else:
+            buckets = Buckets(torch.log_softmax(student, -1), listed)
+        value, gradient = buckets.compare(setting.divergence)
         tokens.sums[0] = value
         if tokens.kls is not None:
-            self._in_detail(tokens, z, total, student, listed, log_s, log_t)
+            self._in_detail(tokens, z, total, student, buckets, of_tail[1])
 
-        weight = tokens.weight[:, None].double()
-        gradient = gradient * (sharpening * weight)
+        gradient = gradient * tokens.weight[:, None].double()
         per_id = gradient[:, : z.shape[1]]
         if tokens.label_lse is not None:
             at_one = z * setting.to_one
@@ -129,40 +162,43 @@ class Listed:
         if not bucket:
             return None, per_id
         # Where all columns are listed (or masked) the student has no tail, and no columns to give its gradient to.
-        per_tail = gradient[:, -1].masked_fill(student[:, -1] < LOWEST_LOGIT / 2, 0)
+        per_tail = gradient[:, -1].masked_fill((tail - total)[:, 0] < LOWEST_LOGIT / 2, 0)
         return per_tail.to(tokens.weight.dtype), per_id
 
-    def _in_detail(self, tokens: Tokens, z, total, student, teacher, log_s: Tensor, log_t: Tensor) -> None:
-        k, ids = z.shape[1], self.ids
+    def _in_detail(self, tokens: Tokens, z, total, student, buckets: Buckets, largest: Tensor) -> None:
+        ids = self.ids
         for out, kind in zip(tokens.kls, ('forward_kl', 'reverse_kl'), strict=True):
-            out.copy_(_buckets(Divergence(kind), log_s, log_t)[0])
+            out.copy_(buckets.compare(Divergence(kind))[0])
         log_tail = tokens.lse[0] - total[:, 0]
-        listed = torch.linalg.vecdot(student[:, :k].exp(), student[:, :k])
-        tokens.entropy[0] = log_tail.exp() * (tokens.entropy[0] - log_tail) - listed
-        tokens.entropy[1] = -torch.linalg.vecdot(log_t.exp(), log_t)
-        tokens.mass.copy_(student[:, :k].exp().sum(-1))
+        of_listed = torch.linalg.vecdot(student.exp(), student)
+        tokens.entropy[0] = log_tail.exp() * (tokens.entropy[0] - log_tail) - of_listed
+        tokens.entropy[1] = buckets.entropy()
+        tokens.mass.copy_(student.exp().sum(-1))
         top = z.max(-1, keepdim=True).values
         best = ids.masked_fill(z < top, torch.iinfo(torch.long).max).amin(-1)
         of_tail = tokens.best[0]
         first = torch.where(top[:, 0] == tokens.top[0], torch.minimum(best, of_tail), of_tail)
         tokens.best[0] = torch.where(top[:, 0] > tokens.top[0], best, first)
-        tokens.best[1] = ids.gather(1, teacher.argmax(-1, keepdim=True))[:, 0]
+        tokens.best[1] = ids.gather(1, buckets.listed.argmax(-1, keepdim=True))[:, 0]
         if tokens.label is not None:
+            teacher = buckets.listed
+            if self.teacher.power != 1:  # else the log-probabilities are normalised as they are
+                teacher = teacher - torch.cat([teacher, largest], -1).logsumexp(-1, keepdim=True)
             tokens.label_prob.copy_((teacher.exp() * (ids == tokens.label[:, None])).sum(-1))
 
 
-def _buckets(divergence: Divergence, log_s: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
-    """D [rows] of log-probabilities [rows, buckets], and its gradient with respect to the student's logits."""
+def _compare(divergence: Divergence, log_s: Tensor, log_t: Tensor, equal: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """D [rows] of log-probabilities [rows, buckets], and its gradient with respect to the student's logits.
+
+    equal: [rows, 1], for a TVD, where the teacher's tail is whatever the student's is: |T - S| has a kink there, at which the slope a
+    may be anything from -½ to ½. With the tail's share the listed T_i = (1-q)·p̂_i change, and it is the mean Σ p̂·a of theirs at
+    which D does not change with q.
+    """
     s, t = log_s.exp(), log_t.exp()
     scratch = Scratch(*(torch.empty_like(s) for _ in range(4)))
-    found = columns(divergence, s, t, log_t - log_s, scratch)
+    found = columns(divergence, s, t.clone(), log_t - log_s, scratch)
+    if equal is not None:
+        mean = torch.linalg.vecdot(t[:, :-1], found.slope[:, :-1])[:, None] / t[:, :-1].sum(-1, keepdim=True)
+        found.slope[:, -1:] = torch.where(equal, mean, found.slope[:, -1:])
+        found = found._replace(centre=torch.linalg.vecdot(s, found.slope))
     return found.value, found.gradient(s, found.centre) * found.factor
-
-
-def nearest_tail(student: Tensor, listed: Tensor, least: Tensor, largest: Tensor, sharpening: float) -> Tensor:
-    """The teacher's tail [rows, 1] whose share beside its `listed` buckets [rows, k] is nearest to that in the student's
-    buckets [rows, k + 1], tail last, once both are tempered."""
-    tempered = student * sharpening
-    odds = tempered[:, -1:] - torch.logsumexp(tempered[:, :-1], -1, keepdim=True)
-    same = (odds + torch.logsumexp(listed * sharpening, -1, keepdim=True)) / sharpening
-    return torch.minimum(torch.maximum(same, least), largest)

@@ -89,23 +89,60 @@ def cross_entropy(student, labels, vocab_size=None):
     return torch.nn.functional.cross_entropy(student[:, :vocab_size], labels, ignore_index=-100, reduction='none')
 
 
-def divergence_of_buckets(divergence, student, logprobs, ids, tail, temperature, vocab_size=None):
-    """Row by row, with Python's lists of the ids that count."""
+def divergence_of_buckets(divergence, student, logprobs, ids, tail, temperature, vocab_size=None, at=None, slack=0.0):
+    """Row by row, with Python's lists of the ids that count. Of the masses that the teacher's tail may have at the divergence's
+    temperature, that at which it is least is found by looking at many. Where each row's is goes to the list `at`.
+    slack: how far 1 - Σ of the probabilities may be from the tail's mass."""
     vocab_size = vocab_size or student.shape[1]
-    sharpening = temperature / divergence.temperature
+    power = temperature / divergence.temperature
     values = []
     for z, lp, row in zip(student, logprobs, ids, strict=True):
-        log_s = torch.log_softmax(z[:vocab_size] / temperature, -1)
-        keep = [j for j, (i, p) in enumerate(zip(row.tolist(), lp.tolist(), strict=True)) if 0 <= i < vocab_size and p > -float('inf')]
+        log_s = torch.log_softmax(z[:vocab_size] / divergence.temperature, -1)
+        finite = [j for j, p in enumerate(lp.tolist()) if p > -float('inf')]
+        keep = [j for j in finite if 0 <= row[j] < vocab_size]
         picked = row[keep]
-        s, t = log_s[picked], lp[keep]
-        if tail == 'bucket':
-            rest = torch.ones(vocab_size, dtype=torch.bool)
-            rest[picked] = False
-            s = torch.cat([s, torch.logsumexp(log_s[rest], 0)[None]])
-            t = torch.cat([t, torch.log1p(-t.exp().sum())[None]])
-        if len(s) == 0:
+        if len(picked) == 0:
             values.append(z.sum() * 0)
             continue
-        values.append(from_log_probs(divergence, torch.log_softmax(s * sharpening, -1), torch.log_softmax(t * sharpening, -1)))
+        s, t = log_s[picked], lp[keep] * power
+        if tail == 'bucket':
+            rest = torch.ones(vocab_size, dtype=torch.bool, device=z.device)
+            rest[picked] = False
+            s = torch.cat([s, torch.logsumexp(log_s[rest], 0)[None]])
+            elsewhere = [math.exp(float(lp[j]) * power) for j in finite if j not in keep]
+            mass, ceiling = -math.expm1(float(lp[finite].logsumexp(0))), float(lp[finite].min().exp())
+            sums = [sums_of_powers(m, ceiling, vocab_size - len(keep), power) for m in (mass - slack, mass + slack)]
+            ends = [sum(elsewhere) + end for end in (sums[0][0], sums[1][1])]
+            found = least_divergent_tail(divergence, s, t, *ends)
+            t = torch.cat([t, found[None]])
+            if at is not None:
+                least, largest = (abs(float(found.detach()) - math.log(end)) < 1e-9 for end in ends)
+                at.append('least' if least else 'largest' if largest else 'between')
+        values.append(from_log_probs(divergence, torch.log_softmax(s, -1), torch.log_softmax(t, -1)))
     return torch.stack(values)
+
+
+def sums_of_powers(mass, ceiling, columns, power):
+    """The least and the largest Σ p^power of so many p <= ceiling, of which Σ p = mass."""
+    full = int(mass // ceiling)
+    evenly, packed = columns * (mass / columns) ** power, full * ceiling**power + max(mass - full * ceiling, 0) ** power
+    return (mass, mass) if power == 1 else (min(evenly, packed), max(evenly, packed))
+
+
+def least_divergent_tail(divergence, s, t, least, largest):
+    """The logarithm of the mass from `least` to `largest` beside the teacher's t [k] at which its divergence from s [k + 1] is least."""
+    least, largest = math.log(least), math.log(largest)
+    if least < largest:
+        with torch.no_grad():
+            low, high = least, largest
+            for _ in range(25):  # an interval of 1 nat ends as one of 1e-20
+                at = torch.linspace(low, high, 17, dtype=t.dtype, device=t.device)
+                log_t = torch.log_softmax(torch.cat([t.expand(17, -1), at[:, None]], -1), -1)
+                best = int(from_log_probs(divergence, s.expand(17, -1), log_t).argmin())
+                low, high = float(at[max(best - 1, 0)]), float(at[min(best + 1, 16)])
+            found = float(at[best])
+        even = s[-1] - s[:-1].logsumexp(0) + t.logsumexp(0)
+        if divergence.kind == 'tvd' and least < even < largest:  # a kink: the student's share, wherever that goes
+            return even
+        least = found
+    return torch.tensor(least, dtype=t.dtype, device=t.device)

@@ -1,6 +1,7 @@
 """The sweeps of Triton or Compiled, whichever the first argument names, against torch operations. The other
 arguments name the parts to run. Started by test_divergence_kernels.py with TRITON_INTERPRET=1."""
 
+import dataclasses
 import importlib
 import os
 import sys
@@ -165,6 +166,25 @@ def close_few():
         close(found[0], right[0], 1e-3, f'{divergence} of close buckets')
         for one, other_one in zip(found[1], right[1], strict=True):
             close(one, other_one, 1e-3, f'gradient of {divergence} of close buckets')
+
+
+def tempered():
+    """Buckets of log-probabilities that were taken at another temperature: where the tail's mass is an end of its interval, and where
+    it has to be looked for; with ids that the student lacks."""
+    x, _, _, weights = inputs()
+    student = x['hidden'] @ x['weight'].t()
+    teacher = (student + torch.tensor([[0.01], [0.3], [0.3], [0.3], [2.0]]) * torch.randn(5, 5003)).log_softmax(-1)
+    values, ids = teacher.topk(7)
+    values[0, 5:], ids[1, 2], ids[2, 0] = -torch.inf, 5003, -1
+    given = dict(tail_logprobs=teacher.scatter(1, ids.clamp(0, 5002), -torch.inf).logsumexp(-1))
+    for number, divergence in enumerate(KINDS + SMALL):
+        for power in (0.4, 1 / 0.9)[: 1 + (divergence in KINDS)]:
+            divergence = dataclasses.replace(divergence, temperature=1 / power)
+            rest = divergence, x, (values, ids, given if number % 2 else {}), 'bucket', None, None, weights, False
+            found, right = (run_few(one, *rest) for one in (sweeps, Eager))
+            close(found[0], right[0], 1e-5, f'{divergence} of another temperature')
+            for one, other_one in zip(found[1], right[1], strict=True):
+                close(one, other_one, 1e-4, f'gradient of {divergence} of another temperature')
 
 
 def certain():

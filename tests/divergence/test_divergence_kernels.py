@@ -33,7 +33,7 @@ def run_worker(name, *arguments):
 
 PARTS = ['dense', 'few', 'strided', 'certain', 'half']
 # At their extremes the compiled loops are torch operations: they call the same functions.
-CASES = [('Triton', part) for part in ('extremes', 'close_few', 'nan', 'one_load')]
+CASES = [('Triton', part) for part in ('extremes', 'close_few tempered', 'nan', 'one_load')]
 CASES += itertools.product(['Triton', 'Compiled'], PARTS)
 
 
@@ -41,7 +41,7 @@ CASES += itertools.product(['Triton', 'Compiled'], PARTS)
 def test_kernels_and_torch_operations_agree(sweeps, part):
     if sweeps == 'Triton':
         pytest.importorskip('triton', reason='Triton is not installed: the kernels cannot be interpreted')
-    run_worker('kernels_worker.py', sweeps, part)
+    run_worker('kernels_worker.py', sweeps, *part.split())
 
 
 def test_branches_of_a_gpu():

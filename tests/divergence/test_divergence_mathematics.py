@@ -9,7 +9,7 @@ from divergence_reference import relative
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from swift_gkd_plugin.divergence import Divergence, linear_divergence, logits_divergence, topk_divergence
+from swift_gkd_plugin.divergence import Divergence, TokenStats, linear_divergence, logits_divergence, topk_divergence
 from swift_gkd_plugin.divergence.kinds import KINDS, MAX_LOG_RATIO
 
 DIVERGENCES = [
@@ -295,27 +295,79 @@ def test_any_two_models(kind, beta, skew, temperature, seed, log_gap, masked):
     reference.assert_as_exact(divergence, (student, teacher), (found, gradient), (expected, right))
 
 
-@given(**MODELS, k=st.integers(1, 12), log_tail=st.floats(-12, 0), given_tail=st.booleans())
-@settings(max_examples=200, deadline=None)
-def test_top_k_is_never_above_the_whole(kind, beta, skew, temperature, seed, log_gap, k, log_tail, given_tail):
-    """Whatever the teacher's tail, and whether fp32 lets it be seen or not."""
+def teacher_with_a_tail(seed, k, log_tail, roughness, columns=200):
+    """Probabilities [4, k + columns] in fp64, of which all but the first k are 10**log_tail, evenly spread or not; the generator."""
     generator = torch.Generator().manual_seed(seed)
-    divergence = Divergence(kind, beta, temperature, skew)
-    listed, rest = (torch.rand(4, n, generator=generator, dtype=torch.float64) for n in (k, 200))
+    listed = torch.rand(4, k, generator=generator, dtype=torch.float64)
+    rest = (roughness * torch.randn(4, columns, generator=generator, dtype=torch.float64)).softmax(-1)
     tail = 10**log_tail * 0.999
-    listed, rest = listed / listed.sum(-1, keepdim=True) * (1 - tail), rest / rest.sum(-1, keepdim=True) * tail
-    teacher = torch.cat([listed, rest], -1).log() * temperature
+    return torch.cat([listed / listed.sum(-1, keepdim=True) * (1 - tail), rest * tail], -1), generator
+
+
+TAILS = dict(
+    k=st.integers(1, 12),
+    log_tail=st.floats(-12, 0),
+    given_tail=st.booleans(),
+    power=st.just(1.0) | st.floats(0.3, 3),  # the temperature of the log-probabilities over the divergence's
+    roughness=st.sampled_from([0.0, 0.3, 6.0]),
+)
+
+
+@given(**MODELS, **TAILS)
+@settings(max_examples=300, deadline=None)
+def test_top_k_is_never_above_the_whole(kind, beta, skew, temperature, seed, log_gap, k, log_tail, given_tail, power, roughness):
+    """Whatever the teacher's tail, whether fp32 lets it be seen or not, and whatever temperature it was looked at."""
+    divergence, taken_at = Divergence(kind, beta, temperature, skew), temperature * power
+    probabilities, generator = teacher_with_a_tail(seed, k, log_tail, roughness)
+    teacher = probabilities.log() * taken_at
     student = (teacher + torch.randn(4, k + 200, generator=generator) * torch.tensor([[0.0], [1e-3], [1.0], [10.0]])).float()
     student[:, 1] += min(10**log_gap, 1e30)
-    log_t = torch.log_softmax(teacher.float() / temperature, -1)
+    log_t = torch.log_softmax(teacher.float() / taken_at, -1)
     values, ids = log_t.topk(k)
     tails = log_t.double().scatter(1, ids, -math.inf).logsumexp(-1) if given_tail else None
-    x = student.requires_grad_()
-    found = topk_divergence(x, None, values, ids, divergence, tail_logprobs=tails)
+    x, stats = student.requires_grad_(), TokenStats(detail=True)
+    found = topk_divergence(x, None, values, ids, divergence, topk_temperature=taken_at, tail_logprobs=tails, stats=stats, labels=ids[:, 0])
     found.sum().backward()
-    whole = exact(divergence, student.detach().double(), teacher)
+    student = student.detach().double()
+    whole = exact(divergence, student, teacher)
     assert (found >= 0).all() and found.isfinite().all() and x.grad.isfinite().all()
     assert (found <= whole * (1 + 1e-4) + 2e-6).all()
+    for name in ('forward_kl', 'reverse_kl'):
+        whole = exact(Divergence(name, temperature=temperature), student, teacher)
+        assert (getattr(stats, name) <= whole * (1 + 1e-4) + 2e-6).all(), name
+    log_t = torch.log_softmax(teacher / temperature, -1)
+    assert (stats.teacher_entropy <= -(log_t.exp() * log_t).sum(-1) * (1 + 1e-4) + 1e-4).all()
+    assert (stats.teacher_prob_of_label <= log_t.gather(1, ids[:, :1])[:, 0].exp() * (1 + 1e-4)).all()
+
+
+@given(**{name: one for name, one in MODELS.items() if name != 'log_gap'}, **TAILS, columns=st.integers(1, 40))
+@settings(max_examples=150, deadline=None)
+def test_top_k_of_any_temperature_in_float64(kind, beta, skew, temperature, seed, k, log_tail, given_tail, power, roughness, columns):
+    """No more than the whole, to rounding; nothing for a student that is the teacher; and the gradient of just that value."""
+    divergence, taken_at = Divergence(kind, beta, temperature, skew), temperature * power
+    probabilities, generator = teacher_with_a_tail(seed, k, log_tail, roughness, columns)
+    teacher = probabilities.log() * taken_at
+    away, direction = torch.randn(2, *teacher.shape, generator=generator, dtype=torch.float64) * temperature
+    student = teacher + away * torch.tensor([[0.0], [0.03], [1.0], [10.0]])
+    log_t = torch.log_softmax(teacher / taken_at, -1)
+    values, ids = log_t.topk(k)
+    tails = log_t.scatter(1, ids, -math.inf).logsumexp(-1) if given_tail else None
+
+    def value(x):
+        return topk_divergence(x, None, values, ids, divergence, topk_temperature=taken_at, tail_logprobs=tails)
+
+    x = student.requires_grad_()
+    found = value(x)
+    (gradient,) = torch.autograd.grad(found.sum(), x)
+    assert (found <= exact(divergence, x.detach(), teacher) * (1 + 1e-9) + 1e-12).all()
+    assert found[0] < 1e-12
+    # A TVD has kinks, and the others' second derivative jumps where the tail's mass leaves an end of its interval.
+    step = 1e-5 * direction
+    with torch.no_grad():
+        slope = (value(x + step) - value(x - step)) / 2e-5
+    off = (slope - (gradient * direction).sum(-1)).abs()[2:]
+    allowed = 2e-3 * (gradient.norm(dim=-1) * direction.norm(dim=-1))[2:] + 1e-8
+    assert kind == 'tvd' or (off <= allowed).all(), (off, allowed)
 
 
 # ---- columns of -inf ----

@@ -21,6 +21,7 @@ from swift_gkd_plugin.divergence import (
     topk_divergence,
 )
 from swift_gkd_plugin.divergence import gradients as products
+from swift_gkd_plugin.divergence.kinds import KINDS
 
 TOKENS, DIM, VOCAB, RANK = 23, 16, 300, 4
 NAMES = ('hidden', 'weight', 'bias', 'a', 'b')
@@ -439,13 +440,47 @@ def test_topk_over_the_whole_vocabulary_is_the_full_divergence(case):
         previous = bound
 
 
-@pytest.mark.parametrize('temperature', [0.7, 1.0])
-def test_topk_of_an_equal_teacher_is_zero_also_when_taken_at_another_temperature(case, temperature):
+@pytest.mark.parametrize('temperature', [0.7, 1.0, 2.5])
+@pytest.mark.parametrize('kind', [kind for kind in KINDS if kind != 'tvd'])  # of which the sign of a rounding error is a gradient
+def test_topk_of_an_equal_teacher_is_zero_also_when_taken_at_another_temperature(case, kind, temperature):
     hidden, weight = case['hidden'].requires_grad_(), case['weight']
     values, ids = torch.log_softmax(hidden.detach() @ weight.t(), -1).topk(5)
-    found = topk_divergence(hidden, weight, values, ids, Divergence(temperature=temperature), topk_temperature=1.0)
+    found = topk_divergence(hidden, weight, values, ids, Divergence(kind, temperature=temperature), topk_temperature=1.0)
     found.sum().backward()
     assert (found >= 0).all() and found.max() < 1e-20 and hidden.grad.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize('power', [0.4, 1 / 0.9])
+@pytest.mark.parametrize(
+    'divergence',
+    [
+        Divergence(temperature=0.9),
+        Divergence(beta=0.9),
+        Divergence('forward_kl'),
+        Divergence('reverse_kl'),
+        Divergence('skew_forward_kl'),
+        Divergence('skew_forward_kl', skew=0.9),
+        Divergence('skew_reverse_kl'),
+        Divergence('tvd'),
+    ],
+    ids=lambda d: f'{d.kind}-{d.beta}-{d.skew}',
+)
+def test_topk_of_another_temperature_counts_the_least_divergent_tail(case, divergence, power):
+    """Of students that are close to the teacher, and of some that are not: within the interval of the tail's mass, and at both ends."""
+    taken_at, generator = divergence.temperature * power, torch.Generator().manual_seed(6)
+    teacher = case['other'] @ case['head'][:VOCAB].t()
+    values, ids = torch.log_softmax(teacher / taken_at, -1).topk(8)
+    values[1, 5:] = -math.inf
+    ids[2, 0], ids[2, 3] = VOCAB + 3, -1  # which the student lacks
+    lifted = torch.tensor([0.0, -4.0, 4.0]).double().repeat(TOKENS)[:TOKENS, None]
+    student = teacher + 0.3 * torch.randn(teacher.shape, generator=generator, dtype=torch.float64) + lifted
+    student = student.scatter_add(1, ids.clamp(0, VOCAB - 1), -lifted.expand(ids.shape)).requires_grad_()
+    at = []
+    found = topk_divergence(student, None, values, ids, divergence, topk_temperature=taken_at)
+    expected = reference.divergence_of_buckets(divergence, student, values, ids, 'bucket', taken_at, at=at)
+    (gradient,), (right,) = (torch.autograd.grad(x.sum(), student) for x in (found, expected))
+    assert relative(found, expected) < 1e-8 and relative(gradient, right) < 1e-6
+    assert set(at) == {'least', 'largest', 'between'}
 
 
 def confident(true_tail, others=2000, tokens=64):
