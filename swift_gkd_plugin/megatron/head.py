@@ -39,6 +39,17 @@ class HeadTensors:
         return linear_logits(hidden, self.weight, bias=self.bias)
 
 
+@dataclass(frozen=True)
+class HeadShard:
+    """A teacher's output head as the loss reads it, where that is not the one that it computes with: in the student's layout, or as it was
+    when the teacher looked."""
+
+    shard: HeadTensors | None
+
+    def tensors(self, adapter: bool = True) -> HeadTensors:
+        return self.shard
+
+
 def mark_shards(chunks: list[nn.Module]) -> None:
     """Say of each weight whether tensor-parallel ranks have parts of it or copies, for the gradient's norm, by which gradients are clipped.
 

@@ -12,8 +12,9 @@ from .. import checks
 from ..arguments import OptionError
 from ..step.remote import check_servers
 from ..step.samples import with_used_columns
+from ..teachers.average import average_of
 from ..unused import Entry, say_unused
-from .options import SIZES, check_layout, check_model, check_precision, check_teacher, loads_teacher, said_once
+from .options import AVERAGE, SIZES, check_layout, check_model, check_precision, check_teacher, loads_teacher, resumed_from, said_once
 from .trainer import GKDTrainer
 
 
@@ -88,6 +89,9 @@ class GKDPipeline(MegatronRLHF):
         if loads_teacher(args):
             teacher = AutoConfig.from_pretrained(args.teacher_model_dir, trust_remote_code=True)
             check_teacher(args.teacher_model, teacher, args)
+        resumed = resumed_from(args)
+        if args.gkd_self_teacher == 'ema' and resumed is not None:
+            average_of(resumed[0], AVERAGE, resumed[1], '--finetune true')
         checks.check_teacher_engine(args)
         checks.check_topk(args)
         say_unused(args, NOT_USED)

@@ -11,10 +11,11 @@ from transformers import AutoConfig
 
 from ..arguments import teacher_offload
 from ..sources import STUDENT, TEACHER
+from .average import ShardedAverage
 from .generation import check_generates
 from .layouts import Layout, RelocatedTeacher, TrackedRandomState
 from .options import num_experts, said_once, teacher_arguments, teacher_options
-from .teachers import LiveStudent, LocalTeacher, SharedBase
+from .teachers import AveragedStudent, LiveStudent, LocalTeacher, SharedBase
 
 
 def build_teacher(args) -> tuple[list[nn.Module], Layout | None]:
@@ -63,5 +64,7 @@ def local_teacher(trainer) -> LocalTeacher:
         return RelocatedTeacher(args, trainer.teacher_layout, chunks, offload)
     if chunks is not None:
         return LocalTeacher(args, chunks, offload)
+    if args.gkd_self_teacher == 'ema':
+        return AveragedStudent(args, trainer.unwrapped_models, ShardedAverage(args.gkd_ema_decay))
     with said_once():
         return (SharedBase if trainer._teacher_use_disable_adapter else LiveStudent)(args, trainer.unwrapped_models)
