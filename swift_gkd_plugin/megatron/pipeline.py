@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch.distributed as dist
@@ -10,10 +11,12 @@ from transformers import AutoConfig
 
 from .. import checks
 from ..arguments import OptionError
+from ..checks import local
 from ..step.remote import check_servers
 from ..step.samples import with_used_columns
 from ..teachers.average import average_of
 from ..unused import Entry, say_unused
+from .adapters import check_adapter
 from .options import AVERAGE, SIZES, check_layout, check_model, check_precision, check_teacher, loads_teacher, resumed_from, said_once
 from .trainer import GKDTrainer
 
@@ -55,8 +58,14 @@ class GKDPipeline(MegatronRLHF):
             self.template,
             vllm_client=self._prepare_vllm_client(),
             tokenizer_lengths=self._tokens,
-            teacher_is_start=checks.teacher_is_start(self.args),
+            teacher_is_start=self._adapter_is_start() or checks.teacher_is_start(self.args),
         )
+
+    def _adapter_is_start(self) -> bool:
+        """Whether the teacher is the student's base with the adapter that training starts from."""
+        args = self.args
+        same = len(args.teacher_adapters) == len(args.adapters) == 1 and checks.same_weights(args, args.teacher_model)
+        return same and os.path.samefile(args.teacher_adapters[0], args.adapters[0])
 
     def _get_dataset(self):
         args = self.args
@@ -86,6 +95,9 @@ class GKDPipeline(MegatronRLHF):
         check_precision(args)
         student = AutoConfig.from_pretrained(args.model_dir, trust_remote_code=True)
         check_model('--model', args.model, student, args)
+        args.teacher_adapters = [local(args, adapter) for adapter in args.teacher_adapters]
+        for adapter in args.teacher_adapters:
+            check_adapter(adapter)
         if loads_teacher(args):
             teacher = AutoConfig.from_pretrained(args.teacher_model_dir, trust_remote_code=True)
             check_teacher(args.teacher_model, teacher, args)

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from ..arguments import teacher_offload
 from ..sources import STUDENT, TEACHER
+from .adapters import MergedAdapters
 from .average import ShardedAverage
 from .generation import check_generates
 from .layouts import Layout, RelocatedTeacher, TrackedRandomState
@@ -35,14 +36,29 @@ def build_teacher(args) -> tuple[list[nn.Module], Layout | None]:
     return chunks, layout
 
 
-def load_teacher(args, chunks: list[nn.Module], layout: Layout | None) -> None:
+def merged_adapters(args, chunks: list[nn.Module] | None) -> MergedAdapters | None:
+    """``--teacher_adapters``, ready to be added to the teacher's weights; None without.
+
+    Args:
+        chunks: The teacher's, if one is loaded.
+
+    Raises:
+        OptionError: They are adapters of another model.
+    """
+    if chunks is None or not args.teacher_adapters:
+        return None
+    with said_once():
+        return MergedAdapters(args.teacher_adapters, args.teacher_model, args.teacher_model_dir, chunks[0].config.bridge)
+
+
+def load_teacher(args, chunks: list[nn.Module], layout: Layout | None, adapters: MergedAdapters | None = None) -> None:
     """The weights, frozen, on the device."""
     with layout.entered() if layout else nullcontext():
         for chunk in chunks:
             if not args.use_cpu_initialization:
                 chunk.to(get_current_device())
             chunk.requires_grad_(False).eval()
-        chunks[0].config.bridge.load_weights(chunks, args.teacher_model_dir)
+        chunks[0].config.bridge.load_weights(chunks, args.teacher_model_dir, converter=adapters)
 
 
 def check_who_generates(args, student: list[nn.Module], teacher: list[nn.Module] | None) -> None:

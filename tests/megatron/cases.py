@@ -50,6 +50,14 @@ CASES: dict[str, dict[str, Any]] = {
     'MoE, unequal vocabularies': {'model': 'moe', 'teacher_model': 'wide', 'beta': 0, **FILLERS},
     'MoE, LoRA, shared base': {**MOE_BASE, 'beta': 0},
     'MoE, balanced experts': {**MOE, 'moe_aux_loss_coeff': 1, 'padding_free': 'false'},
+    'MoE, moving average': {
+        'model': 'moe',
+        'teacher_model': None,
+        'gkd_self_teacher': 'ema',
+        'gkd_ema_decay': 0.5,
+        'sft_alpha': 0.5,
+        **FILLERS,
+    },
     'no teacher': {'gkd_loss_weight': 0, 'sft_alpha': 1},
 }
 

@@ -30,6 +30,7 @@ ON_POLICY = {
 PASSES = {**ON_POLICY, **SAVED, 'train_iters': None, 'num_train_epochs': 2, 'gkd_num_samples': 3}
 # Without an update, and in order: the second step has the last two rows and six fillers.
 IN_ORDER = {**MOE, 'moe_aux_loss_coeff': 1, 'lr': 0, 'train_dataloader_shuffle': 'false', 'dataset_shuffle': 'false'}
+FRESH = {**STEPS, 'tuner_type': 'lora', 'target_modules': 'all-linear'}
 BALANCED = {**IN_ORDER, 'dataset': 'ten', 'global_batch_size': 8, 'train_iters': 2}
 RECOMPUTED = {'recompute_granularity': 'full', 'recompute_method': 'uniform', 'recompute_num_layers': 1}
 SHARDED = {'use_distributed_optimizer': 'true', 'overlap_grad_reduce': 'true', 'overlap_param_gather': 'true', 'export': True}
@@ -96,6 +97,13 @@ def alone(run_jobs, data, tmp_path_factory) -> dict[str, Run]:
             averaged_lora={**LORA, **STEPS, **EMA, 'gkd_ema_decay': 0},
             of_the_start=OF_THE_START,
             start_kept=START_KEPT,
+            adapted={'teacher_adapters': 'teacher_adapter'},
+            adapted_moe={**MOE, 'teacher_adapters': 'moe_teacher_adapter'},
+            own_adapter={**FRESH, 'teacher_model': None, 'teacher_adapters': 'adapter'},
+            own_adapter_by_name={**FRESH, 'teacher_model': 'student', 'teacher_adapters': 'adapter'},
+            adapter_of_another={'teacher_adapters': 'adapter'},
+            adapter_of_experts={'teacher_adapters': 'moe_teacher_adapter'},
+            no_adapter_at_all={'teacher_adapters': 'teacher'},
             no_average={**GOES_ON, 'mcore_model': answered / 'checkpoint-3'},
             other_average={**LORA, **GOES_ON, 'mcore_adapter': averaged / 'checkpoint-2'},
             no_adapter={**STEPS, 'teacher_model': None, 'gkd_self_teacher': 'base'},
@@ -233,6 +241,21 @@ def test_teacher_of_another_family(alone, models):
     assert relative(run.gradients, gradients) < 1e-5
 
 
+@pytest.mark.parametrize(('name', 'teacher'), [('adapted', 'adapted'), ('adapted_moe', 'moe_adapted')])
+def test_teacher_with_adapters_is_what_they_make_of_it(alone, models, name, teacher):
+    run = alone[name].ok()
+    loss, gradients = plain(run, {'model': 'moe' if 'moe' in name else 'student', 'teacher_model': teacher}, models)
+    assert run.losses[0] == pytest.approx(loss, abs=1e-6)
+    assert relative(run.gradients, gradients) < 1e-5
+
+
+def test_adapter_on_the_base_of_the_student(alone):
+    """JSD at beta 0.5 is symmetric: base taught by base + adapter is as far away as base + adapter taught by base."""
+    first = alone['base'].ok().losses[0]
+    for name in ('own_adapter', 'own_adapter_by_name'):
+        assert alone[name].ok().losses[0] == pytest.approx(first, rel=1e-4) and first > 0
+
+
 def test_payload_is_hidden_states_of_trained_tokens(alone):
     run = alone['bf16'].ok()
     tokens = sum(len(batch['labels']) for batch in run.saved('batches'))
@@ -256,6 +279,9 @@ def test_metrics_have_the_names_of_the_other_back_end(alone):
         ('tokenizers', 'have different tokenizers: id '),
         ('empty', '--dataset: the dataset has 0 rows'),
         ('missing', '--gkd_logits_topk 100000: the student has 512 token ids'),
+        ('adapter_of_another', 'in --teacher_model '),
+        ('adapter_of_experts', ' has no weight of this name; give an adapter of this model'),
+        ('no_adapter_at_all', 'there is no adapter_config.json in it; give the directory of an adapter'),
         ('ranks', '--teacher_tensor_model_parallel_size 2 x --teacher_pipeline_model_parallel_size 1 x '),
         (
             'layout_of_base',
