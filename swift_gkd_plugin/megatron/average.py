@@ -50,7 +50,8 @@ class ShardedAverage(MovingAverage):
         Raises:
             RuntimeError: They do not have one of the parameters.
         """
-        metadata, found = get_sharded_sd_metadata(self.parameters.args), {}
+        # Each layer by its own name, for some may be frozen.
+        metadata, found = {**get_sharded_sd_metadata(self.parameters.args), 'non_homogeneous_layers': True}, {}
         for number, chunk in enumerate(self.parameters.chunks):
             for key, entry in chunk.sharded_state_dict(metadata=metadata).items():
                 name = f'{number}.{key}'
