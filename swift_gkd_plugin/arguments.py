@@ -315,6 +315,7 @@ def check_values(args: Any) -> None:
         not teacher_answers
         or args.teacher_model is not None
         or args.teacher_model_server is not None
+        or args.teacher_adapters
         or args.gkd_self_teacher in ('base', 'ema'),
         f'{flag} needs a teacher that can generate: give --teacher_model or --teacher_model_server.',
     )

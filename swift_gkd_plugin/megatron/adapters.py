@@ -20,22 +20,24 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 
 from ..arguments import OptionError
-from ..checks import CHANGES_BASE, adapter_config
+from ..checks import CHANGES_BASE, adapter_config, local
+from ..step.said import in_one_line
 
 PREFIX = 'base_model.model.'  # of PEFT's names
 WEIGHTS = 'adapter_model.safetensors'
 MERGED = 'merge it first (swift export --merge_lora true) and give the result as --teacher_model'
 
 
-def check_adapter(path: str) -> None:
-    """What can be said of an adapter by its configuration.
-
-    Args:
-        path: Its directory.
+def found_adapter(args: Any, adapter: str) -> str:
+    """The directory of an adapter, of which can be said by its configuration that it is simply added to the weights.
 
     Raises:
-        OptionError: It is none, or one that is not simply added to the weights.
+        OptionError: It is not, or is not there.
     """
+    try:
+        path = local(args, adapter)
+    except Exception as error:  # of whatever hub it is looked for on
+        raise OptionError(f'--teacher_adapters {adapter}: it was not found ({in_one_line(error)}).') from None
     config, option = adapter_config(path), f'--teacher_adapters {path}'
     missing = next((name for name in ('adapter_config.json', WEIGHTS) if not os.path.exists(os.path.join(path, name))), None)
     if missing is not None:
@@ -51,6 +53,7 @@ def check_adapter(path: str) -> None:
     why = next((why for applies, why in reasons if applies), None)
     if why is not None:
         raise OptionError(f'{option}: it {why}; {MERGED}.')
+    return path
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class MergedAdapters:
     """A converter for the bridge: the base's tensors as they are with the adapters.
 
     Args:
-        paths: Directories of adapters that :func:`check_adapter` has seen.
+        paths: Directories of adapters, by :func:`found_adapter`.
         model: The base as the option names it.
         model_dir: Where its files are.
         bridge: The bridge that will read them. Files of different ages name the same tensor differently, and it knows the names.

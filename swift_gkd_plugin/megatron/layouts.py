@@ -331,4 +331,4 @@ class RelocatedTeacher(LocalTeacher):
         whole = self.like.new_zeros(ours, self.like.shape[1])
         for source, rows in received.items():
             whole[places[source] : places[source] + len(rows)] = rows
-        return HeadTensors(whole, None)
+        return HeadTensors(whole, None, self.head.transform)

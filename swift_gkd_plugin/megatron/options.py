@@ -58,8 +58,14 @@ AVERAGE = 'gkd_teacher_average'  # the directory of a checkpoint in which a movi
 
 def resumed_from(args: Any) -> tuple[str, str] | None:
     """The checkpoint that training goes on from, and the option that names it; None for a new run."""
-    option = 'mcore_adapter' if args.tuner_type == 'lora' else 'mcore_model'
+    lora = args.tuner_type == 'lora'
+    option, other = ('mcore_adapter', 'adapters') if lora else ('mcore_model', 'model')
     checkpoint = getattr(args, option)
+    if checkpoint is None and not (lora and not args.adapters):
+        # By its safetensors: ms-swift takes the step from there too (4.6.0, megatron/trainers/base.py: _load_iteration).
+        weights = args.adapters[0] if lora else args.model
+        if os.path.exists(os.path.join(weights, 'latest_checkpointed_iteration.txt')):
+            option, checkpoint = other, weights
     return None if args.finetune or checkpoint is None else (checkpoint, f'--{option}')
 
 
@@ -159,7 +165,7 @@ def check_layout(args: Any) -> None:
     _check_sizes(args, world_size)
     given = teacher_options(args)
     if given:
-        if args.teacher_model is None:
+        if args.teacher_model is None and not args.teacher_adapters:  # which get a model of their own
             name, size = next(iter(given.items()))
             raise OptionError(f'--{name} {size}: only a --teacher_model other than the student has a layout of its own; leave it out.')
         _check_sizes(teacher_arguments(args), world_size, 'teacher_')

@@ -11,12 +11,11 @@ from transformers import AutoConfig
 
 from .. import checks
 from ..arguments import OptionError
-from ..checks import local
 from ..step.remote import check_servers
 from ..step.samples import with_used_columns
 from ..teachers.average import average_of
 from ..unused import Entry, say_unused
-from .adapters import check_adapter
+from .adapters import found_adapter
 from .options import AVERAGE, SIZES, check_layout, check_model, check_precision, check_teacher, loads_teacher, resumed_from, said_once
 from .trainer import GKDTrainer
 
@@ -95,9 +94,7 @@ class GKDPipeline(MegatronRLHF):
         check_precision(args)
         student = AutoConfig.from_pretrained(args.model_dir, trust_remote_code=True)
         check_model('--model', args.model, student, args)
-        args.teacher_adapters = [local(args, adapter) for adapter in args.teacher_adapters]
-        for adapter in args.teacher_adapters:
-            check_adapter(adapter)
+        args.teacher_adapters = [found_adapter(args, adapter) for adapter in args.teacher_adapters]
         if loads_teacher(args):
             teacher = AutoConfig.from_pretrained(args.teacher_model_dir, trust_remote_code=True)
             check_teacher(args.teacher_model, teacher, args)

@@ -14,6 +14,7 @@ from ..sources import STUDENT, TEACHER
 from .adapters import MergedAdapters
 from .average import ShardedAverage
 from .generation import check_generates
+from .head import OutputHead
 from .layouts import Layout, RelocatedTeacher, TrackedRandomState
 from .options import num_experts, said_once, teacher_arguments, teacher_options
 from .teachers import AveragedStudent, LiveStudent, LocalTeacher, SharedBase
@@ -59,6 +60,15 @@ def load_teacher(args, chunks: list[nn.Module], layout: Layout | None, adapters:
                 chunk.to(get_current_device())
             chunk.requires_grad_(False).eval()
         chunks[0].config.bridge.load_weights(chunks, args.teacher_model_dir, converter=adapters)
+
+
+def check_heads(*models: list[nn.Module] | None) -> None:
+    """Raises:
+    OptionError: A model does something to its logits that the loss would miss.
+    """
+    with said_once():
+        for chunks in filter(None, models):
+            OutputHead(chunks)
 
 
 def check_who_generates(args, student: list[nn.Module], teacher: list[nn.Module] | None) -> None:

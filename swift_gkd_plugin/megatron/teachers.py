@@ -228,4 +228,5 @@ class AveragedStudent(LocalTeacher):
         if not head.weight.requires_grad:
             return self.head
         # The loss reads the teacher's head when the student's weights are back.
-        return HeadShard(HeadTensors(head.weight.detach().clone(), None if head.bias is None else head.bias.detach().clone()))
+        bias = None if head.bias is None else head.bias.detach().clone()
+        return HeadShard(HeadTensors(head.weight.detach().clone(), bias, head.transform))

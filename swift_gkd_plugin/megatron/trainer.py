@@ -39,7 +39,7 @@ from .head import OutputHead, mark_shards
 from .layouts import common_padding
 from .loss import DistillationLoss
 from .options import loads_teacher, resumed_from
-from .placement import build_teacher, check_who_generates, load_teacher, local_teacher, merged_adapters
+from .placement import build_teacher, check_heads, check_who_generates, load_teacher, local_teacher, merged_adapters
 from .routers import leave_unweighed, weigh
 from .teachers import AveragedStudent, LiveStudent, LocalTeacher, SharedBase
 from .views import LocalView, local_view
@@ -103,6 +103,7 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
         # Every model is built, and looked at, before any weights load.
         self.teacher_models, self.teacher_layout = build_teacher(self.args) if loads_teacher(self.args) else (None, None)
         self._teacher_adapters = merged_adapters(self.args, self.teacher_models)
+        check_heads(models, self.teacher_models)
         check_who_generates(self.args, models, self.teacher_models)
         peft_models = super()._prepare_peft_model(models)
         mark_shards(models)

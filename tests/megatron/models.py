@@ -30,9 +30,10 @@ def make_models(directory: Path, tiny: helpers.TinyModels, head_dim: int = 16) -
 
     ``student`` and ``teacher`` have 4 layers; ``wide`` is a teacher with 24 more padding rows, so that its shards and the student's hold
     different tokens; ``tied`` shares embedding and head, and its 511 rows are no multiple of 2; ``qwen2`` is a teacher of another family;
-    ``moe`` and ``moe_teacher`` have 4 experts; ``adapter`` is a LoRA of ``student``, ``moe_adapter`` one of the attention of ``moe``, that
-    have an effect: a fresh one would be drawn differently in each layout. ``teacher_adapter`` and ``moe_teacher_adapter`` are adapters of
-    the teachers, and ``adapted`` and ``moe_adapted`` what comes of them, by PEFT and by hand.
+    ``moe`` and ``moe_teacher`` have 4 experts; ``capped`` and ``capped_teacher`` are meant to cap their logits, as Gemma does;
+    ``adapter`` is a LoRA of ``student``, ``moe_adapter`` one of the attention of ``moe``, that have an effect: a fresh one would be drawn
+    differently in each layout. ``teacher_adapter`` and ``moe_teacher_adapter`` are adapters of the teachers, and ``adapted`` and
+    ``moe_adapted`` what comes of them, by PEFT and by hand.
     """
     tokenizer = AutoTokenizer.from_pretrained(tiny.student)
     common = dict(
@@ -84,6 +85,11 @@ def make_models(directory: Path, tiny: helpers.TinyModels, head_dim: int = 16) -
     vocab[first], vocab[second] = vocab[second], vocab[first]
     (paths['other_tokens'] / 'tokenizer.json').write_text(json.dumps(stored))
     attention = ['q_proj', 'k_proj', 'v_proj', 'o_proj']
+    for name, of, cap in ('capped', 'student', 2.0), ('capped_teacher', 'teacher', 3.0):
+        paths[name] = directory / name
+        shutil.copytree(paths[of], paths[name])
+        config = json.loads((paths[of] / 'config.json').read_text())
+        (paths[name] / 'config.json').write_text(json.dumps({**config, 'final_logit_softcapping': cap}))
     paths['adapter'] = make_adapter(paths['student'], directory / 'adapter', [*attention, 'gate_proj', 'up_proj', 'down_proj'])
     paths['moe_adapter'] = make_adapter(paths['moe'], directory / 'moe_adapter', attention)
     paths |= adapted_by_peft(paths['teacher'], directory, [*attention, 'down_proj', 'embed_tokens'])

@@ -128,7 +128,7 @@ def run_jobs(
                 merged[key] = models[given]
                 merged[kind] = 'qwen2' if given == 'qwen2' else 'qwen3_moe' if given.startswith('moe') else 'qwen3'
         for key in {'adapters', 'teacher_adapters'} & merged.keys():
-            merged[key] = models[merged[key]]
+            merged[key] = models.get(merged[key], merged[key])
         listed.append({'argv': helpers.command_line(merged), 'output_dir': str(output_dir), 'name': name, **keep})
     path = root / 'jobs.json'
     path.write_text(json.dumps(listed))

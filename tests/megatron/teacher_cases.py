@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from cases import make_datasets
+from cases import CAPPED, make_datasets
 from runs import Jobs, Run, run_jobs
 
 
@@ -38,7 +38,7 @@ PAIRS: dict[str, dict[str, tuple[dict, dict]]] = {
         'TP2, answers': (ANSWERS, layout(tp=2)),
         'TP2, evaluated': (EVALUATED, layout(tp=2)),
         'TP2, another family': ({'teacher_model': 'qwen2'}, layout(tp=2)),
-        'PP2': (PRIVILEGED, layout(pp=2)),
+        'PP2, soft caps': ({**PRIVILEGED, **CAPPED}, layout(pp=2)),
         'CP2': (PRIVILEGED, layout(cp=2)),
         'CP2, padded': (PADDED, layout(cp=2)),
         'EP2': (MOE, layout(ep=2)),

@@ -92,7 +92,9 @@ def alone(run_jobs, data, tmp_path_factory) -> dict[str, Run]:
             balanced=BALANCED,
             recomputed={**BALANCED, **RECOMPUTED},
             last_two={**IN_ORDER, 'dataset': 'last_two', 'global_batch_size': 2},
-            averaged={**AVERAGED, 'save_steps': 2, 'save': True, 'output_dir': averaged},
+            averaged={**AVERAGED, 'save_steps': 2, 'save': True, 'save_safetensors': 'true', 'output_dir': averaged},
+            averaged_by_weights={**GOES_ON, 'model': averaged / 'checkpoint-2'},
+            other_average={**GOES_ON, 'mcore_model': averaged / 'checkpoint-2', 'freeze_parameters': 'decoder.layers.0.'},
             averaged_sharded={**STEPS, **EMA},
             averaged_lora={**LORA, **STEPS, **EMA, 'gkd_ema_decay': 0},
             of_the_start=OF_THE_START,
@@ -103,9 +105,9 @@ def alone(run_jobs, data, tmp_path_factory) -> dict[str, Run]:
             own_adapter_by_name={**FRESH, 'teacher_model': 'student', 'teacher_adapters': 'adapter'},
             adapter_of_another={'teacher_adapters': 'adapter'},
             adapter_of_experts={'teacher_adapters': 'moe_teacher_adapter'},
+            adapter_nowhere={'teacher_adapters': '/nowhere'},
             no_adapter_at_all={'teacher_adapters': 'teacher'},
             no_average={**GOES_ON, 'mcore_model': answered / 'checkpoint-3'},
-            other_average={**LORA, **GOES_ON, 'mcore_adapter': averaged / 'checkpoint-2'},
             no_adapter={**STEPS, 'teacher_model': None, 'gkd_self_teacher': 'base'},
         )
     )
@@ -281,6 +283,7 @@ def test_metrics_have_the_names_of_the_other_back_end(alone):
         ('missing', '--gkd_logits_topk 100000: the student has 512 token ids'),
         ('adapter_of_another', 'in --teacher_model '),
         ('adapter_of_experts', ' has no weight of this name; give an adapter of this model'),
+        ('adapter_nowhere', '--teacher_adapters /nowhere: it was not found ('),
         ('no_adapter_at_all', 'there is no adapter_config.json in it; give the directory of an adapter'),
         ('ranks', '--teacher_tensor_model_parallel_size 2 x --teacher_pipeline_model_parallel_size 1 x '),
         (
@@ -299,6 +302,9 @@ def test_average_goes_on_in_any_layout(alone, split):
     assert split['averaged'].ok().losses == pytest.approx(whole, abs=1e-6)
     for name in ('averaged_resumed', 'averaged_elsewhere'):
         assert split[name].ok().losses == pytest.approx(whole[2:], abs=1e-6), name
+    assert alone['averaged_by_weights'].ok().losses == pytest.approx(whole[2:], abs=1e-6)
+    other = alone['other_average'].error
+    assert 'its gkd_teacher_average has' in other and 'only one of them has decoder.layers.0.' in other and '\n' not in other
     assert '--mcore_model' in alone['no_average'].error and 'there is no gkd_teacher_average in it' in alone['no_average'].error
     assert alone['no_average'].loaded == 0
 
