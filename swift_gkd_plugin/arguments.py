@@ -315,12 +315,12 @@ def check_values(args: Any) -> None:
         not teacher_answers
         or args.teacher_model is not None
         or args.teacher_model_server is not None
+        or args.teacher_adapters
         or args.gkd_self_teacher in ('base', 'ema'),
         f'{flag} needs a teacher that can generate: give --teacher_model or --teacher_model_server.',
     )
     _require(
-        args.gkd_teacher_engine == 'transformers'
-        or (args.teacher_model is not None and not getattr(args, 'teacher_adapters', None)),  # Megatron-SWIFT has none
+        args.gkd_teacher_engine == 'transformers' or (args.teacher_model is not None and not args.teacher_adapters),
         f'--gkd_teacher_engine {args.gkd_teacher_engine}: it needs a --teacher_model, with --teacher_adapters merged into it.',
     )
     _require(

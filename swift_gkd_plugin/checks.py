@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import json
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -254,9 +255,51 @@ def _directory(args: Any, teacher: str) -> str:
     )
 
 
+# Ways to initialise LoRA that subtract what the adapter starts with from the base (peft 0.20, tuners/lora/layer.py).
+CHANGES_BASE = ('pissa', 'olora', 'corda', 'loftq', 'lora-ga', 'lora_ga')
+
+
+def local(args: Any, adapter: str) -> str:
+    """The directory of an adapter, as ms-swift finds it."""
+    from swift.utils import safe_snapshot_download
+
+    return safe_snapshot_download(adapter, use_hf=args.use_hf, hub_token=args.hub_token)
+
+
+def adapter_config(path: str) -> dict[str, Any]:
+    """What PEFT wrote beside an adapter; empty for other checkpoints."""
+    file = os.path.join(path, 'adapter_config.json')
+    if not os.path.exists(file):
+        return {}
+    with open(file, encoding='utf-8') as opened:
+        return json.load(opened)
+
+
+def base_of_adapters(args: Any, teacher: str | None, can_share: bool) -> str | None:
+    """``--teacher_model``; the student's, with its type and revision, where only ``--teacher_adapters`` are given.
+
+    Args:
+        teacher: ``--teacher_model`` as it was given.
+        can_share: Whether the student has an adapter, so that both begin at one base.
+
+    Raises:
+        OptionError: Nobody can tell whose adapters they are, or the student itself is to teach.
+    """
+    own, adapters = args.gkd_self_teacher, args.teacher_adapters
+    if adapters and own is not None:
+        raise OptionError(f'--gkd_self_teacher {own} and --teacher_adapters {adapters[0]}: give one of them.')
+    if adapters and teacher is None:
+        if not can_share:
+            raise OptionError(f'--teacher_adapters {adapters[0]} without --teacher_model: name the model that they belong to.')
+        args.teacher_model_type = args.teacher_model_type or args.model_type
+        args.teacher_model_revision = args.teacher_model_revision or args.model_revision
+        return args.model
+    return teacher
+
+
 def teacher_is_start(args: Any) -> bool:
     """Whether a separate teacher is a frozen copy of the weights that full training starts from; a LoRA-like tuner would share them."""
-    separate = args.teacher_model is not None and not getattr(args, 'teacher_adapters', None)
+    separate = args.teacher_model is not None and not args.teacher_adapters
     return separate and args.tuner_type == 'full' and args.teacher_quant_method in (None, 'none') and same_weights(args, args.teacher_model)
 
 
@@ -270,7 +313,7 @@ def teaches_as_base(args: Any, teacher: str | None, can_switch_off: bool) -> boo
     Raises:
         OptionError: ``--gkd_self_teacher`` contradicts ``--teacher_model``, or there is no adapter to switch off.
     """
-    shared = can_switch_off and not getattr(args, 'teacher_adapters', None) and teacher is not None and same_weights(args, teacher)
+    shared = can_switch_off and not args.teacher_adapters and teacher is not None and same_weights(args, teacher)
     how = args.gkd_self_teacher
     if how is None:
         return shared

@@ -9,7 +9,7 @@ from swift.utils import get_logger
 from torch import nn
 
 from ..arguments import teacher_offload
-from ..teachers.average import MovingAverage, ShardedParameters, WholeParameters
+from ..teachers.average import AverageInOneFile, ShardedParameters, WholeParameters
 from ..teachers.offload import HostCopy, LayerStream
 from .head import language_model
 from .shared_work import SharedWork
@@ -33,7 +33,7 @@ def local_teacher(trainer) -> LocalTeacher:
 def _self_teacher(trainer) -> LocalTeacher:
     bare = trainer.bare
     if trainer.args.gkd_self_teacher == 'ema':
-        teacher = AveragedStudent(trainer.model, bare, MovingAverage(trainer.args.gkd_ema_decay))
+        teacher = AveragedStudent(trainer.model, bare, AverageInOneFile(trainer.args.gkd_ema_decay))
     elif not trainer._teacher_use_disable_adapter:
         teacher = LiveStudent(trainer.model, bare)
     else:

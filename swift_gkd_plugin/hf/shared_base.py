@@ -5,20 +5,16 @@ Everything is decided from options and the configurations of adapters, before an
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from .. import checks
 from ..arguments import OptionError
+from ..checks import CHANGES_BASE, adapter_config, local
 
 # PEFT's tuners whose layers can be switched off for a forward.
 TUNERS = ('lora', 'adalora', 'vera', 'boft', 'fourierft', 'bone')
-
-# Ways to initialise LoRA that subtract what the adapter starts with from the base (peft 0.20, tuners/lora/layer.py).
-CHANGES_BASE = ('pissa', 'olora', 'corda', 'loftq', 'lora-ga', 'lora_ga')
 
 
 def recognise(args: Any, teacher: str | None) -> None:
@@ -35,12 +31,7 @@ def recognise(args: Any, teacher: str | None) -> None:
     """
     own, adapters = args.gkd_self_teacher, args.teacher_adapters
     args._adapter_on_base = None
-    if adapters and own is not None:
-        raise OptionError(f'--gkd_self_teacher {own} and --teacher_adapters {adapters[0]}: give one of them.')
-    if adapters and teacher is None:
-        if args.tuner_type not in TUNERS:
-            raise OptionError(f'--teacher_adapters {adapters[0]} without --teacher_model: name the model that they belong to.')
-        teacher = args.model
+    teacher = checks.base_of_adapters(args, teacher, args.tuner_type in TUNERS)
     why = why_not_shared(args)
     if own == 'base' and why is not None:
         raise OptionError(f'--gkd_self_teacher base with {why}')
@@ -112,22 +103,6 @@ def _saved_and_targeted(one: Mapping[str, Any], other: Mapping[str, Any]) -> set
     if isinstance(targets, str):
         return {name for name in saved if re.fullmatch(targets, name)}
     return saved & set(targets)
-
-
-def local(args: Any, adapter: str) -> str:
-    """The directory of an adapter, as ms-swift finds it."""
-    from swift.utils import safe_snapshot_download
-
-    return safe_snapshot_download(adapter, use_hf=args.use_hf, hub_token=args.hub_token)
-
-
-def adapter_config(path: str) -> dict[str, Any]:
-    """What PEFT wrote beside an adapter; empty for other checkpoints."""
-    file = os.path.join(path, 'adapter_config.json')
-    if not os.path.exists(file):
-        return {}
-    with open(file, encoding='utf-8') as opened:
-        return json.load(opened)
 
 
 def _log(message: str) -> None:

@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
 from mcore_bridge.model import GPTModel
+from mcore_bridge.model.mm_gpts.gemma4 import Gemma4TextGPTModel
+from mcore_bridge.model.mm_gpts.muse_glimmer import MuseGlimmerTextGPTModel
 from megatron.core import mpu
 from megatron.core.extensions.transformer_engine import TELinear
 from megatron.core.tensor_parallel import (
@@ -24,19 +27,49 @@ from megatron.core.tensor_parallel import (
 from torch import nn
 
 from ..arguments import OptionError
-from ..divergence import linear_logits
+from ..divergence import LogitTransform, linear_logits
+
+
+def _capped(config: Any) -> LogitTransform | None:
+    cap = config.final_logit_softcapping
+    return None if cap is None else LogitTransform(softcap=cap)
+
+
+def _scaled_and_capped(config: Any) -> LogitTransform | None:
+    cap = config.final_logit_softcapping
+    return None if cap is None else LogitTransform(config.output_multiplier, cap)  # without a cap the bridge leaves the scale out too
+
+
+# What models do to their logits after the head, by their method that does it, from the text model's configuration: all of mcore-bridge
+# 1.6.5 that have one of their own.
+POST_PROCESSING: dict[Callable[..., Any], Callable[[Any], LogitTransform | None]] = {
+    Gemma4TextGPTModel._forward_output_layer: _capped,
+    MuseGlimmerTextGPTModel._forward_output_layer: _scaled_and_capped,
+}
 
 
 @dataclass(frozen=True)
 class HeadTensors:
-    """This rank's rows of an output head: logits = hidden @ weight.T + bias."""
+    """This rank's rows of an output head: logits = transform(hidden @ weight.T + bias)."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
+    transform: LogitTransform | None = None
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, dim] -> [n, rows] in fp32 from inputs of any precision; for a few tokens, and without a gradient."""
-        return linear_logits(hidden, self.weight, bias=self.bias)
+        return linear_logits(hidden, self.weight, bias=self.bias, transform=self.transform)
+
+
+@dataclass(frozen=True)
+class HeadShard:
+    """A teacher's output head as the loss reads it, where that is not the one that it computes with: in the student's layout, or as it was
+    when the teacher looked."""
+
+    shard: HeadTensors | None
+
+    def tensors(self, adapter: bool = True) -> HeadTensors:
+        return self.shard
 
 
 def mark_shards(chunks: list[nn.Module]) -> None:
@@ -63,6 +96,9 @@ class OutputHead:
     Args:
         chunks: The model's chunks on this rank, without wrappers: one, or several with virtual pipeline stages.
 
+    Attributes:
+        transform: What the model does to its logits after the head; None if nothing.
+
     Raises:
         OptionError: The model does something to its logits that the operator would miss.
     """
@@ -70,13 +106,15 @@ class OutputHead:
     def __init__(self, chunks: list[nn.Module]):
         self.config = chunks[0].config
         self.model = next((getattr(m, 'language_model', m) for m in chunks if m.post_process), None)
-        language_model = getattr(chunks[0], 'language_model', chunks[0])
-        own_way = getattr(type(language_model), '_forward_output_layer', None)
-        if own_way not in (None, GPTModel._forward_output_layer):
+        own_way = getattr(type(getattr(chunks[0], 'language_model', chunks[0])), '_forward_output_layer', None)
+        self.changes_logits = own_way not in (None, GPTModel._forward_output_layer)
+        if self.changes_logits and own_way not in POST_PROCESSING:
             raise OptionError(
-                f'{type(chunks[0]).__name__} changes its logits after the output head (a soft-cap, say), which the Megatron back end '
-                'does not know yet; train it with `swift rlhf`.'
+                f'{type(chunks[0]).__name__} changes its logits after the output head in a way that is not in the list; train it with '
+                '`swift rlhf`.'
             )
+        # By the configuration, which stages without a head have too.
+        self.transform = POST_PROCESSING[own_way](self.config.hf_config.get_text_config()) if self.changes_logits else None
 
     @property
     def columns(self) -> int:
@@ -93,7 +131,8 @@ class OutputHead:
     def tensors(self, adapter: bool = True) -> HeadTensors:
         executed = self.executed(adapter)
         tied = self.model.share_embeddings_and_output_weights
-        return HeadTensors(self.model.shared_embedding_or_output_weight() if tied else executed.weight, executed.bias)
+        weight = self.model.shared_embedding_or_output_weight() if tied else executed.weight
+        return HeadTensors(weight, executed.bias, self.transform)
 
     @contextmanager
     def replaced(self, forward: Callable[[torch.Tensor], torch.Tensor], adapter: bool = True) -> Iterator[None]:
@@ -117,7 +156,11 @@ class OutputHead:
             return forward(hidden), None
 
         executed.forward = instead
+        if self.changes_logits:  # what comes back are none
+            self.model._forward_output_layer = MethodType(GPTModel._forward_output_layer, self.model)
         try:
             yield
         finally:
             del executed.forward
+            if self.changes_logits:
+                del self.model._forward_output_layer

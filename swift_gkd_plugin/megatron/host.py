@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import field
 from types import ModuleType
 from typing import Any
 
 from ..arguments import check_values
-from ..checks import teaches_as_base
+from ..checks import base_of_adapters, teaches_as_base
 from ..seams import (
     Renamed,
     become_ours,
@@ -79,12 +80,14 @@ def take_over_arguments(module: ModuleType) -> dict[str, Any]:
             self.save_steps = self.eval_steps = steps
         self.eval_iters = eval_steps if evaluates else 0
 
-    return {'MegatronRLHFArguments': extended(cls, option_fields())}
+    adapters = ('teacher_adapters', list[str], field(default_factory=list, metadata={'help': 'LoRA adapters of a separate teacher.'}))
+    return {'MegatronRLHFArguments': extended(cls, [*option_fields(), adapters])}
 
 
 def _check_options(args: Any) -> None:
     with said_once():
         take_options(args)
+        args.teacher_adapters = getattr(args, 'teacher_adapters', [])  # no field of stock's, if we came by --external_plugins
         if args.lmbda > 0 and not args.use_vllm and args.gkd_on_missing_engine == 'dataset':
             _warn(f'--lmbda {args.lmbda} without vLLM: --gkd_on_missing_engine dataset trains on responses of the dataset instead.')
             args.lmbda = 0.0
@@ -95,6 +98,7 @@ def _check_options(args: Any) -> None:
 
 def _recognise(args: Any, teacher: str | None) -> None:
     with said_once():
+        teacher = base_of_adapters(args, teacher, args.tuner_type == 'lora')
         shared = teaches_as_base(args, teacher, args.tuner_type == 'lora')
     args._teacher_use_disable_adapter = shared
     args.teacher_model = None if shared else teacher

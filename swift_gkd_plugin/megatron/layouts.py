@@ -37,7 +37,7 @@ from ..step.samples import InTurn, MicroBatch
 from ..teachers import HiddenStates, Signal, TopKOptions
 from ..world import from_all
 from .exchange import exchange_objects, exchange_rows, numbers_of_all
-from .head import HeadTensors
+from .head import HeadShard, HeadTensors
 from .rota import Rota
 from .teachers import LocalTeacher, host_copy
 from .views import LocalView, local_view
@@ -174,16 +174,6 @@ class Question:
     teacher_inputs: dict[str, Any] = field(repr=False)
     teacher_index: torch.Tensor = field(repr=False)
     kept: bool = False
-
-
-@dataclass(frozen=True)
-class HeadShard:
-    """The teacher's output head as the loss reads it: sharded like the student's."""
-
-    shard: HeadTensors | None
-
-    def tensors(self, adapter: bool = True) -> HeadTensors:
-        return self.shard
 
 
 class RelocatedTeacher(LocalTeacher):
@@ -341,4 +331,4 @@ class RelocatedTeacher(LocalTeacher):
         whole = self.like.new_zeros(ours, self.like.shape[1])
         for source, rows in received.items():
             whole[places[source] : places[source] + len(rows)] = rows
-        return HeadTensors(whole, None)
+        return HeadTensors(whole, None, self.head.transform)

@@ -48,6 +48,7 @@ class DistillationLoss(LossInForward):
         common = dict(
             self._of_tokens(labels, weights, imitated, signal, stats),
             student_bias=head.bias,
+            student_transform=head.transform,
             vocab_size=options.vocab_size,
             vocab_group=mpu.get_tensor_model_parallel_group() if mpu.get_tensor_model_parallel_world_size() > 1 else None,
         )
@@ -63,5 +64,6 @@ class DistillationLoss(LossInForward):
             teacher.weight.detach(),
             options.divergence,
             teacher_bias=None if teacher.bias is None else teacher.bias.detach(),
+            teacher_transform=teacher.transform,
             **common,
         )

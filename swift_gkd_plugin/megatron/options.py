@@ -16,7 +16,9 @@ from ..sources import STUDENT, TEACHER
 REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ('vllm_mode', lambda a: a.use_vllm and a.vllm_mode is None, 'give colocate or server, or --use_vllm false'),
     ('gkd_teacher_offload', lambda a: a.gkd_teacher_offload == 'layer', 'the Megatron back end moves the whole teacher; use model'),
-    ('gkd_self_teacher', lambda a: a.gkd_self_teacher == 'ema', 'the Megatron back end keeps no average; use `swift rlhf`'),
+    # They are kept in few bits and in no others, in which an average is not.
+    ('fp8_param_gather', lambda a: a.gkd_self_teacher == 'ema' and a.fp8_param_gather, 'leave it out with --gkd_self_teacher ema'),
+    ('fp4_param_gather', lambda a: a.gkd_self_teacher == 'ema' and a.fp4_param_gather, 'leave it out with --gkd_self_teacher ema'),
     ('gkd_routing', lambda a: a.gkd_routing == 'teacher', 'the Megatron back end replays no routing; use `swift rlhf`'),
     ('teacher_quant_method', lambda a: a.teacher_quant_method is not None, 'transformers quantises, not megatron-core; leave it out'),
     ('teacher_device_map', lambda a: a.teacher_device_map is not None, 'the layout places the teacher; see teacher_…_parallel_size'),
@@ -49,6 +51,22 @@ def said_once() -> Iterator[None]:
         if int(os.environ.get('RANK', 0)) > 0:
             time.sleep(10)
         raise
+
+
+AVERAGE = 'gkd_teacher_average'  # the directory of a checkpoint in which a moving average is
+
+
+def resumed_from(args: Any) -> tuple[str, str] | None:
+    """The checkpoint that training goes on from, and the option that names it; None for a new run."""
+    lora = args.tuner_type == 'lora'
+    option, other = ('mcore_adapter', 'adapters') if lora else ('mcore_model', 'model')
+    checkpoint = getattr(args, option)
+    if checkpoint is None and not (lora and not args.adapters):
+        # By its safetensors: ms-swift takes the step from there too (4.6.0, megatron/trainers/base.py: _load_iteration).
+        weights = args.adapters[0] if lora else args.model
+        if os.path.exists(os.path.join(weights, 'latest_checkpointed_iteration.txt')):
+            option, checkpoint = other, weights
+    return None if args.finetune or checkpoint is None else (checkpoint, f'--{option}')
 
 
 def check_supported(args: Any) -> None:
@@ -147,7 +165,7 @@ def check_layout(args: Any) -> None:
     _check_sizes(args, world_size)
     given = teacher_options(args)
     if given:
-        if args.teacher_model is None:
+        if args.teacher_model is None and not args.teacher_adapters:  # which get a model of their own
             name, size = next(iter(given.items()))
             raise OptionError(f'--{name} {size}: only a --teacher_model other than the student has a layout of its own; leave it out.')
         _check_sizes(teacher_arguments(args), world_size, 'teacher_')

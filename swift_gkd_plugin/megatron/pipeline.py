@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch.distributed as dist
@@ -12,8 +13,10 @@ from .. import checks
 from ..arguments import OptionError
 from ..step.remote import check_servers
 from ..step.samples import with_used_columns
+from ..teachers.average import average_of
 from ..unused import Entry, say_unused
-from .options import SIZES, check_layout, check_model, check_precision, check_teacher, loads_teacher, said_once
+from .adapters import found_adapter
+from .options import AVERAGE, SIZES, check_layout, check_model, check_precision, check_teacher, loads_teacher, resumed_from, said_once
 from .trainer import GKDTrainer
 
 
@@ -54,8 +57,14 @@ class GKDPipeline(MegatronRLHF):
             self.template,
             vllm_client=self._prepare_vllm_client(),
             tokenizer_lengths=self._tokens,
-            teacher_is_start=checks.teacher_is_start(self.args),
+            teacher_is_start=self._adapter_is_start() or checks.teacher_is_start(self.args),
         )
+
+    def _adapter_is_start(self) -> bool:
+        """Whether the teacher is the student's base with the adapter that training starts from."""
+        args = self.args
+        same = len(args.teacher_adapters) == len(args.adapters) == 1 and checks.same_weights(args, args.teacher_model)
+        return same and os.path.samefile(args.teacher_adapters[0], args.adapters[0])
 
     def _get_dataset(self):
         args = self.args
@@ -85,9 +94,13 @@ class GKDPipeline(MegatronRLHF):
         check_precision(args)
         student = AutoConfig.from_pretrained(args.model_dir, trust_remote_code=True)
         check_model('--model', args.model, student, args)
+        args.teacher_adapters = [found_adapter(args, adapter) for adapter in args.teacher_adapters]
         if loads_teacher(args):
             teacher = AutoConfig.from_pretrained(args.teacher_model_dir, trust_remote_code=True)
             check_teacher(args.teacher_model, teacher, args)
+        resumed = resumed_from(args)
+        if args.gkd_self_teacher == 'ema' and resumed is not None:
+            average_of(resumed[0], AVERAGE, resumed[1], '--finetune true')
         checks.check_teacher_engine(args)
         checks.check_topk(args)
         say_unused(args, NOT_USED)

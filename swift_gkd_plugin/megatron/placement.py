@@ -11,10 +11,13 @@ from transformers import AutoConfig
 
 from ..arguments import teacher_offload
 from ..sources import STUDENT, TEACHER
+from .adapters import MergedAdapters
+from .average import ShardedAverage
 from .generation import check_generates
+from .head import OutputHead
 from .layouts import Layout, RelocatedTeacher, TrackedRandomState
 from .options import num_experts, said_once, teacher_arguments, teacher_options
-from .teachers import LiveStudent, LocalTeacher, SharedBase
+from .teachers import AveragedStudent, LiveStudent, LocalTeacher, SharedBase
 
 
 def build_teacher(args) -> tuple[list[nn.Module], Layout | None]:
@@ -34,14 +37,38 @@ def build_teacher(args) -> tuple[list[nn.Module], Layout | None]:
     return chunks, layout
 
 
-def load_teacher(args, chunks: list[nn.Module], layout: Layout | None) -> None:
+def merged_adapters(args, chunks: list[nn.Module] | None) -> MergedAdapters | None:
+    """``--teacher_adapters``, ready to be added to the teacher's weights; None without.
+
+    Args:
+        chunks: The teacher's, if one is loaded.
+
+    Raises:
+        OptionError: They are adapters of another model.
+    """
+    if chunks is None or not args.teacher_adapters:
+        return None
+    with said_once():
+        return MergedAdapters(args.teacher_adapters, args.teacher_model, args.teacher_model_dir, chunks[0].config.bridge)
+
+
+def load_teacher(args, chunks: list[nn.Module], layout: Layout | None, adapters: MergedAdapters | None = None) -> None:
     """The weights, frozen, on the device."""
     with layout.entered() if layout else nullcontext():
         for chunk in chunks:
             if not args.use_cpu_initialization:
                 chunk.to(get_current_device())
             chunk.requires_grad_(False).eval()
-        chunks[0].config.bridge.load_weights(chunks, args.teacher_model_dir)
+        chunks[0].config.bridge.load_weights(chunks, args.teacher_model_dir, converter=adapters)
+
+
+def check_heads(*models: list[nn.Module] | None) -> None:
+    """Raises:
+    OptionError: A model does something to its logits that the loss would miss.
+    """
+    with said_once():
+        for chunks in filter(None, models):
+            OutputHead(chunks)
 
 
 def check_who_generates(args, student: list[nn.Module], teacher: list[nn.Module] | None) -> None:
@@ -63,5 +90,7 @@ def local_teacher(trainer) -> LocalTeacher:
         return RelocatedTeacher(args, trainer.teacher_layout, chunks, offload)
     if chunks is not None:
         return LocalTeacher(args, chunks, offload)
+    if args.gkd_self_teacher == 'ema':
+        return AveragedStudent(args, trainer.unwrapped_models, ShardedAverage(args.gkd_ema_decay))
     with said_once():
         return (SharedBase if trainer._teacher_use_disable_adapter else LiveStudent)(args, trainer.unwrapped_models)

@@ -1,4 +1,4 @@
-"""Local teachers of the Megatron back end: a separate model, the student's base with its adapter off, the live student.
+"""Local teachers of the Megatron back end: a separate model, the student's base with its adapter off, the live student, its average.
 
 A teacher looks at all micro-batches of an optimizer step in one pass of the pipeline schedule, before the student's first forward. What
 stays of it are the hidden states of the trained tokens, on the ranks of the last stage.
@@ -22,8 +22,9 @@ from ..step.samples import InTurn, MicroBatch
 from ..teachers import HiddenStates, Signal, TopK, TopKOptions
 from ..teachers.adapters import adapters_off, check_frozen_base
 from ..teachers.offload import HostCopy
+from .average import ShardedAverage
 from .chunks import for_each_chunk
-from .head import OutputHead
+from .head import HeadShard, HeadTensors, OutputHead
 from .views import LocalView, local_view
 
 logger = get_logger()
@@ -91,7 +92,12 @@ class LocalTeacher:
             found = self._states(batches)
             if self.head.model is None:
                 return [None] * len(batches)
-            return [self._reduced(states, topk) if topk else HiddenStates(states, self.loss_head) for states in found]
+            head = None if topk else self._head_for_the_loss()
+            return [self._reduced(states, topk) if topk else HiddenStates(states, head) for states in found]
+
+    def _head_for_the_loss(self) -> OutputHead | HeadShard:
+        """Called while the model teaches, on the last stage."""
+        return self.loss_head
 
     def _states(self, batches: InTurn | list[Any]) -> list[torch.Tensor]:
         """Hidden states of each micro-batch, what :meth:`_kept` keeps of them; nothing before the last stage."""
@@ -197,3 +203,30 @@ class LiveStudent(LocalTeacher):
     """The student itself, as it is at this step; it teaches by what only its own prompt or images tell (``teacher_prompt``)."""
 
     description = 'the live student'
+
+
+class AveragedStudent(LocalTeacher):
+    """The moving average of the student.
+
+    Args:
+        average: Of the parameters that are trained.
+    """
+
+    description = 'the moving average of the student'
+
+    def __init__(self, args, chunks: list[nn.Module], average: ShardedAverage):
+        super().__init__(args, chunks)
+        self.average = average
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        with self.average.in_place_of_the_student(), super().ready():
+            yield
+
+    def _head_for_the_loss(self) -> OutputHead | HeadShard:
+        head = self.head.tensors()
+        if not head.weight.requires_grad:
+            return self.head
+        # The loss reads the teacher's head when the student's weights are back.
+        bias = None if head.bias is None else head.bias.detach().clone()
+        return HeadShard(HeadTensors(head.weight.detach().clone(), bias, head.transform))

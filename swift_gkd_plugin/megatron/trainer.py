@@ -31,16 +31,17 @@ from ..step.objective import LossOptions
 from ..step.remote import RemoteTeacher, teacher_that_answers
 from ..step.samples import InTurn, MicroBatch
 from ..teachers.adapters import adapter_has_effect
+from .average import Follower
 from .backend import MegatronBackend
 from .chunks import for_each_chunk
 from .engine import EngineRollout
 from .head import OutputHead, mark_shards
 from .layouts import common_padding
 from .loss import DistillationLoss
-from .options import loads_teacher
-from .placement import build_teacher, check_who_generates, load_teacher, local_teacher
+from .options import loads_teacher, resumed_from
+from .placement import build_teacher, check_heads, check_who_generates, load_teacher, local_teacher, merged_adapters
 from .routers import leave_unweighed, weigh
-from .teachers import LiveStudent, LocalTeacher, SharedBase
+from .teachers import AveragedStudent, LiveStudent, LocalTeacher, SharedBase
 from .views import LocalView, local_view
 
 logger = get_logger()
@@ -87,6 +88,8 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
         head = OutputHead(self.unwrapped_models)
         self.loss = DistillationLoss(self._loss_options(head), head, self.teacher.adapter if self.teacher else True)
         self.conductor = Conductor(backend, template, self.loss.options, self.teacher, self.answering, write_on_rank='last')
+        if isinstance(self.teacher, AveragedStudent):
+            self.callbacks.append(Follower(self))
         self._init_rollout_engine()
 
     # -- what is trained, and by whom ------------------------------------------------------------------------------------------
@@ -94,11 +97,13 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
     def prepare_model(self) -> None:
         super().prepare_model()
         if self.teacher_models is not None:
-            load_teacher(self.args, self.teacher_models, self.teacher_layout)
+            load_teacher(self.args, self.teacher_models, self.teacher_layout, self._teacher_adapters)
 
     def _prepare_peft_model(self, models: list[nn.Module]) -> list[nn.Module]:
         # Every model is built, and looked at, before any weights load.
         self.teacher_models, self.teacher_layout = build_teacher(self.args) if loads_teacher(self.args) else (None, None)
+        self._teacher_adapters = merged_adapters(self.args, self.teacher_models)
+        check_heads(models, self.teacher_models)
         check_who_generates(self.args, models, self.teacher_models)
         peft_models = super()._prepare_peft_model(models)
         mark_shards(models)
@@ -113,7 +118,7 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
 
     def _is_student(self, resumes: bool) -> bool:
         """Whether teacher and student are one model when training begins."""
-        if isinstance(self.teacher, LiveStudent):
+        if isinstance(self.teacher, LiveStudent | AveragedStudent):
             return True
         fresh = isinstance(self.teacher, SharedBase) and not any(map(adapter_has_effect, self.unwrapped_models))
         return (self._teacher_is_start or fresh) and not resumes
@@ -157,9 +162,9 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
         self.config.finalize_model_grads_func = self._finalize_model_grads
         parts = f'{args.micro_batch_size} per micro-batch x {args.generation_batch_size // args.micro_batch_size} of all ranks'
         checks.check_size(len(train_dataset), -(-args.generation_batch_size // args.gkd_num_samples), parts)
-        resume = None if args.finetune else args.mcore_model or args.mcore_adapter
-        self.conductor.warn_if_nothing_to_learn(train_dataset, self._is_student(resume is not None))
-        self.conductor.begin(train_dataset, resume)
+        resumed = resumed_from(args)
+        self.conductor.warn_if_nothing_to_learn(train_dataset, self._is_student(resumed is not None))
+        self.conductor.begin(train_dataset, resumed and resumed[0])
         return self._training_rows(train_dataset), val_dataset
 
     def _replace_data_iterator(self, rows: Iterator[list[Row]]) -> list[Iterator[MicroBatch]]:
@@ -222,4 +227,6 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
     def save_checkpoint(self) -> None:
         self.conductor.finish_begun()
         self.conductor.save(self.conductor.backend.checkpoint)
+        if isinstance(self.teacher, AveragedStudent):
+            self.teacher.average.save(self.conductor.backend.checkpoint)
         super().save_checkpoint()

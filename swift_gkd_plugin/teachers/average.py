@@ -23,17 +23,22 @@ from ..arguments import OptionError
 FILE = 'gkd_teacher_average.safetensors'
 
 
-def average_of(checkpoint: str | Path) -> Path:
+def average_of(checkpoint: str | Path, name: str = FILE, option: str = '--resume_from_checkpoint', instead: str = '--adapters') -> Path:
     """Where a checkpoint has its average.
+
+    Args:
+        name: Of the file, or of the directory.
+        option: By which the checkpoint was given, for the message.
+        instead: The option with which only its weights are taken, for the message.
 
     Raises:
         OptionError: It has none.
     """
-    path = Path(checkpoint) / FILE
+    path = Path(checkpoint) / name
     if not path.exists():
         raise OptionError(
-            f'--resume_from_checkpoint {checkpoint}: there is no {FILE} in it, the average of a run with --gkd_self_teacher ema; start '
-            'with --adapters instead.'
+            f'{option} {checkpoint}: there is no {name} in it, the average of a run with --gkd_self_teacher ema; start with {instead} '
+            'instead.'
         )
     return path
 
@@ -179,8 +184,12 @@ class MovingAverage:
         with self.parameters.replaced(self.values):
             yield
 
+
+class AverageInOneFile(MovingAverage):
+    """With a file in each checkpoint, whole, whatever the ranks."""
+
     def save(self, checkpoint: str | Path, writes: bool) -> None:
-        """Write the average into a checkpoint, whole, whatever the ranks. A collective call.
+        """Write the average into a checkpoint. A collective call.
 
         Args:
             writes: Whether this rank writes it.
@@ -199,12 +208,24 @@ class MovingAverage:
         OptionError: The checkpoint has no average, or that of other parameters.
         """
         with safe_open(average_of(checkpoint), 'pt') as file:
-            found = set(file.keys())
-            different = found ^ self.values.keys()
-            if different:
-                raise OptionError(
-                    f'--resume_from_checkpoint {checkpoint}: its {FILE} has {len(found)} tensors and the student trains '
-                    f'{len(self.values)}, and only one of them has {min(different)}; resume with the options of the run that wrote it.'
-                )
+            check_same(f'--resume_from_checkpoint {checkpoint}: its {FILE}', set(file.keys()), set(self.values))
             for name, value in self.values.items():
                 value.copy_(self.parameters.part(name, file.get_tensor(name)))
+
+
+def check_same(whose: str, found: set[str], trained: set[str]) -> None:
+    """
+    Args:
+        whose: The average of a checkpoint, for the message.
+        found: Names of what it covers.
+        trained: Names of what the student trains.
+
+    Raises:
+        OptionError: They differ.
+    """
+    different = found ^ trained
+    if different:
+        raise OptionError(
+            f'{whose} has {len(found)} tensors and the student trains {len(trained)}, and only one of them has {min(different)}; resume '
+            'with the options of the run that wrote it.'
+        )

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 LORA = {'tuner_type': 'lora', 'adapters': 'adapter', 'target_modules': 'all-linear', 'lora_rank': 4, 'lora_alpha': 8}
+CAPPED = {'model': 'capped', 'teacher_model': 'capped_teacher'}
 MOE = {'model': 'moe', 'teacher_model': 'moe_teacher'}
 # An adapter of the attention alone.
 MOE_BASE = {**LORA, 'model': 'moe', 'teacher_model': 'moe', 'adapters': 'moe_adapter', 'target_modules': ['linear_qkv', 'linear_proj']}
@@ -36,7 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     'LoRA, shared base, beta 1': {**LORA, 'teacher_model': 'student', 'beta': 1, 'micro_batch_size': 2, **FILLERS},
     'LoRA, shared base, top-k': {**LORA, 'teacher_model': 'student', 'gkd_logits_topk': 8},
     'LoRA, live student, privileged': {**LORA, 'teacher_model': None, 'dataset': 'privileged'},
-    'separate teacher, privileged': {'dataset': 'privileged', 'micro_batch_size': 2},
+    'separate teacher, privileged, soft caps': {**CAPPED, 'dataset': 'privileged', 'micro_batch_size': 2},
     'MoE beta 0.5': MOE,
     'MoE beta 1, recomputed': {
         **MOE,
@@ -50,6 +51,14 @@ CASES: dict[str, dict[str, Any]] = {
     'MoE, unequal vocabularies': {'model': 'moe', 'teacher_model': 'wide', 'beta': 0, **FILLERS},
     'MoE, LoRA, shared base': {**MOE_BASE, 'beta': 0},
     'MoE, balanced experts': {**MOE, 'moe_aux_loss_coeff': 1, 'padding_free': 'false'},
+    'MoE, moving average': {
+        'model': 'moe',
+        'teacher_model': None,
+        'gkd_self_teacher': 'ema',
+        'gkd_ema_decay': 0.5,
+        'sft_alpha': 0.5,
+        **FILLERS,
+    },
     'no teacher': {'gkd_loss_weight': 0, 'sft_alpha': 1},
 }
 
@@ -149,6 +158,11 @@ def _balance(model: torch.nn.Module, rows: list[torch.Tensor]) -> torch.Tensor:
     return sum(load_balancing_loss_func((torch.cat(layer),), experts, k) / k for layer in zip(*by_row, strict=True))
 
 
+def capped(model: torch.nn.Module, logits: torch.Tensor) -> torch.Tensor:
+    cap = getattr(model.config, 'final_logit_softcapping', None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
 def plain(run: Run, case: Mapping[str, Any], models: Mapping[str, Path]) -> tuple[float, dict[str, torch.Tensor]]:
     """The first step's loss and gradients by transformers: whole logits, textbook formulas, autograd. Full training only.
 
@@ -169,7 +183,7 @@ def plain(run: Run, case: Mapping[str, Any], models: Mapping[str, Path]) -> tupl
         views = [_sequences(batch['student_inputs'], batch['student_index'])]
         views.append(_sequences(batch['teacher_inputs'], batch['teacher_index']) if batch['teacher_inputs'] else views[0])
         ours, theirs = (
-            torch.cat([model(input_ids=ids[None]).logits[0, here] for ids, here in view])
+            capped(model, torch.cat([model(input_ids=ids[None]).logits[0, here] for ids, here in view]))
             for model, view in zip((student, teacher), views, strict=True)
         )
         s = log_softmax(ours[:, :columns] / temperature, -1)

@@ -22,6 +22,26 @@ import torch
 import torch.distributed as dist
 
 
+def cap_logits() -> None:
+    """Have models with a soft-cap in their configuration apply it, by the method of Gemma's."""
+    from mcore_bridge.model import GPTModel
+    from mcore_bridge.model.mm_gpts.gemma4 import Gemma4TextGPTModel
+    from mcore_bridge.model.register import ModelLoader
+
+    class Capped(GPTModel):
+        _forward_output_layer = Gemma4TextGPTModel._forward_output_layer
+        final_logit_softcapping = property(lambda self: self.config.hf_config.final_logit_softcapping)
+
+    chosen = ModelLoader.__init__
+
+    def capped(self, config):
+        chosen(self, config)
+        if hasattr(config.hf_config, 'final_logit_softcapping'):
+            self.model_cls = Capped
+
+    ModelLoader.__init__ = capped
+
+
 def exported_gradients(trainer) -> dict[str, torch.Tensor]:
     """The gradients under the names of transformers, put together from all ranks: the bridge exports them in place of the weights."""
     trained = [p for model in trainer.unwrapped_models for p in model.parameters() if p.requires_grad]
@@ -171,6 +191,7 @@ def main(path: str) -> None:
     from swift.megatron import megatron_rlhf_main
     from swift.megatron.callbacks import megatron_callbacks_map
 
+    cap_logits()
     caches = Caches()
     megatron_callbacks_map['recorder'] = make_recorder(caches)
     dist.destroy_process_group = lambda *args: None  # at the end of every run; the next one needs it

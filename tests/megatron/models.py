@@ -10,6 +10,7 @@ from typing import Any
 import helpers
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -29,8 +30,10 @@ def make_models(directory: Path, tiny: helpers.TinyModels, head_dim: int = 16) -
 
     ``student`` and ``teacher`` have 4 layers; ``wide`` is a teacher with 24 more padding rows, so that its shards and the student's hold
     different tokens; ``tied`` shares embedding and head, and its 511 rows are no multiple of 2; ``qwen2`` is a teacher of another family;
-    ``moe`` and ``moe_teacher`` have 4 experts; ``adapter`` is a LoRA of ``student``, ``moe_adapter`` one of the attention of ``moe``, that
-    have an effect: a fresh one would be drawn differently in each layout.
+    ``moe`` and ``moe_teacher`` have 4 experts; ``capped`` and ``capped_teacher`` are meant to cap their logits, as Gemma does;
+    ``adapter`` is a LoRA of ``student``, ``moe_adapter`` one of the attention of ``moe``, that have an effect: a fresh one would be drawn
+    differently in each layout. ``teacher_adapter`` and ``moe_teacher_adapter`` are adapters of the teachers, and ``adapted`` and
+    ``moe_adapted`` what comes of them, by PEFT and by hand.
     """
     tokenizer = AutoTokenizer.from_pretrained(tiny.student)
     common = dict(
@@ -82,8 +85,17 @@ def make_models(directory: Path, tiny: helpers.TinyModels, head_dim: int = 16) -
     vocab[first], vocab[second] = vocab[second], vocab[first]
     (paths['other_tokens'] / 'tokenizer.json').write_text(json.dumps(stored))
     attention = ['q_proj', 'k_proj', 'v_proj', 'o_proj']
+    for name, of, cap in ('capped', 'student', 2.0), ('capped_teacher', 'teacher', 3.0):
+        paths[name] = directory / name
+        shutil.copytree(paths[of], paths[name])
+        config = json.loads((paths[of] / 'config.json').read_text())
+        (paths[name] / 'config.json').write_text(json.dumps({**config, 'final_logit_softcapping': cap}))
     paths['adapter'] = make_adapter(paths['student'], directory / 'adapter', [*attention, 'gate_proj', 'up_proj', 'down_proj'])
     paths['moe_adapter'] = make_adapter(paths['moe'], directory / 'moe_adapter', attention)
+    paths |= adapted_by_peft(paths['teacher'], directory, [*attention, 'down_proj', 'embed_tokens'])
+    paths |= adapted_by_hand(paths['moe_teacher'], directory)
+    for name in ('adapted', 'moe_adapted'):
+        tokenizer.save_pretrained(paths[name])
     return paths
 
 
@@ -101,6 +113,48 @@ def make_adapter(student: Path, path: Path, targets: list[str]) -> Path:
                 weight.data.copy_(weights[name.replace(fused, first)].data)
     model.save_pretrained(path)
     return path
+
+
+def adapted_by_peft(teacher: Path, directory: Path, targets: list[str]) -> dict[str, Path]:
+    """An adapter with everything that PEFT's scaling knows, and with a head of its own; and the teacher with it."""
+    torch.manual_seed(101)
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        use_rslora=True,
+        rank_pattern={'o_proj': 2},
+        alpha_pattern={'layers.1.self_attn.q_proj': 3},
+        target_modules=targets,
+        modules_to_save=['lm_head'],
+        task_type='CAUSAL_LM',
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(teacher), config)
+    for weight in filter(lambda p: p.requires_grad, model.parameters()):
+        torch.nn.init.normal_(weight, std=0.1)
+    model.save_pretrained(directory / 'teacher_adapter')
+    model.merge_and_unload().save_pretrained(directory / 'adapted')
+    return {'teacher_adapter': directory / 'teacher_adapter', 'adapted': directory / 'adapted'}
+
+
+def adapted_by_hand(teacher: Path, directory: Path) -> dict[str, Path]:
+    """An adapter of single experts, of the router and of attention, as Megatron-SWIFT writes them; and the teacher with it."""
+    torch.manual_seed(102)
+    weights, tensors = load_file(teacher / 'model.safetensors'), {}
+    for name in list(weights):
+        if name.startswith('model.layers.1.') and weights[name].dim() == 2:
+            module = name.removesuffix('.weight')
+            a, b = torch.randn(4, weights[name].shape[1]) / 4, torch.randn(weights[name].shape[0], 4) / 4
+            tensors |= {f'base_model.model.{module}.lora_A.weight': a, f'base_model.model.{module}.lora_B.weight': b}
+            weights[name] = weights[name] + 2 * b @ a
+    assert any('.mlp.experts.3.down_proj.' in name for name in tensors)
+    paths = {'moe_teacher_adapter': directory / 'moe_teacher_adapter', 'moe_adapted': directory / 'moe_adapted'}
+    shutil.copytree(teacher, paths['moe_adapted'])
+    save_file(weights, paths['moe_adapted'] / 'model.safetensors', metadata={'format': 'pt'})
+    paths['moe_teacher_adapter'].mkdir()
+    save_file(tensors, paths['moe_teacher_adapter'] / 'adapter_model.safetensors')
+    config = {'peft_type': 'LORA', 'r': 4, 'lora_alpha': 8, 'bias': 'none', 'target_modules': ['all-linear']}
+    (paths['moe_teacher_adapter'] / 'adapter_config.json').write_text(json.dumps(config))
+    return paths
 
 
 # On top of every job. The last step of an epoch of 10 rows has two fillers: micro-batches without a trained token.

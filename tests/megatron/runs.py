@@ -127,8 +127,8 @@ def run_jobs(
             if given in models:
                 merged[key] = models[given]
                 merged[kind] = 'qwen2' if given == 'qwen2' else 'qwen3_moe' if given.startswith('moe') else 'qwen3'
-        if 'adapters' in merged:
-            merged['adapters'] = models[merged['adapters']]
+        for key in {'adapters', 'teacher_adapters'} & merged.keys():
+            merged[key] = models.get(merged[key], merged[key])
         listed.append({'argv': helpers.command_line(merged), 'output_dir': str(output_dir), 'name': name, **keep})
     path = root / 'jobs.json'
     path.write_text(json.dumps(listed))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from cases import make_datasets
+from cases import CAPPED, make_datasets
 from runs import Jobs, Run, run_jobs
 
 
@@ -38,7 +38,7 @@ PAIRS: dict[str, dict[str, tuple[dict, dict]]] = {
         'TP2, answers': (ANSWERS, layout(tp=2)),
         'TP2, evaluated': (EVALUATED, layout(tp=2)),
         'TP2, another family': ({'teacher_model': 'qwen2'}, layout(tp=2)),
-        'PP2': (PRIVILEGED, layout(pp=2)),
+        'PP2, soft caps': ({**PRIVILEGED, **CAPPED}, layout(pp=2)),
         'CP2': (PRIVILEGED, layout(cp=2)),
         'CP2, padded': (PADDED, layout(cp=2)),
         'EP2': (MOE, layout(ep=2)),
@@ -65,9 +65,16 @@ PAIRS: dict[str, dict[str, tuple[dict, dict]]] = {
         'TP2': (PRIVILEGED, layout(tp=2, cp=1)),
         'EP2': (MOE, layout(ep=2)),
     },
-    'EP2': {'EP1': (MOE, layout(ep=1)), 'TP2': (MOE, layout(tp=2, ep=1, etp=2)), 'PP2, answers': (MOE | ANSWERS, layout(pp=2, ep=1))},
+    'EP2': {
+        'EP1, adapters': (MOE | {'teacher_adapters': 'moe_teacher_adapter'}, layout(ep=1)),
+        'TP2': (MOE, layout(tp=2, ep=1, etp=2)),
+        'PP2, answers': (MOE | ANSWERS, layout(pp=2, ep=1)),
+    },
     # The teacher has the student's virtual stages as long as it has its stages.
-    'PP2xVPP2': {'VPP2': ({'teacher_model': 'wide'}, layout(tp=1)), 'TP2': (STEPS, layout(tp=2, pp=1))},
+    'PP2xVPP2': {
+        'VPP2': ({'teacher_model': 'wide'}, layout(tp=1)),
+        'TP2, adapters': ({**STEPS, 'teacher_adapters': 'teacher_adapter'}, layout(tp=2, pp=1)),
+    },
     'TP2xPP2': {
         'DP4, fillers': (SIX, layout(tp=1, pp=1)),
         'PP4': (WIDE, layout(tp=1, pp=4)),

@@ -30,9 +30,20 @@ ON_POLICY = {
 PASSES = {**ON_POLICY, **SAVED, 'train_iters': None, 'num_train_epochs': 2, 'gkd_num_samples': 3}
 # Without an update, and in order: the second step has the last two rows and six fillers.
 IN_ORDER = {**MOE, 'moe_aux_loss_coeff': 1, 'lr': 0, 'train_dataloader_shuffle': 'false', 'dataset_shuffle': 'false'}
+FRESH = {**STEPS, 'tuner_type': 'lora', 'target_modules': 'all-linear'}
 BALANCED = {**IN_ORDER, 'dataset': 'ten', 'global_batch_size': 8, 'train_iters': 2}
 RECOMPUTED = {'recompute_granularity': 'full', 'recompute_method': 'uniform', 'recompute_num_layers': 1}
 SHARDED = {'use_distributed_optimizer': 'true', 'overlap_grad_reduce': 'true', 'overlap_param_gather': 'true', 'export': True}
+
+# Without a state of the optimizer, so that a run goes on in any layout, and as transformers trains.
+SGD = {'optimizer': 'sgd', 'sgd_momentum': 0, 'weight_decay': 0, 'clip_grad': 0, 'lr': 0.2}
+EMA = {'teacher_model': None, 'gkd_self_teacher': 'ema', 'gkd_ema_decay': 0.5, 'sft_alpha': 1}
+AVERAGED = {**STEPS, **EMA, **SGD}
+GOES_ON = {**AVERAGED, 'finetune': 'false', 'no_load_optim': 'true'}
+# The start of training, by either name, answers and looks.
+ANSWERS = {**SGD, 'sft_alpha': 1, 'seq_kd': 'true', 'gkd_teacher_temperature': 0, 'max_completion_length': 6}
+OF_THE_START = {**STEPS, **ANSWERS, 'teacher_model': 'student'}
+START_KEPT = {**STEPS, **ANSWERS, **EMA, 'gkd_ema_decay': 1}
 
 
 @pytest.fixture(scope='module')
@@ -54,7 +65,7 @@ def jobs(data, **cases):
 @pytest.fixture(scope='module')
 def alone(run_jobs, data, tmp_path_factory) -> dict[str, Run]:
     """One process, one run after the other."""
-    answered, passes = (tmp_path_factory.mktemp(name) for name in ('answered', 'passes'))
+    answered, passes, averaged = (tmp_path_factory.mktemp(name) for name in ('answered', 'passes', 'averaged'))
     runs = run_jobs(
         jobs(
             data,
@@ -81,6 +92,21 @@ def alone(run_jobs, data, tmp_path_factory) -> dict[str, Run]:
             balanced=BALANCED,
             recomputed={**BALANCED, **RECOMPUTED},
             last_two={**IN_ORDER, 'dataset': 'last_two', 'global_batch_size': 2},
+            averaged={**AVERAGED, 'save_steps': 2, 'save': True, 'output_dir': averaged},
+            other_average={**GOES_ON, 'mcore_model': averaged / 'checkpoint-2', 'freeze_parameters': 'decoder.layers.0.'},
+            averaged_sharded={**STEPS, **EMA},
+            averaged_lora={**LORA, **STEPS, **EMA, 'gkd_ema_decay': 0},
+            of_the_start=OF_THE_START,
+            start_kept=START_KEPT,
+            adapted={'teacher_adapters': 'teacher_adapter'},
+            adapted_moe={**MOE, 'teacher_adapters': 'moe_teacher_adapter'},
+            own_adapter={**FRESH, 'teacher_model': None, 'teacher_adapters': 'adapter'},
+            own_adapter_by_name={**FRESH, 'teacher_model': 'student', 'teacher_adapters': 'adapter'},
+            adapter_of_another={'teacher_adapters': 'adapter'},
+            adapter_of_experts={'teacher_adapters': 'moe_teacher_adapter'},
+            adapter_nowhere={'teacher_adapters': '/nowhere'},
+            no_adapter_at_all={'teacher_adapters': 'teacher'},
+            no_average={**GOES_ON, 'mcore_model': answered / 'checkpoint-3'},
             no_adapter={**STEPS, 'teacher_model': None, 'gkd_self_teacher': 'base'},
         )
     )
@@ -98,6 +124,7 @@ def parallel(run_jobs, data) -> dict[str, Run]:
             evaluated=EVALUATED,
             evaluated_offloaded={**EVALUATED, 'offload_teacher_model': 'true'},
             base={**LORA, **STEPS, **SHARDED, 'teacher_model': 'student'},
+            averaged_sharded={**STEPS, **EMA, **SHARDED},
             offloaded={**EVALUATED, **SHARDED, 'lr': 1e-3, 'offload_teacher_model': 'true'},
         ),
         'DP2',
@@ -105,8 +132,19 @@ def parallel(run_jobs, data) -> dict[str, Run]:
 
 
 @pytest.fixture(scope='module')
-def split(run_jobs, data) -> dict[str, Run]:
-    return run_jobs(jobs(data, on_policy=ON_POLICY, on_policy_lora={**LORA, **ON_POLICY, 'lmbda': 1}), 'TP2xPP2')
+def split(run_jobs, data, alone, tmp_path_factory) -> dict[str, Run]:
+    averaged = tmp_path_factory.mktemp('averaged')
+    return run_jobs(
+        jobs(
+            data,
+            on_policy=ON_POLICY,
+            on_policy_lora={**LORA, **ON_POLICY, 'lmbda': 1},
+            averaged={**AVERAGED, 'save_steps': 2, 'save': True, 'save_safetensors': 'true', 'output_dir': averaged},
+            averaged_by_weights={**GOES_ON, 'model': averaged / 'checkpoint-2'},
+            averaged_elsewhere={**GOES_ON, 'mcore_model': alone['averaged'].output_dir / 'checkpoint-2'},
+        ),
+        'TP2xPP2',
+    )
 
 
 def completions(run: Run) -> list[tuple]:
@@ -204,6 +242,21 @@ def test_teacher_of_another_family(alone, models):
     assert relative(run.gradients, gradients) < 1e-5
 
 
+@pytest.mark.parametrize(('name', 'teacher'), [('adapted', 'adapted'), ('adapted_moe', 'moe_adapted')])
+def test_teacher_with_adapters_is_what_they_make_of_it(alone, models, name, teacher):
+    run = alone[name].ok()
+    loss, gradients = plain(run, {'model': 'moe' if 'moe' in name else 'student', 'teacher_model': teacher}, models)
+    assert run.losses[0] == pytest.approx(loss, abs=1e-6)
+    assert relative(run.gradients, gradients) < 1e-5
+
+
+def test_adapter_on_the_base_of_the_student(alone):
+    """JSD at beta 0.5 is symmetric: base taught by base + adapter is as far away as base + adapter taught by base."""
+    first = alone['base'].ok().losses[0]
+    for name in ('own_adapter', 'own_adapter_by_name'):
+        assert alone[name].ok().losses[0] == pytest.approx(first, rel=1e-4) and first > 0
+
+
 def test_payload_is_hidden_states_of_trained_tokens(alone):
     run = alone['bf16'].ok()
     tokens = sum(len(batch['labels']) for batch in run.saved('batches'))
@@ -227,6 +280,10 @@ def test_metrics_have_the_names_of_the_other_back_end(alone):
         ('tokenizers', 'have different tokenizers: id '),
         ('empty', '--dataset: the dataset has 0 rows'),
         ('missing', '--gkd_logits_topk 100000: the student has 512 token ids'),
+        ('adapter_of_another', 'in --teacher_model '),
+        ('adapter_of_experts', ' has no weight of this name; give an adapter of this model'),
+        ('adapter_nowhere', '--teacher_adapters /nowhere: it was not found ('),
+        ('no_adapter_at_all', 'there is no adapter_config.json in it; give the directory of an adapter'),
         ('ranks', '--teacher_tensor_model_parallel_size 2 x --teacher_pipeline_model_parallel_size 1 x '),
         (
             'layout_of_base',
@@ -239,13 +296,46 @@ def test_bad_input_before_any_weights(alone, name, message):
     assert alone[name].loaded == 0
 
 
-def test_same_numbers_as_swift_rlhf(alone, models, data, tmp_path):
+def test_average_goes_on_in_any_layout(alone, split):
+    whole = alone['averaged'].ok().losses
+    assert split['averaged'].ok().losses == pytest.approx(whole, rel=1e-6)
+    for name in ('averaged_by_weights', 'averaged_elsewhere'):
+        assert split[name].ok().losses == pytest.approx(whole[2:], rel=1e-6), name
+    other = alone['other_average'].error
+    assert 'its gkd_teacher_average has' in other and 'only one of them has decoder.layers.0.' in other and '\n' not in other
+    assert '--mcore_model' in alone['no_average'].error and 'there is no gkd_teacher_average in it' in alone['no_average'].error
+    assert alone['no_average'].loaded == 0
+
+
+def test_average_follows_gathered_weights(alone, parallel):
+    assert parallel['averaged_sharded'].ok().losses == pytest.approx(alone['averaged_sharded'].ok().losses, abs=1e-6)
+
+
+def test_average_without_a_past_is_the_student(alone):
+    run = alone['averaged_lora'].ok()
+    assert run.values('divergence') == [0, 0, 0, 0] and run.losses[-1] != run.losses[0]
+
+
+def test_average_of_the_start_is_a_copy_of_it(alone):
+    """Looking and answering."""
+    copy, kept = alone['of_the_start'].ok(), alone['start_kept'].ok()
+    for name in ('loss', 'divergence'):
+        assert kept.values(name) == pytest.approx(copy.values(name), abs=1e-6)
+    assert min(copy.values('divergence')[1:]) > 1e-4
+    assert [(a['key'], a['source'], a['token_ids']) for a in kept.answers] == [(a['key'], 'teacher', a['token_ids']) for a in copy.answers]
+    assert kept.loaded == copy.loaded - 1
+
+
+@pytest.mark.parametrize('name', ['evaluated', 'averaged'])
+def test_same_numbers_as_swift_rlhf(alone, models, data, tmp_path, name):
+    averaged = {'gkd_self_teacher': 'ema', 'gkd_ema_decay': 0.5, 'sft_alpha': 1, 'learning_rate': 0.2, 'optim': 'sgd'}
+    constant = {'lr_scheduler_type': 'constant', 'warmup_ratio': 0, 'weight_decay': 0, 'max_grad_norm': 0}
+    teacher = {'teacher_model': models['teacher'], 'teacher_model_type': 'qwen3', 'learning_rate': 0}
     options = {
+        **({**averaged, **constant} if name == 'averaged' else teacher),
         'rlhf_type': 'gkd',
         'model': models['student'],
-        'teacher_model': models['teacher'],
         'model_type': 'qwen3',
-        'teacher_model_type': 'qwen3',
         'template': 'qwen3',
         'dataset': data['ten'],
         'tuner_type': 'full',
@@ -253,8 +343,10 @@ def test_same_numbers_as_swift_rlhf(alone, models, data, tmp_path):
         'max_length': 128,
         'per_device_train_batch_size': 1,
         'gradient_accumulation_steps': 4,
-        'learning_rate': 0,
         'max_steps': 3,
     }
     other = helpers.run_swift(options, output_dir=tmp_path).ok()
-    assert other.values('loss') == pytest.approx(alone['evaluated'].ok().losses[:3], abs=1e-6)
+    assert other.values('loss') == pytest.approx(alone[name].ok().losses[:3], abs=1e-6)
+    if name == 'averaged':
+        assert other.values('divergence') == pytest.approx(alone[name].values('divergence')[:3], abs=1e-6)
+        assert min(other.values('divergence')[1:]) > 1e-4

@@ -26,6 +26,7 @@ from swift_gkd_plugin.megatron.options import (
 DEFAULTS = {f.name: f.default for f in fields(GKDOptions)} | dict(
     model='student',
     teacher_model='teacher',
+    teacher_adapters=[],
     tuner_type='full',
     target_modules=['all-linear'],
     seq_kd=False,
@@ -72,7 +73,8 @@ def options(**given) -> SimpleNamespace:
     [
         dict(use_vllm=True),
         dict(gkd_teacher_offload='layer'),
-        dict(gkd_self_teacher='ema', teacher_model=None),
+        dict(fp8_param_gather=True, gkd_self_teacher='ema', teacher_model=None),
+        dict(fp4_param_gather=True, gkd_self_teacher='ema', teacher_model=None),
         dict(streaming=True),
         dict(use_megatron_fsdp=True),
         dict(bridge_backend='megatron-bridge'),
@@ -98,6 +100,7 @@ def test_refused(given):
         dict(lmbda=0.5),
         dict(seq_kd=True, gkd_eval_source='teacher'),
         dict(lmbda=0.5, use_vllm=True, vllm_mode='colocate'),
+        dict(gkd_self_teacher='ema', teacher_model=None),
         dict(tuner_type='lora', teacher_model='student'),
     ],
 )
@@ -295,7 +298,7 @@ from swift_gkd_plugin.megatron import loss
 given, ones = [], torch.ones(3)
 loss.linear_divergence = lambda *args, **extra: given.append(extra)
 loss.mpu.get_tensor_model_parallel_world_size = lambda: 1
-head = SimpleNamespace(tensors=lambda *adapter: SimpleNamespace(weight=torch.ones(5, 2), bias=None))
+head = SimpleNamespace(tensors=lambda *adapter: SimpleNamespace(weight=torch.ones(5, 2), bias=None, transform=None))
 batch, view = SimpleNamespace(labels=ones.long(), weights=ones, imitated=ones), SimpleNamespace(of=lambda x: x)
 signal = SimpleNamespace(head=head, hidden=torch.ones(3, 2))
 for alpha, signal in (0.0, signal), (0.5, signal), (0.5, None):
@@ -323,6 +326,7 @@ TOPK = """
 from types import SimpleNamespace
 import torch
 import swift.megatron
+from swift_gkd_plugin.divergence import LogitTransform
 from swift_gkd_plugin.megatron import teachers
 from swift_gkd_plugin.megatron.head import HeadTensors
 from swift_gkd_plugin.teachers import TopKOptions
@@ -333,10 +337,11 @@ teachers.mpu.get_tensor_model_parallel_rank = lambda: 0
 torch.manual_seed(0)
 hidden, weight = torch.randn(50, 64).bfloat16(), torch.randn(400, 64).bfloat16()
 teacher = object.__new__(teachers.LocalTeacher)
-teacher.loss_head = SimpleNamespace(tensors=lambda adapter: HeadTensors(weight, None))
+teacher.loss_head = SimpleNamespace(tensors=lambda adapter: HeadTensors(weight, None, LogitTransform(0.5, 8.0)))
 with torch.no_grad():
     signal = teacher._reduced(hidden, TopKOptions(8, 0.9, 390))
-exact = (hidden.double() @ weight.double().T)[:, :390].div(0.9).log_softmax(-1)
+logits = (hidden.double() @ weight.double().T)[:, :390]
+exact = (8 * torch.tanh(0.5 * logits / 8)).div(0.9).log_softmax(-1)
 torch.testing.assert_close(signal.logprobs.double(), exact.gather(-1, signal.ids), rtol=0, atol=2e-5)
 torch.testing.assert_close(signal.logprobs.double(), exact.topk(8).values, rtol=0, atol=2e-5)
 """

@@ -19,7 +19,7 @@ PLAIN = (
     'packed rows, sft_alpha',
     'padded rows',
     'unequal vocabularies',
-    'separate teacher, privileged',
+    'separate teacher, privileged, soft caps',
     'MoE, balanced experts',
 )
 

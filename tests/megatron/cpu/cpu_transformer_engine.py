@@ -176,6 +176,12 @@ class LayerNorm(RMSNorm):
 class GroupedLinear(Base):
     """The experts of one rank, one matrix each."""
 
+    fp8_meta = {'fp8_checkpoint': False}
+    fp8 = fp8_calibration = False
+
+    def init_fp8_metadata(self, num_gemms: int) -> None:
+        pass
+
     def __init__(
         self,
         num_gemms,
