@@ -58,6 +58,7 @@ NOT_USED: tuple[Entry, ...] = (
     ),
     ('router_aux_loss_coef', lambda a: not a.model_info.is_moe_model, 'the student has no router'),
     *((name, lambda a: True, 'it belongs to `megatron rlhf`') for name in OPTION_NAMES if name.endswith('_parallel_size')),
+    ('gkd_micro_batch_tokens', lambda a: True, "it belongs to `megatron rlhf`; transformers' loop runs --gradient_accumulation_steps"),
     ('structured_outputs_regex', lambda a: not a.use_vllm, 'it needs --use_vllm true'),
     ('num_beams', lambda a: True, 'responses are sampled, or greedy at --temperature 0'),
     ('predict_with_generate', lambda a: True, 'evaluation measures the loss; see --gkd_eval_source'),

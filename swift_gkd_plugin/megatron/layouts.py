@@ -35,8 +35,8 @@ from torch import nn
 from ..step.random_state import RandomState
 from ..step.samples import InTurn, MicroBatch
 from ..teachers import HiddenStates, Signal, TopKOptions
-from ..world import from_all
-from .exchange import exchange_objects, exchange_rows, numbers_of_all
+from ..world import exchange_objects, from_all
+from .exchange import exchange_rows, numbers_of_all
 from .head import HeadTensors
 from .rota import Rota
 from .teachers import LocalTeacher, host_copy
@@ -253,7 +253,7 @@ class RelocatedTeacher(LocalTeacher):
             outgoing.append(
                 {n: Question(batches[n].teacher_inputs or batches[n].student_inputs, batches[n].teacher_index) for n in sorted(wanted)}
             )
-        received = exchange_objects(outgoing, group)
+        received = exchange_objects(outgoing, get_current_device(), group)
         replica = self.seats[dist.get_rank()][1].replica
         return rota, [
             dataclasses.replace(received[of][number], kept=bool(self._receivers(rota, turn)))

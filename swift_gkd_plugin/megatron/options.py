@@ -20,7 +20,8 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ('gkd_routing', lambda a: a.gkd_routing == 'teacher', 'the Megatron back end replays no routing; use `swift rlhf`'),
     ('teacher_quant_method', lambda a: a.teacher_quant_method is not None, 'transformers quantises, not megatron-core; leave it out'),
     ('teacher_device_map', lambda a: a.teacher_device_map is not None, 'the layout places the teacher; see teacher_…_parallel_size'),
-    ('streaming', lambda a: a.streaming, 'the Megatron back end needs a dataset with a length'),
+    ('streaming', lambda a: a.streaming and a.train_iters is None, 'a stream has no length; give --train_iters'),
+    ('save_strategy', lambda a: a.streaming and a.save_strategy == 'epoch', 'a stream has no length; use steps, with --save_steps'),
     ('use_megatron_fsdp', lambda a: a.use_megatron_fsdp, "use megatron-core's own data parallelism with --use_distributed_optimizer"),
     ('bridge_backend', lambda a: a.bridge_backend != 'mcore-bridge', 'use mcore-bridge'),
     ('mtp_num_layers', lambda a: bool(a.mtp_num_layers), 'distillation has no loss for them; leave it out'),
@@ -58,6 +59,24 @@ def check_supported(args: Any) -> None:
     for name, applies, instead in REFUSED:
         if applies(args):
             raise OptionError(f'--{name} {getattr(args, name)}: {instead}.')
+    tokens, other = args.gkd_micro_batch_tokens, depends_on_micro_batches(args)
+    if tokens is not None and other is not None:
+        raise OptionError(
+            f'--gkd_micro_batch_tokens {tokens} with {other}: that depends on which rows are in a micro-batch together; leave one of them '
+            'out.'
+        )
+
+
+def depends_on_micro_batches(args: Any) -> str | None:
+    """The option, with its value, under which a token weighs or is routed by what else is in its micro-batch; None without any."""
+    coefficients = args.moe_aux_loss_coeff
+    given = {
+        'moe_aux_loss_coeff': any(coefficients) if isinstance(coefficients, list) else bool(coefficients),
+        'moe_z_loss_coeff': bool(args.moe_z_loss_coeff),
+        'moe_expert_capacity_factor': args.moe_expert_capacity_factor is not None,
+        'moe_router_load_balancing_type': 'sinkhorn' in (args.moe_router_load_balancing_type or ()),
+    }
+    return next((f'--{name} {getattr(args, name)}' for name, applies in given.items() if applies), None)
 
 
 # The sizes of a layout; each has an option of the same name with `teacher_` in front.

@@ -25,7 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     'dense beta 0.5': {},
     'dense beta 0': {'beta': 0},
     'dense beta 1': {'beta': 1},
-    'three steps, fillers': {'dataset': 'ten', 'train_iters': 3},
+    'three steps, fillers': {'dataset': 'ten', 'train_iters': 3, 'gkd_micro_batch_tokens': 64},
     'packed rows, sft_alpha': {'micro_batch_size': 2, 'sft_alpha': 0.5},
     'padded rows': {'micro_batch_size': 2, 'padding_free': 'false', 'beta': 1},
     'unequal vocabularies': {'teacher_model': 'wide', 'beta': 0, 'micro_batch_size': 2},
