@@ -45,7 +45,8 @@ from .views import LocalView, local_view
 logger = get_logger()
 
 # What belongs to a layout outside of megatron.core.parallel_state, with the value that it has in a new process: the bridge's groups, the
-# buffers of DeepEP and HybridEP, which know their group, and what routers log.
+# buffers of DeepEP and HybridEP, which know their group, and what routers log. Transformer Engine's state of FP8 is the student's alone:
+# a separate teacher has neither FP8 nor FP4 (options.teacher_arguments), and layers without them do not touch it.
 OTHER_STATE: tuple[tuple[ModuleType, dict[str, Any]], ...] = (
     (gpt_bridge, {'EP_PP_GROUP': None, 'EP_PP_RANK': None, 'EP_PP_SIZE': None}),
     (fused_a2a, {'_buffer': None, '_hybrid_ep_buffer': None}),
@@ -108,6 +109,26 @@ class Layout:
                 distributed_timeout_minutes=args.ddp_timeout // 60,
                 create_gloo_process_groups=False,  # for the checkpoints of an optimizer
             )
+
+    def warm_up(self) -> None:
+        """``--nccl_comm_warmup``: make the communicators while there is memory, as ms-swift does for the student's groups (4.6.0,
+        megatron/trainers/base.py:679). A collective call."""
+        dummy, warmed = torch.zeros(1, device=get_current_device()), 0
+        with self.entered():
+            for group in (
+                mpu.get_data_parallel_group(with_context_parallel=True),
+                mpu.get_data_parallel_group(),
+                mpu.get_context_parallel_group(),
+                mpu.get_tensor_model_parallel_group(),
+                mpu.get_pipeline_model_parallel_group(),
+                mpu.get_model_parallel_group(),
+                mpu.get_expert_model_parallel_group(),
+                mpu.get_expert_tensor_parallel_group(),
+                mpu.get_expert_tensor_and_model_parallel_group(),
+            ):
+                dist.all_reduce(dummy, group=group)
+                warmed += 1
+        logger.info(f"NCCL communicator warm-up of the teacher's layout done ({warmed} groups).")
 
     def _swap(self) -> None:
         for module, values in self._elsewhere:

@@ -111,6 +111,8 @@ def teacher_arguments(args: Any, has_experts: bool = False) -> Any:
         setattr(theirs, bits, None)
         setattr(theirs, f'{bits}_format', None)
         setattr(theirs, f'{bits}_param_gather', False)
+    if isinstance(args.megatron_extra_kwargs, dict):  # a string until ms-swift has read it
+        theirs.megatron_extra_kwargs = {k: v for k, v in args.megatron_extra_kwargs.items() if not k.startswith(('fp8', 'fp4'))}
     for name, size in given.items():
         setattr(theirs, name.removeprefix('teacher_'), size)
     if 'teacher_pipeline_model_parallel_size' in given:
@@ -155,6 +157,26 @@ def check_precision(args: Any) -> None:
             raise OptionError(
                 f'--{name} {getattr(args, name)}: a student with --{bits} {getattr(args, bits)} cannot answer in the training processes; '
                 f'{instead}.'
+            )
+
+
+def check_overrides(args: Any) -> None:
+    """To be asked when ``--megatron_extra_kwargs`` is read.
+
+    Raises:
+        OptionError: It asks for process groups that ms-swift does not make.
+    """
+    given = args.megatron_extra_kwargs or {}
+    kinds = given.get('cp_comm_type')
+    hierarchical = {
+        'hierarchical_context_parallel_sizes': given.get('hierarchical_context_parallel_sizes'),
+        'cp_comm_type': kinds if 'a2a+p2p' in (kinds if isinstance(kinds, list) else [kinds]) else None,
+    }
+    for name, value in hierarchical.items():
+        if value is not None:
+            raise OptionError(
+                f'--megatron_extra_kwargs {name} {value}: ms-swift makes no hierarchical context-parallel groups; use the cp_comm_type '
+                'p2p, a2a or all_gather.'
             )
 
 

@@ -13,7 +13,7 @@ from ..arguments import OptionError
 from ..step.remote import check_servers
 from ..step.samples import with_used_columns
 from ..unused import Entry, say_unused
-from .options import SIZES, check_layout, check_model, check_precision, check_teacher, loads_teacher, said_once
+from .options import SIZES, check_layout, check_model, check_overrides, check_precision, check_teacher, loads_teacher, said_once
 from .trainer import GKDTrainer
 
 
@@ -84,6 +84,7 @@ class GKDPipeline(MegatronRLHF):
         args = self.args
         check_layout(args)  # once more: by now it is known whether the teacher is the student's base
         check_precision(args)
+        check_overrides(args)
         student = AutoConfig.from_pretrained(args.model_dir, trust_remote_code=True)
         check_model('--model', args.model, student, args)
         if loads_teacher(args):

@@ -161,6 +161,8 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
     def setup_training(self, train_dataset, val_dataset) -> tuple[Iterator[list[Row]], Any]:
         args = self.args
         self.setup_model_training()
+        if args.nccl_comm_warmup and self.teacher_layout is not None:
+            self.teacher_layout.warm_up()
         self.config.finalize_model_grads_func = self._finalize_model_grads
         parts = f'{args.micro_batch_size} per micro-batch x {args.generation_batch_size // args.micro_batch_size} of all ranks'
         if hasattr(train_dataset, '__len__'):

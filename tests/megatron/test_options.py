@@ -16,6 +16,7 @@ from swift_gkd_plugin.arguments import GKDOptions, OptionError
 from swift_gkd_plugin.megatron.options import (
     check_layout,
     check_model,
+    check_overrides,
     check_precision,
     check_supported,
     check_teacher,
@@ -66,6 +67,7 @@ DEFAULTS = {f.name: f.default for f in fields(GKDOptions)} | dict(
     fp4=None,
     fp4_format=None,
     fp4_param_gather=False,
+    megatron_extra_kwargs=None,
 )
 
 
@@ -292,9 +294,24 @@ def test_training_in_few_bits(given):
 
 def test_teacher_has_all_its_bits():
     args = options(fp8='e4m3', fp8_format='e4m3', fp8_param_gather=True, fp4='e2m1', fp4_format='e2m1', fp4_param_gather=True)
+    args.megatron_extra_kwargs = {'fp8_recipe': 'blockwise', 'cp_comm_type': 'a2a'}
     for given in ({}, dict(teacher_tensor_model_parallel_size=2)):
         theirs = vars(teacher_arguments(options(**vars(args) | given)))
         assert [value for name, value in theirs.items() if name.startswith(('fp8', 'fp4'))] == [None, None, False] * 2
+        assert theirs['megatron_extra_kwargs'] == {'cp_comm_type': 'a2a'} and 'fp8_recipe' in args.megatron_extra_kwargs
+
+
+@pytest.mark.parametrize(
+    'given', [{'hierarchical_context_parallel_sizes': [2, 4]}, {'cp_comm_type': 'a2a+p2p'}, {'cp_comm_type': ['p2p', 'a2a+p2p']}], ids=str
+)
+def test_groups_that_nobody_makes(given):
+    with pytest.raises(OptionError, match=f'^--megatron_extra_kwargs {next(iter(given))} .* makes no hierarchical'):
+        check_overrides(options(megatron_extra_kwargs=given))
+
+
+def test_overrides_that_need_no_groups():
+    for given in (None, {'cp_comm_type': 'all_gather'}, {'cp_comm_type': ['p2p', 'a2a']}):
+        check_overrides(options(megatron_extra_kwargs=given))
 
 
 LABELS = """
