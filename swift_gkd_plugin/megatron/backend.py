@@ -105,9 +105,10 @@ class MegatronBackend(Backend):
         return Balancing(args.gkd_micro_batch_tokens, at_least=_keeping_busy(stages), multiple=stages if interleaved else 1)
 
     def teacher_batches(self, batches: list[Counted]) -> TeacherBatches | None:
-        """Of a separate model. Under context parallelism, which is for long rows, it takes the student's micro-batches."""
+        """Of a separate model. It takes those of the student under context parallelism, which is for long rows, and where the student
+        takes its routing."""
         trainer, args = self.trainer, self.args
-        if trainer.teacher_models is None or args.context_parallel_size > 1:
+        if trainer.teacher_models is None or args.context_parallel_size > 1 or trainer.routing is not None:
             return None
         teacher, relocated = trainer.teacher, isinstance(trainer.teacher, RelocatedTeacher)
         stages = teacher.args.pipeline_model_parallel_size
@@ -132,8 +133,11 @@ class MegatronBackend(Backend):
     def signals(self, batches: InTurn) -> list[Signal | None]:
         options, k = self.trainer.loss.options, self.args.gkd_logits_topk
         topk = None if k is None else TopKOptions(k, options.divergence.temperature, options.vocab_size)
-        with self.trainer.conductor.metrics.seconds('seconds/teacher'), self._without_gradients():
-            return self.trainer.teacher.signals(batches, topk)
+        trainer = self.trainer
+        # An evaluation is of the student as it will be alone.
+        trainer.teacher.routing = None if trainer.conductor.books.evaluating else trainer.routing
+        with trainer.conductor.metrics.seconds('seconds/teacher'), self._without_gradients():
+            return trainer.teacher.signals(batches, topk)
 
     @contextmanager
     def _without_gradients(self) -> Iterator[None]:

@@ -17,7 +17,6 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ('vllm_mode', lambda a: a.use_vllm and a.vllm_mode is None, 'give colocate or server, or --use_vllm false'),
     ('gkd_teacher_offload', lambda a: a.gkd_teacher_offload == 'layer', 'the Megatron back end moves the whole teacher; use model'),
     ('gkd_self_teacher', lambda a: a.gkd_self_teacher == 'ema', 'the Megatron back end keeps no average; use `swift rlhf`'),
-    ('gkd_routing', lambda a: a.gkd_routing == 'teacher', 'the Megatron back end replays no routing; use `swift rlhf`'),
     ('teacher_quant_method', lambda a: a.teacher_quant_method is not None, 'transformers quantises, not megatron-core; leave it out'),
     ('teacher_device_map', lambda a: a.teacher_device_map is not None, 'the layout places the teacher; see teacher_…_parallel_size'),
     ('streaming', lambda a: a.streaming and a.train_iters is None, 'a stream has no length; give --train_iters'),
@@ -157,6 +156,35 @@ def check_precision(args: Any) -> None:
             raise OptionError(
                 f'--{name} {getattr(args, name)}: a student with --{bits} {getattr(args, bits)} cannot answer in the training processes; '
                 f'{instead}.'
+            )
+
+
+def check_routing(args: Any, student: Any, teacher: Any | None) -> None:
+    """``--gkd_routing teacher``, as far as it can be known before the models are built.
+
+    Args:
+        student, teacher: Configurations of transformers; None for a teacher that is the student.
+
+    Raises:
+        OptionError: The teacher's choice of experts does not reach the student, or means nothing to it.
+    """
+    if args.gkd_routing != 'teacher' or args.gkd_loss_weight == 0:
+        return
+    if not num_experts(student):
+        raise OptionError(f'--gkd_routing teacher: {args.model} has no routed experts; leave it out.')
+    if engine_scores(args):
+        raise OptionError('--gkd_routing teacher with --gkd_teacher_engine vllm: an engine does not say which experts it chose.')
+    for name, size in teacher_options(args).items():
+        raise OptionError(
+            f"--gkd_routing teacher with --{name} {size}: in a layout of its own the teacher's tokens lie on other ranks than the "
+            "student's; leave one of them out."
+        )
+    if teacher is not None:
+        mine, theirs = ({'layers': c.get_text_config().num_hidden_layers, 'experts': num_experts(c)} for c in (student, teacher))
+        if mine != theirs:
+            raise OptionError(
+                f'--gkd_routing teacher: the student has {mine} and the teacher {theirs}; the ids of one mean nothing to the other, leave '
+                'the option out.'
             )
 
 

@@ -12,8 +12,18 @@ from .. import checks
 from ..arguments import OptionError
 from ..step.remote import check_servers
 from ..step.samples import with_used_columns
-from ..unused import Entry, say_unused
-from .options import SIZES, check_layout, check_model, check_overrides, check_precision, check_teacher, loads_teacher, said_once
+from ..unused import BLIND, Entry, say_unused, teacher_is_blind
+from .options import (
+    SIZES,
+    check_layout,
+    check_model,
+    check_overrides,
+    check_precision,
+    check_routing,
+    check_teacher,
+    loads_teacher,
+    said_once,
+)
 from .trainer import GKDTrainer
 
 
@@ -33,6 +43,12 @@ NOT_USED: tuple[Entry, ...] = (
         'gkd_teacher_batch_size',
         lambda a: a.context_parallel_size > 1,
         "with --context_parallel_size the teacher takes the student's micro-batches",
+    ),
+    ('gkd_routing', teacher_is_blind, BLIND),
+    (
+        'gkd_teacher_batch_size',
+        lambda a: a.gkd_routing == 'teacher',
+        "with --gkd_routing teacher the teacher takes the student's micro-batches",
     ),
     ('label_smoothing', lambda a: True, 'it belongs to DPO'),
     ('num_train_epochs', lambda a: a.streaming, 'a stream begins again when it ends; --train_iters says how long the run is'),
@@ -87,9 +103,11 @@ class GKDPipeline(MegatronRLHF):
         check_overrides(args)
         student = AutoConfig.from_pretrained(args.model_dir, trust_remote_code=True)
         check_model('--model', args.model, student, args)
+        teacher = None
         if loads_teacher(args):
             teacher = AutoConfig.from_pretrained(args.teacher_model_dir, trust_remote_code=True)
             check_teacher(args.teacher_model, teacher, args)
+        check_routing(args, student, teacher)
         checks.check_teacher_engine(args)
         checks.check_topk(args)
         say_unused(args, NOT_USED)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -38,9 +39,10 @@ from .engine import EngineRollout
 from .head import OutputHead, mark_shards
 from .layouts import common_padding
 from .loss import DistillationLoss
-from .options import loads_teacher
+from .options import loads_teacher, said_once
 from .placement import build_teacher, check_who_generates, load_teacher, local_teacher
 from .routers import leave_unweighed, weigh
+from .routing import RoutingReplay
 from .teachers import LiveStudent, LocalTeacher, SharedBase
 from .views import LocalView, local_view
 
@@ -101,6 +103,10 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
         # Every model is built, and looked at, before any weights load.
         self.teacher_models, self.teacher_layout = build_teacher(self.args) if loads_teacher(self.args) else (None, None)
         check_who_generates(self.args, models, self.teacher_models)
+        self.routing = None
+        if self.args.gkd_routing == 'teacher' and self.args.gkd_loss_weight > 0:
+            with said_once():
+                self.routing = RoutingReplay(self.args, models, self.teacher_models or models)
         peft_models = super()._prepare_peft_model(models)
         mark_shards(models)
         leave_unweighed(models)
@@ -195,7 +201,9 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
             signal = batch.signal
             if self.conductor.scored_by_server and view.here is not None:  # of all tokens, not only of those that are here
                 signal = dataclasses.replace(signal, logprobs=view.of(signal.logprobs), ids=view.of(signal.ids))
-            output = self.loss(lambda inputs: model(**inputs), batch, view, signal, stats)
+            replayed = self.routing.replayed(chunk, batch) if self.routing and not self.conductor.books.evaluating else nullcontext()
+            with replayed:
+                output = self.loss(lambda inputs: model(**inputs), batch, view, signal, stats)
         weigh(output, batch.num_tokens, chunk.config)
         return output, partial(self.loss_func, batch=batch, view=view, stats=stats)
 
@@ -207,6 +215,8 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
 
     def _finalize_model_grads(self, *args: Any, **kwargs: Any) -> None:
         self.conductor.before_update()
+        if self.routing is not None:
+            self.routing.clear()
         finalize_model_grads(*args, **kwargs)
 
     # -- evaluation ------------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from swift_gkd_plugin.megatron.options import (
     check_model,
     check_overrides,
     check_precision,
+    check_routing,
     check_supported,
     check_teacher,
     loads_teacher,
@@ -307,6 +308,25 @@ def test_teacher_has_all_its_bits():
 def test_groups_that_nobody_makes(given):
     with pytest.raises(OptionError, match=f'^--megatron_extra_kwargs {next(iter(given))} .* makes no hierarchical'):
         check_overrides(options(megatron_extra_kwargs=given))
+
+
+def test_routing_that_cannot_be_replayed():
+    def config(layers: int = 2, experts: int = 4) -> SimpleNamespace:
+        found = SimpleNamespace(num_hidden_layers=layers, num_experts=experts)
+        found.get_text_config = lambda: found
+        return found
+
+    taught = dict(gkd_routing='teacher', teacher_model='other', model='m')
+    for given, student, teacher, message in (
+        ({}, config(experts=0), None, 'm has no routed experts'),
+        ({}, config(), config(layers=3), "the student has {'layers': 2, 'experts': 4} and the teacher {'layers': 3"),
+        (dict(gkd_teacher_engine='vllm', gkd_logits_topk=4), config(), None, 'an engine does not say'),
+        (dict(teacher_tensor_model_parallel_size=2), config(), config(), '--teacher_tensor_model_parallel_size 2: in a layout of its own'),
+    ):
+        with pytest.raises(OptionError, match=f'^--gkd_routing teacher.*{message}[^\n]*$'):
+            check_routing(options(**taught, **given), student, teacher)
+    check_routing(options(**taught), config(), config())
+    check_routing(options(), config(experts=0), None)
 
 
 def test_overrides_that_need_no_groups():

@@ -22,6 +22,8 @@ PLAIN = (
     'unequal vocabularies',
     'separate teacher, privileged',
     'MoE, balanced experts',
+    'MoE, routing of the teacher, recomputed',
+    'MoE, routing of the teacher, privileged',
 )
 
 
