@@ -15,7 +15,7 @@ from ..step.remote import check_servers
 from ..step.samples import with_used_columns
 from ..teachers.adapters import add_frozen_adapter
 from ..teachers.average import average_of
-from ..unused import BLIND, ONLY_IN_ENGINE, Entry, say_unused, teacher_is_blind
+from ..unused import ONLY_IN_ENGINE, Entry, say_unused
 from .loading import TeacherLoading
 from .teachers import TEACHER_ADAPTER
 from .zero3 import why_not_averaged
@@ -41,12 +41,6 @@ NOT_USED: tuple[Entry, ...] = (
             'offload_teacher_model',
             'gkd_teacher_offload',
         )
-    ),
-    ('gkd_routing', teacher_is_blind, BLIND),
-    (
-        'gkd_teacher_batch_size',
-        lambda a: a.gkd_routing == 'teacher',
-        'with --gkd_routing teacher it looks at each micro-batch right before the student',
     ),
     *(
         (name, lambda a: a.tuner_type != 'full', 'with an adapter the rest of the model is frozen')

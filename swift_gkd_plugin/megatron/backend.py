@@ -28,9 +28,7 @@ from ..teachers import Signal, TopKOptions
 from .generation import Generator
 from .layouts import RelocatedTeacher, TrackedRandomState
 from .options import depends_on_micro_batches
-
-# Tokens in a batch of the teacher's, if the student's are not half as large already.
-TOKENS = 4096
+from .questions import TOKENS
 
 
 def _keeping_busy(stages: int) -> int:

@@ -12,7 +12,7 @@ from .. import checks
 from ..arguments import OptionError
 from ..step.remote import check_servers
 from ..step.samples import with_used_columns
-from ..unused import BLIND, Entry, say_unused, teacher_is_blind
+from ..unused import Entry, say_unused
 from .options import (
     SIZES,
     check_layout,
@@ -43,12 +43,6 @@ NOT_USED: tuple[Entry, ...] = (
         'gkd_teacher_batch_size',
         lambda a: a.context_parallel_size > 1,
         "with --context_parallel_size the teacher takes the student's micro-batches",
-    ),
-    ('gkd_routing', teacher_is_blind, BLIND),
-    (
-        'gkd_teacher_batch_size',
-        lambda a: a.gkd_routing == 'teacher',
-        "with --gkd_routing teacher the teacher takes the student's micro-batches",
     ),
     ('label_smoothing', lambda a: True, 'it belongs to DPO'),
     ('num_train_epochs', lambda a: a.streaming, 'a stream begins again when it ends; --train_iters says how long the run is'),

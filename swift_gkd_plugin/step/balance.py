@@ -16,6 +16,9 @@ import torch
 from .ranks import Ranks
 from .samples import Sample, SampleEncoder
 
+# Bytes of the tensors of a row that stays on its rank. Token ids are no tensors; places in three dimensions are a few kilobytes.
+LARGE = 1 << 20
+
 Place = tuple[int, int]  # the owner of a row, and its number among the rows of this owner
 
 
@@ -44,12 +47,12 @@ class Told:
     Attributes:
         tokens: Of the student's view.
         counts: False for a filler.
-        has_media: It takes more than a few kilobytes to send.
+        is_large: To send it takes longer than it may save: it has media.
     """
 
     tokens: int
     counts: bool = True
-    has_media: bool = False
+    is_large: bool = False
 
 
 def size_of(lengths: list[int], packed: bool) -> int:
@@ -125,7 +128,7 @@ def arranged(told: list[list[list[Told]]], how: Balancing, packed: bool) -> list
     owners, count = range(len(told)), len(told[0])
     rows = {(o, n): row for o in owners for n, row in enumerate(itertools.chain.from_iterable(told[o])) if row.counts}
     pools = [(list(owners), list(rows))]
-    if not how.moves or any(row.has_media for row in rows.values()):
+    if not how.moves or any(row.is_large for row in rows.values()):
         pools = [([owner], [place for place in rows if place[0] == owner]) for owner in owners]
     if how.tokens is not None:
         count = max(min(count, how.at_least), *(_how_many([rows[p].tokens for p in places], len(of), how, packed) for of, places in pools))
@@ -179,5 +182,5 @@ def _copy(filler: Sample) -> Sample:
 
 def _told(sample: Sample, encoder: SampleEncoder) -> Told:
     student, teacher = encoder.views(sample)
-    media = any(isinstance(value, torch.Tensor) for view in (student, teacher or {}) for value in view.values())
-    return Told(len(student['input_ids']), sample.row.counts, media)
+    tensors = [value for view in (student, teacher or {}) for value in view.values() if isinstance(value, torch.Tensor)]
+    return Told(len(student['input_ids']), sample.row.counts, sum(tensor.nbytes for tensor in tensors) > LARGE)

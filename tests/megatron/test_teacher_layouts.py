@@ -92,6 +92,15 @@ def test_a_rank_keeps_its_own(in_layout):
         assert 0 < seen['kept'] == seen['payload'], name
 
 
+@pytest.mark.e2e
+@pytest.mark.timeout(900)
+def test_a_replica_looks_at_packed_rows_of_all_owners_at_once(in_layout):
+    """One replica and two owners, each with one batch of the teacher's own; padded rows stay apart."""
+    runs = in_layout('DP2')
+    assert [runs[name].seen['forwards'] for name in ('TP2, wide', 'CP2', 'CP2, padded')] == [1, 1, 2]
+    assert runs['PP2'].seen['forwards'] == 4  # as many as keep two stages busy
+
+
 @pytest.mark.parametrize('student', VISITS)
 @pytest.mark.e2e
 @pytest.mark.timeout(900)

@@ -69,7 +69,7 @@ def test_what_is_as_good_stays():
 
 
 def test_rows_with_images_and_those_that_a_server_is_asked_about_stay_on_their_rank():
-    told = [[[Told(100)], [Told(90), Told(80)]], [[Told(1)], [Told(2), Told(9, has_media=True)]]]
+    told = [[[Told(100)], [Told(90), Told(80)]], [[Told(1)], [Told(2), Told(9, is_large=True)]]]
     for rows, how in ((told, Balancing()), ([[[Told(r.tokens) for r in b] for b in o] for o in told], Balancing(moves=False))):
         found = arranged(rows, how, True)
         assert found is None or all(owner == number for number, o in enumerate(found) for batch in o for owner, _ in batch)
