@@ -148,6 +148,11 @@ class GKDOptions:
         'Default: as many as have 4096 tokens together (16384 if its weights are gathered or brought to the device for it), or twice as '
         "many as the student's largest micro-batch.",
     )
+    gkd_micro_batch_tokens: Optional[int] = option(
+        None,
+        "megatron rlhf: tokens of a micro-batch of the student's, padding included, > 0; a longer row is alone. A step has as many "
+        'micro-batches as that takes, the same number on all ranks. Default: --micro_batch_size decides how many.',
+    )
     gkd_save_teacher_responses: Optional[str] = option(
         None,
         'With --seq_kd: append what the teacher answers to this JSONL file, a dataset for later runs '
@@ -221,6 +226,8 @@ def check_values(args: Any) -> None:
         _require(args.gkd_teacher_temperature >= 0, f'--gkd_teacher_temperature {args.gkd_teacher_temperature}: must be >= 0 (0: greedy).')
     size = args.gkd_teacher_batch_size
     _require(size is None or size > 0, f'--gkd_teacher_batch_size {size}: must be > 0.')
+    budget = args.gkd_micro_batch_tokens
+    _require(budget is None or budget > 0, f'--gkd_micro_batch_tokens {budget}: must be > 0.')
     if args.gkd_teacher_max_completion_length is not None:
         _require(
             args.gkd_teacher_max_completion_length > 0,

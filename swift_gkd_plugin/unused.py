@@ -75,6 +75,12 @@ NOT_USED: tuple[Entry, ...] = (
     ('gkd_save_teacher_responses', student_answers_all, 'at --lmbda 1 the student answers every row'),
     ('gkd_teacher_batch_size', lambda a: a.teacher_model is None, 'the teacher is the student itself, or elsewhere'),
     ('gkd_teacher_batch_size', teacher_is_blind, BLIND),
+    (
+        'gkd_teacher_batch_size',
+        lambda a: a.gkd_routing == 'teacher',
+        'with --gkd_routing teacher it looks at each micro-batch of the student',
+    ),
+    ('gkd_routing', teacher_is_blind, BLIND),
     ('gkd_teacher_batch_size', engine_scores, 'the engine looks at the responses; see --gkd_server_in_flight'),
     ('gkd_generation_tokens', nobody_generates, 'nobody generates in the training processes'),
     ('gkd_prefetch', lambda a: a.lmbda == 0, 'at --lmbda 0 the student answers nothing'),

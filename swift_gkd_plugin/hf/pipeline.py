@@ -15,7 +15,7 @@ from ..step.remote import check_servers
 from ..step.samples import with_used_columns
 from ..teachers.adapters import add_frozen_adapter
 from ..teachers.average import average_of
-from ..unused import BLIND, ONLY_IN_ENGINE, Entry, say_unused, teacher_is_blind
+from ..unused import ONLY_IN_ENGINE, Entry, say_unused
 from .loading import TeacherLoading
 from .teachers import TEACHER_ADAPTER
 from .zero3 import why_not_averaged
@@ -42,12 +42,6 @@ NOT_USED: tuple[Entry, ...] = (
             'gkd_teacher_offload',
         )
     ),
-    ('gkd_routing', teacher_is_blind, BLIND),
-    (
-        'gkd_teacher_batch_size',
-        lambda a: a.gkd_routing == 'teacher',
-        'with --gkd_routing teacher it looks at each micro-batch right before the student',
-    ),
     *(
         (name, lambda a: a.tuner_type != 'full', 'with an adapter the rest of the model is frozen')
         for name in ('freeze_parameters', 'freeze_parameters_ratio', 'freeze_parameters_regex')
@@ -58,6 +52,7 @@ NOT_USED: tuple[Entry, ...] = (
     ),
     ('router_aux_loss_coef', lambda a: not a.model_info.is_moe_model, 'the student has no router'),
     *((name, lambda a: True, 'it belongs to `megatron rlhf`') for name in OPTION_NAMES if name.endswith('_parallel_size')),
+    ('gkd_micro_batch_tokens', lambda a: True, "it belongs to `megatron rlhf`; transformers' loop runs --gradient_accumulation_steps"),
     ('structured_outputs_regex', lambda a: not a.use_vllm, 'it needs --use_vllm true'),
     ('num_beams', lambda a: True, 'responses are sampled, or greedy at --temperature 0'),
     ('predict_with_generate', lambda a: True, 'evaluation measures the loss; see --gkd_eval_source'),

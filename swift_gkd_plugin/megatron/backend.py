@@ -20,15 +20,20 @@ from transformers import AutoConfig, GenerationConfig
 from ..responses import Prompt, Response, SamplingOptions
 from ..sources import STUDENT, Source
 from ..step.backend import Backend
+from ..step.balance import Balancing
 from ..step.ranks import Ranks
 from ..step.samples import Counted, InTurn, Sample
 from ..step.teaching import TeacherBatches, bytes_per_token
 from ..teachers import Signal, TopKOptions
 from .generation import Generator
 from .layouts import RelocatedTeacher, TrackedRandomState
+from .options import depends_on_micro_batches
+from .questions import TOKENS
 
-# Tokens in a batch of the teacher's, if the student's are not half as large already.
-TOKENS = 4096
+
+def _keeping_busy(stages: int) -> int:
+    """Micro-batches with which all stages of a pipeline are busy for most of the time."""
+    return 2 * stages if stages > 1 else 1
 
 
 class MegatronBackend(Backend):
@@ -86,15 +91,27 @@ class MegatronBackend(Backend):
     def roll_out_ahead(self, samples: list[Sample]) -> None:
         self.trainer.roll_out_ahead(samples)
 
+    @property
+    def balancing(self) -> Balancing | None:
+        """All data-parallel ranks run the same number of micro-batches, of about the same size: with experts spread over them they wait for
+        each other in every layer."""
+        args = self.args
+        if depends_on_micro_batches(args) is not None:
+            return None
+        stages = args.pipeline_model_parallel_size
+        interleaved = (args.virtual_pipeline_model_parallel_size or 1) > 1
+        return Balancing(args.gkd_micro_batch_tokens, at_least=_keeping_busy(stages), multiple=stages if interleaved else 1)
+
     def teacher_batches(self, batches: list[Counted]) -> TeacherBatches | None:
-        """Of a separate model. Under context parallelism, which is for long rows, it takes the student's micro-batches."""
+        """Of a separate model. It takes those of the student under context parallelism, which is for long rows, and where the student
+        takes its routing."""
         trainer, args = self.trainer, self.args
-        if trainer.teacher_models is None or args.context_parallel_size > 1:
+        if trainer.teacher_models is None or args.context_parallel_size > 1 or trainer.routing is not None:
             return None
         teacher, relocated = trainer.teacher, isinstance(trainer.teacher, RelocatedTeacher)
         stages = teacher.args.pipeline_model_parallel_size
         interleaved = (teacher.args.virtual_pipeline_model_parallel_size or 1) > 1
-        busy = 2 * stages if stages > 1 else 1  # batches that keep all stages of a replica busy for most of the time
+        busy = _keeping_busy(stages)
         return TeacherBatches(
             args.gkd_teacher_batch_size,
             max(2 * max(batch.size for batch in batches), TOKENS),
@@ -114,8 +131,11 @@ class MegatronBackend(Backend):
     def signals(self, batches: InTurn) -> list[Signal | None]:
         options, k = self.trainer.loss.options, self.args.gkd_logits_topk
         topk = None if k is None else TopKOptions(k, options.divergence.temperature, options.vocab_size)
-        with self.trainer.conductor.metrics.seconds('seconds/teacher'), self._without_gradients():
-            return self.trainer.teacher.signals(batches, topk)
+        trainer = self.trainer
+        # An evaluation is of the student as it will be alone.
+        trainer.teacher.routing = None if trainer.conductor.books.evaluating else trainer.routing
+        with trainer.conductor.metrics.seconds('seconds/teacher'), self._without_gradients():
+            return trainer.teacher.signals(batches, topk)
 
     @contextmanager
     def _without_gradients(self) -> Iterator[None]:

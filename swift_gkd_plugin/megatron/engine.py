@@ -21,7 +21,8 @@ from swift.rl_core.data import GKDSample
 from ..sources import STUDENT, engine_seed
 from ..step.ahead import Ahead
 from ..step.samples import Sample, check_one_each
-from .exchange import exchange_objects, numbers_of_all
+from ..world import exchange_objects
+from .exchange import numbers_of_all
 
 
 class EngineRollout(MegatronRolloutMixin):
@@ -74,7 +75,8 @@ class EngineRollout(MegatronRolloutMixin):
         world = dist.get_world_size()
         self._shares = numbers_of_all(len(self._requested))
         # To the last rank, which is the main process.
-        everyone = exchange_objects([*[None] * (world - 1), self.samples2requests(self._requested)], dist.group.WORLD)
+        outgoing = [*[None] * (world - 1), self.samples2requests(self._requested)]
+        everyone = exchange_objects(outgoing, self.args.device)
         if self.is_main_process:
             requests, config = list(itertools.chain.from_iterable(everyone)), self._get_request_config()
             self._ahead.begin(self.vllm_client.infer, infer_requests=requests, request_config=config)

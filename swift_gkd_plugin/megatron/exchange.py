@@ -1,10 +1,6 @@
-"""What ranks send each other, in its own size: what torch gathers of objects is on every rank as often as there are ranks, each as large as
-the largest."""
+"""Numbers and rows of tensors from rank to rank; objects are in :mod:`..world`."""
 
 from __future__ import annotations
-
-import pickle
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,23 +13,6 @@ def numbers_of_all(number: int, group: dist.ProcessGroup | None = None) -> list[
     theirs = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(theirs, mine, group=group)
     return torch.cat(theirs).tolist()
-
-
-def exchange_objects(outgoing: list[Any], group: dist.ProcessGroup) -> list[Any]:
-    """One picklable object to each rank of a group and one from each; a rank's own stays as it is."""
-    device, mine = get_current_device(), dist.get_rank(group)
-    packed = [b'' if member == mine else pickle.dumps(thing) for member, thing in enumerate(outgoing)]
-    sizes = torch.tensor([len(p) for p in packed], device=device)
-    theirs = torch.empty_like(sizes)
-    dist.all_to_all_single(theirs, sizes, group=group)
-    theirs = theirs.tolist()
-    sent = torch.frombuffer(bytearray(b''.join(packed) or b'\0'), dtype=torch.uint8)[: sum(map(len, packed))].to(device)
-    received = torch.empty(sum(theirs), dtype=torch.uint8, device=device)
-    dist.all_to_all_single(received, sent, theirs, [len(p) for p in packed], group=group)
-    parts = received.cpu().split(theirs)
-    return [
-        thing if m == mine else pickle.loads(part.numpy().tobytes()) for m, (thing, part) in enumerate(zip(outgoing, parts, strict=True))
-    ]
 
 
 def exchange_rows(outgoing: dict[int, torch.Tensor], expected: dict[int, int], like: torch.Tensor) -> dict[int, torch.Tensor]:

@@ -39,8 +39,8 @@ from ..responses.budget import PASS_TOKENS, default_tokens
 from ..responses.local import ends_of_responses, evaluation_mode, inference_template, never_sampled, unpacked
 from ..responses.sampling import sampling_processors
 from ..teachers.server import MEDIA
-from ..world import from_all
-from .exchange import exchange_objects, numbers_of_all
+from ..world import exchange_objects, from_all
+from .exchange import numbers_of_all
 
 # Rows share a micro-batch if their prompts differ by no more tokens than this: each of them is a pass for the whole batch.
 SPREAD = 64
@@ -187,7 +187,8 @@ class Generator:
                 for replica in numbers_of_all(mpu.get_data_parallel_rank(with_context_parallel=True), owners)
             ]
             wanted = [[everything[n][1] for n in share if everything[n][0] == mine] for share in shares]
-            asked = exchange_objects([{number: (prompts[number].inputs, seeds[number]) for number in of} for of in wanted], owners)
+            outgoing = [{number: (prompts[number].inputs, seeds[number]) for number in of} for of in wanted]
+            asked = exchange_objects(outgoing, get_current_device(), owners)
             rows = []
             for n in shares[mine]:
                 owner, number = everything[n]

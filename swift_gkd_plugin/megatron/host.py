@@ -71,6 +71,9 @@ def take_over_arguments(module: ModuleType) -> dict[str, Any]:
     def count_every_row(self: Any, stock: Callable[..., None], train_dataset: Any, val_dataset: Any) -> None:
         # Stock drops what is left of an epoch and of the evaluation set. Ours is a shorter last step.
         evaluates = val_dataset is not None and self.eval_iters != 0
+        if not hasattr(train_dataset, '__len__'):  # check_supported has seen to --train_iters
+            self.eval_iters = int(evaluates)  # what counts is whether there are any
+            return
         stock(train_dataset, val_dataset)
         counts = Draw.of(self).epoch_length(len(train_dataset), self.num_train_epochs or 1), len(val_dataset or ())
         steps, eval_steps = (-(-count // self.global_batch_size) for count in counts)

@@ -11,13 +11,12 @@ to the student's vocabulary shard; they are collected once.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -35,9 +34,10 @@ from torch import nn
 from ..step.random_state import RandomState
 from ..step.samples import InTurn, MicroBatch
 from ..teachers import HiddenStates, Signal, TopKOptions
-from ..world import from_all
-from .exchange import exchange_objects, exchange_rows, numbers_of_all
+from ..world import exchange_objects, from_all
+from .exchange import exchange_rows, numbers_of_all
 from .head import HeadShard, HeadTensors
+from .questions import TOKENS, Groups, Question, together
 from .rota import Rota
 from .teachers import LocalTeacher, host_copy
 from .views import LocalView, local_view
@@ -45,7 +45,8 @@ from .views import LocalView, local_view
 logger = get_logger()
 
 # What belongs to a layout outside of megatron.core.parallel_state, with the value that it has in a new process: the bridge's groups, the
-# buffers of DeepEP and HybridEP, which know their group, and what routers log.
+# buffers of DeepEP and HybridEP, which know their group, and what routers log. Transformer Engine's state of FP8 is the student's alone:
+# a separate teacher has neither FP8 nor FP4 (options.teacher_arguments), and layers without them do not touch it.
 OTHER_STATE: tuple[tuple[ModuleType, dict[str, Any]], ...] = (
     (gpt_bridge, {'EP_PP_GROUP': None, 'EP_PP_RANK': None, 'EP_PP_SIZE': None}),
     (fused_a2a, {'_buffer': None, '_hybrid_ep_buffer': None}),
@@ -109,6 +110,26 @@ class Layout:
                 create_gloo_process_groups=False,  # for the checkpoints of an optimizer
             )
 
+    def warm_up(self) -> None:
+        """``--nccl_comm_warmup``: make the communicators while there is memory, as ms-swift does for the student's groups (4.6.0,
+        megatron/trainers/base.py:679). A collective call."""
+        dummy, warmed = torch.zeros(1, device=get_current_device()), 0
+        with self.entered():
+            for group in (
+                mpu.get_data_parallel_group(with_context_parallel=True),
+                mpu.get_data_parallel_group(),
+                mpu.get_context_parallel_group(),
+                mpu.get_tensor_model_parallel_group(),
+                mpu.get_pipeline_model_parallel_group(),
+                mpu.get_model_parallel_group(),
+                mpu.get_expert_model_parallel_group(),
+                mpu.get_expert_tensor_parallel_group(),
+                mpu.get_expert_tensor_and_model_parallel_group(),
+            ):
+                dist.all_reduce(dummy, group=group)
+                warmed += 1
+        logger.info(f"NCCL communicator warm-up of the teacher's layout done ({warmed} groups).")
+
     def _swap(self) -> None:
         for module, values in self._elsewhere:
             for name, value in values.items():
@@ -167,15 +188,6 @@ class Seat:
 
 
 @dataclass(frozen=True)
-class Question:
-    """What the teacher is told of a micro-batch; the attributes are those of :class:`MicroBatch`, and ``kept``: whether this rank
-    is the one that hands the answer on, or keeps it for itself."""
-
-    teacher_inputs: dict[str, Any] = field(repr=False)
-    teacher_index: torch.Tensor = field(repr=False)
-    kept: bool = False
-
-
 class RelocatedTeacher(LocalTeacher):
     """A separate, frozen model on a layout of its own.
 
@@ -213,10 +225,11 @@ class RelocatedTeacher(LocalTeacher):
 
     def signals(self, batches: InTurn, topk: TopKOptions | None = None) -> list[Signal | None]:
         batches = list(batches)  # they go to other ranks, all at once
-        rota, questions = self._bring_together(batches)
+        rota, questions, tokens = self._bring_together(batches)
+        groups = self._together(rota, questions, tokens)
         with self.ready():
-            found = self._states(questions)
-        states = self._bring_home(rota, found, batches)
+            found = self._states(groups.batches)
+        states = self._bring_home(rota, groups.apart(found), batches)
         if self.loss_head.shard is None:
             return [None] * len(batches)
         with torch.no_grad():
@@ -224,10 +237,25 @@ class RelocatedTeacher(LocalTeacher):
 
     def _kept(self, states: torch.Tensor, batch: Question, view: LocalView, chunk: nn.Module) -> torch.Tensor:
         whole = view.whole(states)
-        return whole if batch.kept else whole.new_empty(0, whole.shape[1])
+        parts = [whole[part] for part in batch.kept]
+        return parts[0] if len(parts) == 1 else torch.cat([whole[:0], *parts])
 
-    def _bring_together(self, batches: list[MicroBatch]) -> tuple[Rota, list[Question]]:
-        """The micro-batches of this rank's replica of the teacher, from their owners in the student's layout.
+    def _together(self, rota: Rota, questions: list[Question], tokens: int) -> Groups:
+        """What each forward of this rank's replica is for. A collective call where experts are spread over replicas, for these run the
+        same number of forwards."""
+        args, replica = self.args, self.seats[dist.get_rank()][1].replica
+        stages = args.pipeline_model_parallel_size
+        if self.student_args.gkd_teacher_batch_size is not None:
+            tokens = 0
+        answered = [rota.answered(replica, turn) is not None for turn in range(rota.rounds)]
+        groups = together(questions, answered, tokens, 2 * stages if stages > 1 else 1)
+        wanted = max(numbers_of_all(len(groups))) if args.expert_model_parallel_size > 1 else len(groups)
+        interleaved = (args.virtual_pipeline_model_parallel_size or 1) > 1
+        return Groups(questions, groups, -(-wanted // stages) * stages if interleaved else wanted)
+
+    def _bring_together(self, batches: list[MicroBatch]) -> tuple[Rota, list[Question], int]:
+        """The micro-batches of this rank's replica of the teacher, from their owners in the student's layout, and how many tokens one
+        forward is to have at most.
 
         Of the ranks that own the same micro-batches each sends to those in its own data-parallel group.
         """
@@ -237,18 +265,16 @@ class RelocatedTeacher(LocalTeacher):
         interleaved = (self.args.virtual_pipeline_model_parallel_size or 1) > 1
         rota = Rota.make(counts, self.replicas, stages if interleaved else 1)
         owner = dist.get_rank(group)
+        asked = [Question(batch.teacher_inputs or batch.student_inputs, batch.teacher_index) for batch in batches]
+        largest = max(numbers_of_all(max((question.size for question in asked), default=0), group))
         outgoing = []
         for rank in dist.get_process_group_ranks(group):
             wanted = {number for of, number in rota.of(self.seats[rank][1].replica) if of == owner}
-            outgoing.append(
-                {n: Question(batches[n].teacher_inputs or batches[n].student_inputs, batches[n].teacher_index) for n in sorted(wanted)}
-            )
-        received = exchange_objects(outgoing, group)
+            outgoing.append({n: asked[n] for n in sorted(wanted)})
+        received = exchange_objects(outgoing, get_current_device(), group)
         replica = self.seats[dist.get_rank()][1].replica
-        return rota, [
-            dataclasses.replace(received[of][number], kept=bool(self._receivers(rota, turn)))
-            for turn, (of, number) in enumerate(rota.of(replica))
-        ]
+        questions = [received[of][n].keeping(bool(self._receivers(rota, turn))) for turn, (of, n) in enumerate(rota.of(replica))]
+        return rota, questions, max(largest, TOKENS)
 
     def _receivers(self, rota: Rota, turn: int) -> list[int]:
         """The ranks that get the states of this rank's replica from this rank, which may be one of them."""
@@ -266,7 +292,7 @@ class RelocatedTeacher(LocalTeacher):
         One round at a time, so that no more than a micro-batch is there twice.
 
         Args:
-            found: [n, dim] of each round, on the teacher's last stage, where this rank is the one that hands them on.
+            found: [n, dim] of each round, on the teacher's last stage, where this rank is the one that hands them on; else empty.
         """
         me = dist.get_rank()
         student = self.seats[me][0]

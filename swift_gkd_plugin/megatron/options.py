@@ -19,10 +19,10 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     # They are kept in few bits and in no others, in which an average is not.
     ('fp8_param_gather', lambda a: a.gkd_self_teacher == 'ema' and a.fp8_param_gather, 'leave it out with --gkd_self_teacher ema'),
     ('fp4_param_gather', lambda a: a.gkd_self_teacher == 'ema' and a.fp4_param_gather, 'leave it out with --gkd_self_teacher ema'),
-    ('gkd_routing', lambda a: a.gkd_routing == 'teacher', 'the Megatron back end replays no routing; use `swift rlhf`'),
     ('teacher_quant_method', lambda a: a.teacher_quant_method is not None, 'transformers quantises, not megatron-core; leave it out'),
     ('teacher_device_map', lambda a: a.teacher_device_map is not None, 'the layout places the teacher; see teacher_…_parallel_size'),
-    ('streaming', lambda a: a.streaming, 'the Megatron back end needs a dataset with a length'),
+    ('streaming', lambda a: a.streaming and a.train_iters is None, 'a stream has no length; give --train_iters'),
+    ('save_strategy', lambda a: a.streaming and a.save_strategy == 'epoch', 'a stream has no length; use steps, with --save_steps'),
     ('use_megatron_fsdp', lambda a: a.use_megatron_fsdp, "use megatron-core's own data parallelism with --use_distributed_optimizer"),
     ('bridge_backend', lambda a: a.bridge_backend != 'mcore-bridge', 'use mcore-bridge'),
     ('mtp_num_layers', lambda a: bool(a.mtp_num_layers), 'distillation has no loss for them; leave it out'),
@@ -76,6 +76,24 @@ def check_supported(args: Any) -> None:
     for name, applies, instead in REFUSED:
         if applies(args):
             raise OptionError(f'--{name} {getattr(args, name)}: {instead}.')
+    tokens, other = args.gkd_micro_batch_tokens, depends_on_micro_batches(args)
+    if tokens is not None and other is not None:
+        raise OptionError(
+            f'--gkd_micro_batch_tokens {tokens} with {other}: that depends on which rows are in a micro-batch together; leave one of them '
+            'out.'
+        )
+
+
+def depends_on_micro_batches(args: Any) -> str | None:
+    """The option, with its value, under which a token weighs or is routed by what else is in its micro-batch; None without any."""
+    coefficients = args.moe_aux_loss_coeff
+    given = {
+        'moe_aux_loss_coeff': any(coefficients) if isinstance(coefficients, list) else bool(coefficients),
+        'moe_z_loss_coeff': bool(args.moe_z_loss_coeff),
+        'moe_expert_capacity_factor': args.moe_expert_capacity_factor is not None,
+        'moe_router_load_balancing_type': 'sinkhorn' in (args.moe_router_load_balancing_type or ()),
+    }
+    return next((f'--{name} {getattr(args, name)}' for name, applies in given.items() if applies), None)
 
 
 # The sizes of a layout; each has an option of the same name with `teacher_` in front.
@@ -110,6 +128,8 @@ def teacher_arguments(args: Any, has_experts: bool = False) -> Any:
         setattr(theirs, bits, None)
         setattr(theirs, f'{bits}_format', None)
         setattr(theirs, f'{bits}_param_gather', False)
+    if isinstance(args.megatron_extra_kwargs, dict):  # a string until ms-swift has read it
+        theirs.megatron_extra_kwargs = {k: v for k, v in args.megatron_extra_kwargs.items() if not k.startswith(('fp8', 'fp4'))}
     for name, size in given.items():
         setattr(theirs, name.removeprefix('teacher_'), size)
     if 'teacher_pipeline_model_parallel_size' in given:
@@ -154,6 +174,55 @@ def check_precision(args: Any) -> None:
             raise OptionError(
                 f'--{name} {getattr(args, name)}: a student with --{bits} {getattr(args, bits)} cannot answer in the training processes; '
                 f'{instead}.'
+            )
+
+
+def check_routing(args: Any, student: Any, teacher: Any | None) -> None:
+    """``--gkd_routing teacher``, as far as it can be known before the models are built.
+
+    Args:
+        student, teacher: Configurations of transformers; None for a teacher that is the student.
+
+    Raises:
+        OptionError: The teacher's choice of experts does not reach the student, or means nothing to it.
+    """
+    if args.gkd_routing != 'teacher' or args.gkd_loss_weight == 0:
+        return
+    if not num_experts(student):
+        raise OptionError(f'--gkd_routing teacher: {args.model} has no routed experts; leave it out.')
+    if engine_scores(args):
+        raise OptionError('--gkd_routing teacher with --gkd_teacher_engine vllm: an engine does not say which experts it chose.')
+    for name, size in teacher_options(args).items():
+        raise OptionError(
+            f"--gkd_routing teacher with --{name} {size}: in a layout of its own the teacher's tokens lie on other ranks than the "
+            "student's; leave one of them out."
+        )
+    if teacher is not None:
+        mine, theirs = ({'layers': c.get_text_config().num_hidden_layers, 'experts': num_experts(c)} for c in (student, teacher))
+        if mine != theirs:
+            raise OptionError(
+                f'--gkd_routing teacher: the student has {mine} and the teacher {theirs}; the ids of one mean nothing to the other, leave '
+                'the option out.'
+            )
+
+
+def check_overrides(args: Any) -> None:
+    """To be asked when ``--megatron_extra_kwargs`` is read.
+
+    Raises:
+        OptionError: It asks for process groups that ms-swift does not make.
+    """
+    given = args.megatron_extra_kwargs or {}
+    kinds = given.get('cp_comm_type')
+    hierarchical = {
+        'hierarchical_context_parallel_sizes': given.get('hierarchical_context_parallel_sizes'),
+        'cp_comm_type': kinds if 'a2a+p2p' in (kinds if isinstance(kinds, list) else [kinds]) else None,
+    }
+    for name, value in hierarchical.items():
+        if value is not None:
+            raise OptionError(
+                f'--megatron_extra_kwargs {name} {value}: ms-swift makes no hierarchical context-parallel groups; use the cp_comm_type '
+                'p2p, a2a or all_gather.'
             )
 
 

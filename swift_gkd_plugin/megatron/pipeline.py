@@ -16,7 +16,19 @@ from ..step.samples import with_used_columns
 from ..teachers.average import average_of
 from ..unused import Entry, say_unused
 from .adapters import found_adapter
-from .options import AVERAGE, SIZES, check_layout, check_model, check_precision, check_teacher, loads_teacher, resumed_from, said_once
+from .options import (
+    AVERAGE,
+    SIZES,
+    check_layout,
+    check_model,
+    check_overrides,
+    check_precision,
+    check_routing,
+    check_teacher,
+    loads_teacher,
+    resumed_from,
+    said_once,
+)
 from .trainer import GKDTrainer
 
 
@@ -38,6 +50,7 @@ NOT_USED: tuple[Entry, ...] = (
         "with --context_parallel_size the teacher takes the student's micro-batches",
     ),
     ('label_smoothing', lambda a: True, 'it belongs to DPO'),
+    ('num_train_epochs', lambda a: a.streaming, 'a stream begins again when it ends; --train_iters says how long the run is'),
     ('eval_iters', lambda a: a.eval_iters > 0, 'the whole evaluation set is evaluated; 0 switches evaluation off'),
 )
 
@@ -92,12 +105,15 @@ class GKDPipeline(MegatronRLHF):
         args = self.args
         check_layout(args)  # once more: by now it is known whether the teacher is the student's base
         check_precision(args)
+        check_overrides(args)
         student = AutoConfig.from_pretrained(args.model_dir, trust_remote_code=True)
         check_model('--model', args.model, student, args)
         args.teacher_adapters = [found_adapter(args, adapter) for adapter in args.teacher_adapters]
+        teacher = None
         if loads_teacher(args):
             teacher = AutoConfig.from_pretrained(args.teacher_model_dir, trust_remote_code=True)
             check_teacher(args.teacher_model, teacher, args)
+        check_routing(args, student, teacher)
         resumed = resumed_from(args)
         if args.gkd_self_teacher == 'ema' and resumed is not None:
             average_of(resumed[0], AVERAGE, resumed[1], '--finetune true')

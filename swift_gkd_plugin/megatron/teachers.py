@@ -7,7 +7,7 @@ stays of it are the hidden states of the trained tokens, on the ranks of the las
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from ..teachers.offload import HostCopy
 from .average import ShardedAverage
 from .chunks import for_each_chunk
 from .head import HeadShard, HeadTensors, OutputHead
+from .routing import RoutingReplay
 from .views import LocalView, local_view
 
 logger = get_logger()
@@ -62,6 +63,7 @@ class LocalTeacher:
 
     adapter = True
     description = 'a separate model'
+    routing: RoutingReplay | None = None  # with --gkd_routing teacher, while it looks at a step of training
 
     def __init__(self, args, chunks: list[nn.Module], offload: bool = False):
         self.args, self.chunks = args, chunks
@@ -122,7 +124,8 @@ class LocalTeacher:
         def collect(output: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
             return self._kept(output[0], batch, view, chunk)
 
-        with self.head.replaced(chosen, self.adapter):
+        routing = self.routing.recorded(chunk, batch) if self.routing is not None else nullcontext()
+        with self.head.replaced(chosen, self.adapter), routing:
             return chunk(**view.inputs), collect
 
     def _kept(self, states: torch.Tensor, batch: MicroBatch, view: LocalView, chunk: nn.Module) -> torch.Tensor:

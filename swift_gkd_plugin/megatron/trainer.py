@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -31,6 +32,7 @@ from ..step.objective import LossOptions
 from ..step.remote import RemoteTeacher, teacher_that_answers
 from ..step.samples import InTurn, MicroBatch
 from ..teachers.adapters import adapter_has_effect
+from ..world import from_all
 from .average import Follower
 from .backend import MegatronBackend
 from .chunks import for_each_chunk
@@ -38,9 +40,10 @@ from .engine import EngineRollout
 from .head import OutputHead, mark_shards
 from .layouts import common_padding
 from .loss import DistillationLoss
-from .options import loads_teacher, resumed_from
+from .options import loads_teacher, resumed_from, said_once
 from .placement import build_teacher, check_heads, check_who_generates, load_teacher, local_teacher, merged_adapters
 from .routers import leave_unweighed, weigh
+from .routing import RoutingReplay
 from .teachers import AveragedStudent, LiveStudent, LocalTeacher, SharedBase
 from .views import LocalView, local_view
 
@@ -65,7 +68,7 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
         self._tokenizer_lengths = kwargs.pop('tokenizer_lengths', None)
         self._teacher_is_start = kwargs.pop('teacher_is_start', False)
         self.args = args
-        self.steps_per_generation = args.steps_per_generation
+        self.steps_per_generation, self.per_step = args.steps_per_generation, args.num_microbatches
         # ms-swift would make its own client of it, with vLLM installed.
         server_urls, args.teacher_model_server = args.teacher_model_server, None
         self._setup_teacher()
@@ -105,6 +108,10 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
         self._teacher_adapters = merged_adapters(self.args, self.teacher_models)
         check_heads(models, self.teacher_models)
         check_who_generates(self.args, models, self.teacher_models)
+        self.routing = None
+        if self.args.gkd_routing == 'teacher' and self.args.gkd_loss_weight > 0:
+            with said_once():
+                self.routing = RoutingReplay(self.args, models, self.teacher_models or models)
         peft_models = super()._prepare_peft_model(models)
         mark_shards(models)
         leave_unweighed(models)
@@ -132,13 +139,19 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
     def _row_loader(self, dataset, **how):
         args = self.args
         rank, world_size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-        options = worker_options(args, args.num_microbatches * args.steps_per_generation)
+        options = worker_options(args, self.per_step * args.steps_per_generation)
+        if not hasattr(dataset, '__len__'):
+            options['shares'] = from_all(rank)
         return row_loader(dataset, args.micro_batch_size, drop_last=False, rank=rank, world_size=world_size, **how, **options)
 
     def _training_rows(self, dataset) -> Iterator[list[Row]]:
-        """Micro-batches without end. The schedule wants the same number in every step, so the last step of an epoch gets fillers."""
-        args, per_step = self.args, self.args.num_microbatches
+        """Micro-batches without end. The schedule wants the same number in every step, so the last step of an epoch gets fillers; a stream
+        begins again in the middle of a step."""
+        args, per_step = self.args, self.per_step
         seed = args.data_seed if args.train_dataloader_shuffle else None
+        if not hasattr(dataset, '__len__'):
+            yield from self._row_loader(dataset, seed=None, draw=Draw.of(args), skip=self.state.iteration * per_step, endless=True)
+            return
         prepare = self.conductor.cycle.prepared
         loader = self._row_loader(dataset, seed=seed, draw=Draw.of(args), epochs=args.num_train_epochs or 1, prepare=prepare)
         steps = -(-len(loader) // per_step)
@@ -159,9 +172,12 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
     def setup_training(self, train_dataset, val_dataset) -> tuple[Iterator[list[Row]], Any]:
         args = self.args
         self.setup_model_training()
+        if args.nccl_comm_warmup and self.teacher_layout is not None:
+            self.teacher_layout.warm_up()
         self.config.finalize_model_grads_func = self._finalize_model_grads
         parts = f'{args.micro_batch_size} per micro-batch x {args.generation_batch_size // args.micro_batch_size} of all ranks'
-        checks.check_size(len(train_dataset), -(-args.generation_batch_size // args.gkd_num_samples), parts)
+        if hasattr(train_dataset, '__len__'):
+            checks.check_size(len(train_dataset), -(-args.generation_batch_size // args.gkd_num_samples), parts)
         resumed = resumed_from(args)
         self.conductor.warn_if_nothing_to_learn(train_dataset, self._is_student(resumed is not None))
         self.conductor.begin(train_dataset, resumed and resumed[0])
@@ -169,8 +185,10 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
 
     def _replace_data_iterator(self, rows: Iterator[list[Row]]) -> list[Iterator[MicroBatch]]:
         """The teacher looks at one step at a time: its weights can be those of the student, and its hidden states take room."""
-        self._step, per_step = self.state.iteration, self.args.num_microbatches
-        return self.for_each_chunk(self.conductor.next_step(rows, per_step, per_step * self.steps_per_generation))
+        self._step, per_step = self.state.iteration, self.per_step
+        batches = self.conductor.next_step(rows, per_step, per_step * self.steps_per_generation)
+        self.args.num_microbatches = len(batches)  # what ms-swift runs the schedule with (4.6.0, megatron/trainers/base.py:1007)
+        return self.for_each_chunk(batches)
 
     def for_each_chunk(self, batches: InTurn) -> list[Iterator[MicroBatch]]:
         """Of the student."""
@@ -188,7 +206,9 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
             signal = batch.signal
             if self.conductor.scored_by_server and view.here is not None:  # of all tokens, not only of those that are here
                 signal = dataclasses.replace(signal, logprobs=view.of(signal.logprobs), ids=view.of(signal.ids))
-            output = self.loss(lambda inputs: model(**inputs), batch, view, signal, stats)
+            replayed = self.routing.replayed(chunk, batch) if self.routing and not self.conductor.books.evaluating else nullcontext()
+            with replayed:
+                output = self.loss(lambda inputs: model(**inputs), batch, view, signal, stats)
         weigh(output, batch.num_tokens, chunk.config)
         return output, partial(self.loss_func, batch=batch, view=view, stats=stats)
 
@@ -200,6 +220,8 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
 
     def _finalize_model_grads(self, *args: Any, **kwargs: Any) -> None:
         self.conductor.before_update()
+        if self.routing is not None:
+            self.routing.clear()
         finalize_model_grads(*args, **kwargs)
 
     # -- evaluation ------------------------------------------------------------------------------------------------------------------
@@ -208,7 +230,7 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
         for model in self.wrapped_models:
             model.eval()
         self.call_event('on_eval_begin')
-        self._step, at_once = self.state.iteration, self.args.num_microbatches
+        self._step, at_once = self.state.iteration, self.per_step
         found = self.conductor.evaluate(
             filled_up(self._row_loader(dataset, seed=None, prepare=self.conductor.prepared_for_evaluation), at_once), at_once
         )

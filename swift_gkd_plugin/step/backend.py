@@ -17,6 +17,7 @@ import torch
 from ..responses import Prompt, Response, SamplingOptions
 from ..sources import Source
 from ..teachers import Signal
+from .balance import Balancing
 from .random_state import RandomState
 from .ranks import Ranks
 from .samples import Counted, InTurn, Sample
@@ -72,6 +73,11 @@ class Backend(ABC):
     @abstractmethod
     def roll_out_ahead(self, samples: list[Sample]) -> None:
         """Have the engine's server begin with these, from the weights of now. Some rank has one."""
+
+    @property
+    def balancing(self) -> Balancing | None:
+        """How the rows of a step are arranged anew in micro-batches when their responses are there; None if they stay as they came."""
+        return None
 
     @abstractmethod
     def teacher_batches(self, batches: list[Counted]) -> TeacherBatches | None:

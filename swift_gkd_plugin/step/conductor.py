@@ -9,6 +9,7 @@ split. What a back end has to do is in :mod:`.backend`.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 from collections import deque
@@ -27,6 +28,7 @@ from ..teachers.server import TeacherServerError
 from . import cycle as cycles
 from .answers import Answers
 from .backend import Backend
+from .balance import balanced
 from .books import Books, all_of
 from .cycle import Cycle
 from .data import Row
@@ -91,7 +93,8 @@ class Conductor:
         self._ahead: list[list[Sample]] = []  # the next cycle without responses, drawn early to ask a server about it
         self._failure: TeacherServerError | None = None  # of this rank's server, in the middle of the step
         self._numbers: RandomState | None = None  # as they were in front of it
-        self._step: list[list[Sample]] = []  # of the step under way
+        self._step: list[list[Sample]] = []  # of the step under way, as they came
+        self._running: list[list[Sample]] = []  # the same as they are run
         self.num_batches = 1
         self._visits: deque[tuple[TeacherBatches, list[Counted]]] = deque()  # of the local teacher, in this step, that are still to come
 
@@ -151,7 +154,7 @@ class Conductor:
 
         Args:
             rows: Micro-batches of rows of this rank.
-            num_batches: Of the step; fewer come back if the rows end.
+            num_batches: Of the step; fewer come back if the rows end, and others if the back end balances them.
             cycle_length: Micro-batches of a generation cycle.
 
         Raises:
@@ -174,9 +177,10 @@ class Conductor:
             sample.prompts = None  # their images would wait for a step of their own
         if self.args.gkd_prefetch and len(self._ready) < num_batches and not self.backend.is_last_step:
             self._begin_next_cycle(rows, cycle_length)
-        self.num_batches = max(len(self._step), 1)
+        self._running = self._balanced(self._step)
+        self.num_batches = max(len(self._running), 1)
         try:
-            batches = self._taught(self._step)
+            batches = self._taught(self._running)
         except TeacherServerError:
             self._ready.extendleft(reversed(self._step))
             self._leave()
@@ -230,6 +234,13 @@ class Conductor:
         tokens = sum(len(sample.response.token_ids) for sample in new)
         self.metrics.total('tokens/generated', tokens / self.ranks.sharers)
         return cycle
+
+    def _balanced(self, step: list[list[Sample]]) -> list[list[Sample]]:
+        """A step's micro-batches as the back end wants them. What a server is asked about a row, the rank asks that has drawn it."""
+        how = self.backend.balancing
+        if how is None or not step:
+            return step
+        return balanced(step, self.encoder, self.ranks, dataclasses.replace(how, moves=how.moves and not self.scored_by_server))
 
     def _check_same_rows(self, batches: list[Counted]) -> None:
         """Ranks with the same rows have to feed the same tokens to their parts of the models. A collective call.
@@ -379,7 +390,7 @@ class Conductor:
         """
         self._stop_without_server()
         self._cycles = 0
-        self.books.write_completions([sample for samples in self._step for sample in samples])
+        self.books.write_completions([sample for samples in self._running for sample in samples])
         self._stop_on_nan()
 
     def stop_together(self) -> None:

@@ -18,6 +18,7 @@ from swift.dataloader import DataLoaderDispatcher, DataLoaderShard
 from torch.utils.data import DataLoader
 
 from ..sources import Draw
+from ..world import this_rank
 
 T = TypeVar('T')
 
@@ -153,13 +154,17 @@ def _as_it_is(row: dict[str, Any]) -> dict[str, Any]:
 
 
 class StreamOfRows(DataLoaderDispatcher):
-    """Micro-batches from a dataset without a length: the first rank reads and numbers, all ranks get their share.
+    """Micro-batches from a dataset without a length: the first rank reads and numbers, all ranks get their share, those with the same rows
+    the same one.
 
     A training stream starts again when it ends, as a new epoch with new numbers; a shorter last batch is used, not thrown away.
 
     Args:
         batch_size: Rows of one micro-batch of one rank.
         draw: Tells how often each row comes, one after the other.
+        rank: Which share this rank gets.
+        world_size: How many shares there are.
+        shares: Which one each rank of the run gets; None for its own.
         endless: Start again when the stream ends.
         skip: Micro-batches that are left out (a resumed run).
     """
@@ -171,6 +176,7 @@ class StreamOfRows(DataLoaderDispatcher):
         *,
         rank: int = 0,
         world_size: int = 1,
+        shares: list[int] | None = None,
         draw: Draw = ONCE,
         skip: int = 0,
         endless: bool = True,
@@ -178,7 +184,9 @@ class StreamOfRows(DataLoaderDispatcher):
     ):
         loader = DataLoader(dataset, batch_size=None, collate_fn=_as_it_is, **loader_options)
         super().__init__(loader, device=None, skip_batches=skip)
-        self.batch_size, self._rank, self._world_size, self._endless = batch_size, rank, world_size, endless
+        self.batch_size, self._world_size, self._endless = batch_size, world_size, endless
+        self._shares = list(range(world_size)) if shares is None else shares
+        self._reads = rank == 0 if shares is None else this_rank() == 0
         self._draw = draw
 
     def _rows(self) -> Iterator[Row]:
@@ -202,14 +210,16 @@ class StreamOfRows(DataLoaderDispatcher):
         """The stream counts its own epochs: transformers calls every ``max_steps`` one epoch."""
 
     def __iter__(self) -> Iterator[list[Row]]:
-        batches = itertools.islice(self._global_batches(), self.skip_batches, None) if self._rank == 0 else None
+        batches = itertools.islice(self._global_batches(), self.skip_batches, None) if self._reads else None
+        ranks = len(self._shares)
         while True:
-            shares = next(batches, None) if self._rank == 0 else None
-            if self._world_size > 1:
+            shares = next(batches, None) if self._reads else None
+            everyone = [None] * ranks if shares is None else [shares[share] for share in self._shares]
+            if ranks > 1:
                 mine: list[Any] = [None]
-                dist.scatter_object_list(mine, shares or [None] * self._world_size, src=0)
+                dist.scatter_object_list(mine, everyone, src=0)
             else:
-                mine = shares or [None]
+                mine = everyone
             if mine[0] is None:
                 return
             yield mine[0]
@@ -240,6 +250,7 @@ def row_loader(
     epochs: float = 1,
     skip: int = 0,
     endless: bool = False,
+    shares: list[int] | None = None,
     prepare: Callable[[Row], Row] | None = None,
     **loader_options,
 ):
@@ -252,6 +263,7 @@ def row_loader(
         epochs: Epochs that the run is meant to last.
         skip: Micro-batches of this rank that an earlier run has trained on.
         endless: Start a dataset without a length again when it ends.
+        shares: Which rank's rows each rank of the run gets of a dataset without a length, where several get the same; None for its own.
         prepare: What is done to a row where it is read. Not to one of a stream, which one rank reads for all.
     """
     if hasattr(dataset, '__len__'):
@@ -267,7 +279,8 @@ def row_loader(
             skip=skip,
         )
         return DataLoaderShard(NumberedRows(dataset, prepare), batch_sampler=sampler, collate_fn=list, **loader_options)
-    return StreamOfRows(dataset, batch_size, rank=rank, world_size=world_size, draw=draw, skip=skip, endless=endless, **loader_options)
+    how = {'shares': shares, 'draw': draw, 'skip': skip, 'endless': endless}
+    return StreamOfRows(dataset, batch_size, rank=rank, world_size=world_size, **how, **loader_options)
 
 
 def filled_up(micro_batches: Iterable[list[Row]], multiple: int) -> Iterator[list[Row]]:

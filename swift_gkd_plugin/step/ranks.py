@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from ..world import from_all, world_size
+from ..world import exchange_objects, from_all, world_size
 
 T = TypeVar('T')
 
@@ -33,6 +33,11 @@ class Ranks:
     def sharers(self) -> int:
         """How many ranks work on the rows of this one."""
         return dist.get_world_size(self.sharing) if self.sharing is not None else 1
+
+    @property
+    def owner(self) -> int:
+        """Of the owners, which one this rank is."""
+        return dist.get_rank(self.owners) if world_size() > 1 else 0
 
     @property
     def asks(self) -> bool:
@@ -58,6 +63,14 @@ class Ranks:
     def gathered(self, lines: list[T]) -> list[T]:
         """The lines of all owners, in the order of their ranks."""
         return list(itertools.chain.from_iterable(from_all(lines, self.owners)))
+
+    def of_owners(self, thing: T) -> list[T]:
+        """What each owner has, in the order of their ranks."""
+        return from_all(thing, self.owners)
+
+    def exchanged(self, outgoing: list[T]) -> list[T]:
+        """Something for each owner and something from each, in the order of their ranks."""
+        return exchange_objects(outgoing, self.device, self.owners)
 
     def shared(self, make: Callable[[], T]) -> T:
         """What the first of the ranks with the same rows makes, on all of them."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..teachers import Signal, joined, split
+from .balance import size_of
 from .ranks import Ranks
 from .samples import Counted, InTurn, SampleEncoder
 
@@ -28,7 +29,7 @@ class TeacherBatches:
 
     Attributes:
         rows: At most, ``--gkd_teacher_batch_size``; None for as many as there are tokens for.
-        tokens: At most, padding included, where ``rows`` is None; a longer row is alone.
+        tokens: At most, padding included (packed rows have none), where ``rows`` is None; a longer row is alone.
         lockstep: Ranks share the weights, so that all of them run the same number of batches.
         at_least: As many batches are wanted, to fill a pipeline or to give each of several replicas some.
         multiple: The number of batches has to be one of this.
@@ -42,14 +43,19 @@ class TeacherBatches:
     multiple: int = 1
     bytes_per_token: int | None = None
 
-    def grouped(self, lengths: list[int]) -> list[list[int]]:
-        """Places of rows of these lengths, the longest first, in groups."""
+    def grouped(self, lengths: list[int], packed: bool = False) -> list[list[int]]:
+        """Places of rows of these lengths, the longest first, in groups.
+
+        Args:
+            packed: Rows come one after the other, without padding.
+        """
         most = min(self.rows or len(lengths), max(len(lengths) // self.at_least, 1))
+        tokens = self.tokens if self.at_least == 1 else min(self.tokens, -(-sum(lengths) // self.at_least))
         groups: list[list[int]] = []
         for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
-            # The first of a group is its longest.
-            fits = groups and len(groups[-1]) < most
-            if fits and (self.rows is not None or (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= self.tokens):
+            together = [lengths[other] for other in (*groups[-1], place)] if groups else []
+            fits = len(together) - 1 < most if self.rows is not None else size_of(together, packed) <= tokens
+            if groups and fits:
                 groups[-1].append(place)
             else:
                 groups.append([place])
@@ -79,7 +85,8 @@ class TeacherBatches:
         tokens = [n for batch in batches for n in batch.lengths]
         lengths = {id(sample): n for sample, n in zip(samples, tokens, strict=True)}
         trained = [place for place, n in enumerate(tokens) if n]
-        groups = [[samples[trained[i]] for i in group] for group in self.grouped([encoder.teacher_length(samples[i]) for i in trained])]
+        seen = [encoder.teacher_length(samples[i]) for i in trained]
+        groups = [[samples[trained[i]] for i in group] for group in self.grouped(seen, encoder.template.padding_free)]
         wanted = ranks.at_most(len(groups)) if self.lockstep else len(groups)
         wanted = -(-max(wanted, 1) // self.multiple) * self.multiple
         filled = groups + (groups[-1:] or [samples[:1]]) * (wanted - len(groups))

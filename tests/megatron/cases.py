@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import helpers
@@ -13,6 +14,8 @@ from runs import LAYOUTS, Run, relative
 from torch.nn.functional import cross_entropy, log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
+
+from swift_gkd_plugin.hf.routing import RoutingReplay
 
 LORA = {'tuner_type': 'lora', 'adapters': 'adapter', 'target_modules': 'all-linear', 'lora_rank': 4, 'lora_alpha': 8}
 CAPPED = {'model': 'capped', 'teacher_model': 'capped_teacher'}
@@ -26,7 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     'dense beta 0.5': {},
     'dense beta 0': {'beta': 0},
     'dense beta 1': {'beta': 1},
-    'three steps, fillers': {'dataset': 'ten', 'train_iters': 3},
+    'three steps, fillers': {'dataset': 'ten', 'train_iters': 3, 'gkd_micro_batch_tokens': 64},
     'packed rows, sft_alpha': {'micro_batch_size': 2, 'sft_alpha': 0.5},
     'padded rows': {'micro_batch_size': 2, 'padding_free': 'false', 'beta': 1},
     'unequal vocabularies': {'teacher_model': 'wide', 'beta': 0, 'micro_batch_size': 2},
@@ -50,6 +53,15 @@ CASES: dict[str, dict[str, Any]] = {
     },
     'MoE, unequal vocabularies': {'model': 'moe', 'teacher_model': 'wide', 'beta': 0, **FILLERS},
     'MoE, LoRA, shared base': {**MOE_BASE, 'beta': 0},
+    'MoE, routing of the teacher, recomputed': {
+        **MOE,
+        'gkd_routing': 'teacher',
+        'micro_batch_size': 2,
+        'recompute_granularity': 'full',
+        'recompute_method': 'uniform',
+        'recompute_num_layers': 1,
+    },
+    'MoE, routing of the teacher, privileged': {**MOE, 'gkd_routing': 'teacher', 'dataset': 'privileged'},
     'MoE, balanced experts': {**MOE, 'moe_aux_loss_coeff': 1, 'padding_free': 'false'},
     'MoE, moving average': {
         'model': 'moe',
@@ -151,6 +163,19 @@ def _sequences(inputs: Mapping[str, Any], index: torch.Tensor) -> list[tuple[tor
     return found
 
 
+def _routed(student: torch.nn.Module, teacher: torch.nn.Module, views: list[list]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of both models, the student's with the teacher's experts, by the other back end's replay, row by row."""
+    routing = RoutingReplay(student, teacher)
+    ours, theirs = [], []
+    for (ids, here), (other_ids, there) in zip(*views, strict=True):
+        sees_more = None if len(ids) == len(other_ids) else {}
+        with routing.recorded(SimpleNamespace(teacher_inputs=sees_more, student_index=here, teacher_index=there)):
+            theirs.append(teacher(input_ids=other_ids[None]).logits[0, there])
+        with routing.replayed():
+            ours.append(student(input_ids=ids[None]).logits[0, here])
+    return torch.cat(ours), torch.cat(theirs)
+
+
 def _balance(model: torch.nn.Module, rows: list[torch.Tensor]) -> torch.Tensor:
     """The auxiliary loss of a micro-batch, summed over layers; that of transformers is one for all of them, and k times as large."""
     by_row = [model(input_ids=ids[None], output_router_logits=True).router_logits for ids in rows]
@@ -182,10 +207,13 @@ def plain(run: Run, case: Mapping[str, Any], models: Mapping[str, Path]) -> tupl
             continue
         views = [_sequences(batch['student_inputs'], batch['student_index'])]
         views.append(_sequences(batch['teacher_inputs'], batch['teacher_index']) if batch['teacher_inputs'] else views[0])
-        ours, theirs = (
-            capped(model, torch.cat([model(input_ids=ids[None]).logits[0, here] for ids, here in view]))
-            for model, view in zip((student, teacher), views, strict=True)
-        )
+        if case.get('gkd_routing') == 'teacher':
+            ours, theirs = _routed(student, teacher, views)
+        else:
+            ours, theirs = (
+                capped(model, torch.cat([model(input_ids=ids[None]).logits[0, here] for ids, here in view]))
+                for model, view in zip((student, teacher), views, strict=True)
+            )
         s = log_softmax(ours[:, :columns] / temperature, -1)
         t = log_softmax(theirs[:, :columns] / temperature, -1).detach()
         if beta in (0, 1):

@@ -99,15 +99,15 @@ def make_recorder(caches: Caches):
         """``gradients.pt``: the first step's gradient. ``batches.pt``: its micro-batches, of a run with one data-parallel rank.
         ``answers_rank<r>.json``: the responses that this rank was given, with their prompts.
         ``seen.json``: the largest tensor that was saved for a backward pass, in elements; what the teacher left behind, what this rank
-        kept of its pass, and the bytes of the student's gradients meanwhile; of the generated responses for how many tokens there were
-        keys and values at once, and the most tokens of a micro-batch's pass."""
+        kept of its pass, the forwards that took, and the bytes of the student's gradients meanwhile; of the generated responses for how
+        many tokens there were keys and values at once, and the most tokens of a micro-batch's pass."""
 
         def on_train_begin(self) -> None:
             trainer, step = self.trainer, self.trainer.optimizer.step
             self.batches: list[dict[str, Any]] = []
             self.collated: list[list[Any]] = []
             self.answers: list[dict[str, Any]] = []
-            self.seen = {'payload': 0, 'payload_dtype': None, 'kept': 0, 'gradient_bytes': 0}
+            self.seen = {'payload': 0, 'payload_dtype': None, 'kept': 0, 'gradient_bytes': 0, 'forwards': 0}
             encode = trainer.conductor.encoder.micro_batch
 
             def remembered(samples):
@@ -139,6 +139,7 @@ def make_recorder(caches: Caches):
                     room = sum(buffer.grad_data.untyped_storage().nbytes() for buffer in buffers)
                     self.seen['gradient_bytes'] = max(self.seen['gradient_bytes'], room)
                     found = states(*args, **kwargs)
+                    self.seen['forwards'] = max(self.seen['forwards'], len(args[0]))
                     self.seen['kept'] = max(self.seen['kept'], sum(s.numel() for s in found))
                     return found
 

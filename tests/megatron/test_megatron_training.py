@@ -27,6 +27,8 @@ ON_POLICY = {
     'log_completions': 'true',
     'steps_per_generation': 2,
 }
+# It begins again after 10 rows, in the middle of the third step.
+STREAMED = {**ON_POLICY, **SAVED, 'streaming': 'true', 'eval_steps': 5, 'val_dataset': 'val'}
 PASSES = {**ON_POLICY, **SAVED, 'train_iters': None, 'num_train_epochs': 2, 'gkd_num_samples': 3}
 # Without an update, and in order: the second step has the last two rows and six fillers.
 IN_ORDER = {**MOE, 'moe_aux_loss_coeff': 1, 'lr': 0, 'train_dataloader_shuffle': 'false', 'dataset_shuffle': 'false'}
@@ -65,7 +67,7 @@ def jobs(data, **cases):
 @pytest.fixture(scope='module')
 def alone(run_jobs, data, tmp_path_factory) -> dict[str, Run]:
     """One process, one run after the other."""
-    answered, passes, averaged = (tmp_path_factory.mktemp(name) for name in ('answered', 'passes', 'averaged'))
+    answered, passes, averaged, streamed = (tmp_path_factory.mktemp(name) for name in ('answered', 'passes', 'averaged', 'streamed'))
     runs = run_jobs(
         jobs(
             data,
@@ -84,6 +86,9 @@ def alone(run_jobs, data, tmp_path_factory) -> dict[str, Run]:
             on_policy_lora={**LORA, **ON_POLICY, 'lmbda': 1},
             answered={**ON_POLICY, **SAVED, 'save': True, 'output_dir': answered},
             answered_resumed={**ON_POLICY, **SAVED, 'mcore_model': answered / 'checkpoint-3', 'finetune': 'false'},
+            streamed={**STREAMED, 'save': True, 'output_dir': streamed},
+            streamed_resumed={**STREAMED, 'mcore_model': streamed / 'checkpoint-3', 'finetune': 'false'},
+            endless={**STREAMED, 'train_iters': None},
             passes={**PASSES, 'save': True, 'output_dir': passes},
             passes_resumed={**PASSES, 'mcore_model': passes / 'checkpoint-9', 'finetune': 'false'},
             base={**LORA, **STEPS, 'teacher_model': 'student', 'export': True},
@@ -121,6 +126,7 @@ def parallel(run_jobs, data) -> dict[str, Run]:
             data,
             steps={**STEPS, **SHARDED},
             on_policy={**ON_POLICY, **SHARDED},
+            streamed=STREAMED,
             evaluated=EVALUATED,
             evaluated_offloaded={**EVALUATED, 'offload_teacher_model': 'true'},
             base={**LORA, **STEPS, **SHARDED, 'teacher_model': 'student'},
@@ -139,6 +145,7 @@ def split(run_jobs, data, alone, tmp_path_factory) -> dict[str, Run]:
             data,
             on_policy=ON_POLICY,
             on_policy_lora={**LORA, **ON_POLICY, 'lmbda': 1},
+            streamed=STREAMED,
             averaged={**AVERAGED, 'save_steps': 2, 'save': True, 'save_safetensors': 'true', 'output_dir': averaged},
             averaged_by_weights={**GOES_ON, 'model': averaged / 'checkpoint-2'},
             averaged_elsewhere={**GOES_ON, 'mcore_model': alone['averaged'].output_dir / 'checkpoint-2'},
@@ -173,6 +180,17 @@ def test_resumed_is_not_interrupted(alone):
     assert alone['answered_resumed'].ok().losses == alone['answered'].ok().losses[3:]
     responses = [[(a['key'], a['token_ids']) for a in alone[name].answers] for name in ('answered', 'answered_resumed')]
     assert responses[1] == responses[0][-len(responses[1]) :] and responses[1]
+
+
+def test_a_stream_is_the_same_in_every_layout_and_after_a_checkpoint(alone, parallel, split):
+    run = alone['streamed'].ok()
+    assert len(run.losses) == 5 and len(completions(run)) > 0
+    assert {row for _, row, _ in completions(run)} <= set(range(10)) and {epoch for epoch, _, _ in completions(run)} <= {0, 1}
+    for other in (parallel['streamed'], split['streamed']):
+        assert other.ok().losses == pytest.approx(run.losses, abs=1e-6) and completions(other) == completions(run)
+        assert other.values('eval_loss') == pytest.approx(run.values('eval_loss'), abs=1e-6) and other.values('eval_rows') == [7]
+    assert alone['streamed_resumed'].ok().losses == run.losses[3:]
+    assert alone['endless'].loaded == 0 and '--streaming True: a stream has no length; give --train_iters.' in alone['endless'].error
 
 
 def test_all_responses_of_all_epochs(alone):

@@ -16,7 +16,9 @@ from swift_gkd_plugin.arguments import GKDOptions, OptionError
 from swift_gkd_plugin.megatron.options import (
     check_layout,
     check_model,
+    check_overrides,
     check_precision,
+    check_routing,
     check_supported,
     check_teacher,
     loads_teacher,
@@ -36,6 +38,12 @@ DEFAULTS = {f.name: f.default for f in fields(GKDOptions)} | dict(
     vllm_mode=None,
     teacher_model_server=None,
     streaming=False,
+    train_iters=None,
+    save_strategy='steps',
+    moe_aux_loss_coeff=0.0,
+    moe_z_loss_coeff=None,
+    moe_expert_capacity_factor=None,
+    moe_router_load_balancing_type=None,
     use_megatron_fsdp=False,
     bridge_backend='mcore-bridge',
     mtp_num_layers=None,
@@ -61,6 +69,7 @@ DEFAULTS = {f.name: f.default for f in fields(GKDOptions)} | dict(
     fp4=None,
     fp4_format=None,
     fp4_param_gather=False,
+    megatron_extra_kwargs=None,
 )
 
 
@@ -76,6 +85,9 @@ def options(**given) -> SimpleNamespace:
         dict(fp8_param_gather=True, gkd_self_teacher='ema', teacher_model=None),
         dict(fp4_param_gather=True, gkd_self_teacher='ema', teacher_model=None),
         dict(streaming=True),
+        dict(save_strategy='epoch', streaming=True, train_iters=5),
+        dict(gkd_micro_batch_tokens=4096, moe_aux_loss_coeff=[0.01]),
+        dict(gkd_micro_batch_tokens=4096, moe_expert_capacity_factor=1.0),
         dict(use_megatron_fsdp=True),
         dict(bridge_backend='megatron-bridge'),
         dict(mtp_num_layers=1),
@@ -101,6 +113,8 @@ def test_refused(given):
         dict(seq_kd=True, gkd_eval_source='teacher'),
         dict(lmbda=0.5, use_vllm=True, vllm_mode='colocate'),
         dict(gkd_self_teacher='ema', teacher_model=None),
+        dict(streaming=True, train_iters=5),
+        dict(gkd_micro_batch_tokens=4096, moe_aux_loss_coeff=[0.0]),
         dict(tuner_type='lora', teacher_model='student'),
     ],
 )
@@ -284,9 +298,43 @@ def test_training_in_few_bits(given):
 
 def test_teacher_has_all_its_bits():
     args = options(fp8='e4m3', fp8_format='e4m3', fp8_param_gather=True, fp4='e2m1', fp4_format='e2m1', fp4_param_gather=True)
+    args.megatron_extra_kwargs = {'fp8_recipe': 'blockwise', 'cp_comm_type': 'a2a'}
     for given in ({}, dict(teacher_tensor_model_parallel_size=2)):
         theirs = vars(teacher_arguments(options(**vars(args) | given)))
         assert [value for name, value in theirs.items() if name.startswith(('fp8', 'fp4'))] == [None, None, False] * 2
+        assert theirs['megatron_extra_kwargs'] == {'cp_comm_type': 'a2a'} and 'fp8_recipe' in args.megatron_extra_kwargs
+
+
+@pytest.mark.parametrize(
+    'given', [{'hierarchical_context_parallel_sizes': [2, 4]}, {'cp_comm_type': 'a2a+p2p'}, {'cp_comm_type': ['p2p', 'a2a+p2p']}], ids=str
+)
+def test_groups_that_nobody_makes(given):
+    with pytest.raises(OptionError, match=f'^--megatron_extra_kwargs {next(iter(given))} .* makes no hierarchical'):
+        check_overrides(options(megatron_extra_kwargs=given))
+
+
+def test_routing_that_cannot_be_replayed():
+    def config(layers: int = 2, experts: int = 4) -> SimpleNamespace:
+        found = SimpleNamespace(num_hidden_layers=layers, num_experts=experts)
+        found.get_text_config = lambda: found
+        return found
+
+    taught = dict(gkd_routing='teacher', teacher_model='other', model='m')
+    for given, student, teacher, message in (
+        ({}, config(experts=0), None, 'm has no routed experts'),
+        ({}, config(), config(layers=3), "the student has {'layers': 2, 'experts': 4} and the teacher {'layers': 3"),
+        (dict(gkd_teacher_engine='vllm', gkd_logits_topk=4), config(), None, 'an engine does not say'),
+        (dict(teacher_tensor_model_parallel_size=2), config(), config(), '--teacher_tensor_model_parallel_size 2: in a layout of its own'),
+    ):
+        with pytest.raises(OptionError, match=f'^--gkd_routing teacher.*{message}[^\n]*$'):
+            check_routing(options(**taught, **given), student, teacher)
+    check_routing(options(**taught), config(), config())
+    check_routing(options(), config(experts=0), None)
+
+
+def test_overrides_that_need_no_groups():
+    for given in (None, {'cp_comm_type': 'all_gather'}, {'cp_comm_type': ['p2p', 'a2a']}):
+        check_overrides(options(megatron_extra_kwargs=given))
 
 
 LABELS = """

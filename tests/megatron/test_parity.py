@@ -18,9 +18,12 @@ PLAIN = (
     'dense beta 1',
     'packed rows, sft_alpha',
     'padded rows',
+    'three steps, fillers',
     'unequal vocabularies',
     'separate teacher, privileged, soft caps',
     'MoE, balanced experts',
+    'MoE, routing of the teacher, recomputed',
+    'MoE, routing of the teacher, privileged',
 )
 
 
@@ -52,6 +55,13 @@ def test_one_process_is_plain_transformers(alone, models, name):
     loss, gradients = plain(alone[name], CASES[name], models)
     assert abs(alone[name].losses[0] - loss) < 1e-6
     assert relative(alone[name].gradients, gradients) < 1e-5
+
+
+def test_micro_batches_by_tokens(alone):
+    """One row each would be four."""
+    batches = alone['three steps, fillers'].saved('batches')
+    assert 1 < len(batches) < 4
+    assert all(batch['student_inputs']['input_ids'].numel() <= 64 for batch in batches)
 
 
 @pytest.mark.parametrize('layout', [name for name in LAYOUTS if name != '1'])

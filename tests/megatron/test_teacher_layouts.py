@@ -66,6 +66,8 @@ def test_teacher_says_the_same_in_its_own_layout(alone, in_layout, student):
         assert 'a separate model on its own layout (TP ' in run.output, name
         assert run.values('eval_loss') == pytest.approx(alone[student][name].values('eval_loss'), abs=1e-6)
         assert len(run.values('eval_loss')) == ('evaluated' in name)
+        if name == 'TP2, top-k':
+            assert "NCCL communicator warm-up of the teacher's layout done (9 groups)." in run.output
         if 'offloaded' in name:
             assert min(run.values('teacher/moved_gib')) > 0
 
@@ -88,6 +90,15 @@ def test_a_rank_keeps_its_own(in_layout):
     for name in ('TP2, fillers', 'TP2, wide', 'TP2, another family'):
         seen = in_layout('DP2')[name].seen
         assert 0 < seen['kept'] == seen['payload'], name
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(900)
+def test_a_replica_looks_at_packed_rows_of_all_owners_at_once(in_layout):
+    """One replica and two owners, each with one batch of the teacher's own; padded rows stay apart."""
+    runs = in_layout('DP2')
+    assert [runs[name].seen['forwards'] for name in ('TP2, wide', 'CP2', 'CP2, padded')] == [1, 1, 2]
+    assert runs['PP2'].seen['forwards'] == 4  # as many as keep two stages busy
 
 
 @pytest.mark.parametrize('student', VISITS)

@@ -27,14 +27,17 @@ from swift_gkd_plugin.responses import Response
 from swift_gkd_plugin.sources import STUDENT, Draw, engine_seed
 from swift_gkd_plugin.step.ahead import Ahead
 from swift_gkd_plugin.step.backend import Backend
+from swift_gkd_plugin.step.balance import Balancing
 from swift_gkd_plugin.step.conductor import Conductor
 from swift_gkd_plugin.step.data import filled_up, row_loader
 from swift_gkd_plugin.step.objective import LossOptions
 from swift_gkd_plugin.step.ranks import Ranks
 from swift_gkd_plugin.step.remote import RemoteTeacher
+from swift_gkd_plugin.step.samples import Counted
 from swift_gkd_plugin.step.teaching import TeacherBatches
 from swift_gkd_plugin.teachers import TopK
 from swift_gkd_plugin.teachers.server import Scores, ServerOptions, TeacherServer, TeacherServerError, TeacherServers
+from swift_gkd_plugin.world import from_all
 
 CPU = torch.device('cpu')
 TOPK = 2
@@ -150,10 +153,12 @@ class FakeBackend(Backend):
         kept_bytes: Of each token that the local teacher has looked at; None for nothing.
         kept_per_token: The same, of a teacher from the host.
         as_the_student: The local teacher looks at the student's micro-batches.
+        balancing: How rows are arranged in micro-batches.
     """
 
     step = 0
     kept_per_token: int | None = None
+    balancing: Balancing | None = None
 
     def __init__(self, args, ranks: Ranks, template):
         self.args, self.ranks, self.template = args, ranks, template
@@ -311,6 +316,7 @@ class FakeRun:
 
     Attributes:
         steps: What each step was trained on: see :func:`seen`.
+        counted: The micro-batches of each step.
         losses: Of each step, over all ranks.
         logs: What each step has logged.
     """
@@ -336,10 +342,12 @@ class FakeRun:
         options = LossOptions(Divergence(), args.gkd_loss_weight, args.sft_alpha, 'bucket', None)
         self.conductor = self.backend.conductor = Conductor(self.backend, template, options, who, remote)
         self.steps: list[list[list[dict[str, Any]]]] = []
+        self.counted: list[list[Counted]] = []
         self.losses: list[float] = []
         self.logs: list[dict[str, float]] = []
 
     def rows(self, dataset, batch_size: int, seed: int | None, **how):
+        how['shares'] = from_all(self.share['rank'])
         return row_loader(dataset, batch_size, seed=seed, drop_last=False, **self.share, **how)
 
     def epochs(self):
@@ -378,13 +386,15 @@ class FakeRun:
     def one_step(self, rows, num_batches: int) -> None:
         backend, conductor = self.backend, self.conductor
         batches = conductor.next_step(rows, num_batches, self.args.steps_per_generation)
-        assert len(batches) == conductor.num_batches == num_batches
+        assert len(batches) == conductor.num_batches
+        assert num_batches == len(batches) or (backend.balancing is not None and backend.balancing.tokens is not None)
         sums = torch.stack([backend.look(batch) for batch in batches]).sum(0)
         conductor.before_update()
         if dist.is_initialized():
             dist.all_reduce(sums)
         backend.weights = backend.weights - self.args.learning_rate * sums[:-1] / conductor.tokens
         backend.step += 1
+        self.counted.append(batches.counted)
         self.steps.append([[seen(sample) for sample in batch.samples] for batch in batches.counted])
         self.losses.append(sums[-1].item() / conductor.tokens)
         self.logs.append(conductor.logged())

@@ -23,6 +23,7 @@ from datasets import Dataset
 from fake_backend import CPU, FakeRun, FakeServer, arguments, flat
 
 from swift_gkd_plugin import sources
+from swift_gkd_plugin.step.balance import Balancing
 from swift_gkd_plugin.step.ranks import Ranks
 
 # (owners of rows, ranks with the same rows)
@@ -40,12 +41,17 @@ def tiny_template(student: Path):
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """Rows without a length."""
+    """Rows without a length.
+
+    Attributes:
+        passes: How often it was begun.
+    """
 
     def __init__(self, rows: list[dict[str, Any]]):
-        self.rows = rows
+        self.rows, self.passes = rows, 0
 
     def __iter__(self):
+        self.passes += 1
         return iter(self.rows)
 
 
@@ -103,6 +109,34 @@ def training(rank: Rank) -> dict[str, Any]:
 def local_teacher(rank: Rank) -> dict[str, Any]:
     run = rank.run('local', sft_alpha=0.3, max_steps=4).train()
     return {**summary(run), 'looked_at': run.backend.looked_at}
+
+
+def balanced(rank: Rank) -> dict[str, Any]:
+    """Rows go to the rank that has time for them; a run that goes on in the middle of a cycle does the same."""
+    options = {'sft_alpha': 0.3, 'max_steps': 6, 'steps_per_generation': 4, 'max_completion_length': 60}
+    found = {}
+    for name, how in {'plain': None, 'balanced': Balancing(), 'tokens': Balancing(tokens=100), 'server': Balancing()}.items():
+
+        def run(directory: str, how=how, name=name, **more) -> FakeRun:
+            server = {'server': FakeServer(scores_with_answers=False)} if name == 'server' else {}
+            made = rank.run(directory, **server, **options, **more)
+            made.backend.balancing = how
+            return made
+
+        whole = run(f'balanced {name}', save_steps=3).train()
+        again = run(f'balanced {name} again').train(str(rank.root / f'balanced {name}' / 'checkpoint-3'))
+        sizes = [[batch.size for batch in step] for step in whole.counted]
+        found[name] = {**summary(whole), 'sizes': sizes, 'resumed': summary(again), 'steps': whole.steps}
+    return found
+
+
+def stream(rank: Rank) -> dict[str, Any]:
+    """It begins again in the middle of a step, and a run goes on where another one was in it."""
+    rows = Stream(rank.rows[:14])
+    run = rank.run('stream', rows, max_steps=5, save_steps=3, **MIXED, server=FakeServer()).train()
+    again = rank.run('stream again', Stream(rows.rows), max_steps=5, server=FakeServer(), **MIXED)
+    again.train(str(rank.root / 'stream' / 'checkpoint-3'))
+    return {**summary(run), 'passes': rows.passes, 'resumed': summary(again), 'evaluation': run.evaluate(Stream(rank.rows[:7]), 2)}
 
 
 def speed(rank: Rank) -> list[float]:
@@ -213,9 +247,7 @@ def one_rank_cannot_encode(rank: Rank) -> dict[str, Any]:
     return summary(_cannot_encode(rank.run('cannot', max_steps=4), rank).train())
 
 
-def one_rank_cannot_encode_of_a_stream(rank: Rank) -> dict[str, Any] | None:
-    if rank.owners > 1:
-        return None  # Megatron-SWIFT has no streams
+def one_rank_cannot_encode_of_a_stream(rank: Rank) -> dict[str, Any]:
     return summary(_cannot_encode(rank.run('cannot stream', Stream(rank.rows[:14]), max_steps=4), rank).train())
 
 
@@ -239,6 +271,8 @@ def another_encoding(rank: Rank) -> dict[str, Any] | None:
 CASES = [
     training,
     local_teacher,
+    balanced,
+    stream,
     speed,
     empty_shares,
     prefetch,

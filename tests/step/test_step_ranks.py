@@ -72,6 +72,44 @@ def test_any_layout_is_one_training(found, layout, case):
     same_training(found.ranks(layout, case), alone)
 
 
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_balanced_micro_batches_are_the_same_training(found, layout):
+    """Also of a run that goes on from a checkpoint in the middle of a cycle."""
+    ranks, (owners, sharers) = found.ranks(layout, 'balanced'), LAYOUTS[layout]
+    plain = found.alone('balanced')['plain']
+    for how in ('plain', 'balanced', 'tokens', 'server'):
+        for one in ranks:
+            assert one[how]['losses'] == pytest.approx(
+                found.alone('balanced')['server' if how == 'server' else 'plain']['losses'], rel=1e-9
+            )
+            assert one[how]['resumed']['losses'] == one[how]['losses'][3:]
+        trained = by_row(*(sample for one in ranks for sample in one[how]['samples']))
+        assert how == 'server' or trained == by_row(*plain['samples'])
+    slowest = {
+        how: [max(map(sum, sizes)) for sizes in zip(*(one[how]['sizes'] for one in ranks), strict=True)] for how in ('plain', 'balanced')
+    }
+    if owners > 1:
+        assert sum(slowest['balanced']) < 0.95 * sum(slowest['plain'])
+        rows = [
+            [{s['key'][0] for step in one[how]['steps'] for b in step for s in b} for one in ranks[::sharers]]
+            for how in ('plain', 'server')
+        ]
+        assert rows[0] == rows[1]  # they stay where the server is asked about them
+    for sizes in zip(*(one['tokens']['sizes'] for one in ranks), strict=True):
+        assert len({len(of_rank) for of_rank in sizes}) == 1
+        assert all(size <= 100 for of_rank in sizes for size in of_rank)
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_one_rank_reads_a_stream_for_all(found, layout):
+    ranks, alone = found.ranks(layout, 'stream'), found.alone('stream')
+    same_training(ranks, alone)
+    assert [one['passes'] for one in ranks] == [3] + [0] * (len(ranks) - 1)  # 40 of 14 rows
+    for one in ranks:
+        assert one['resumed']['losses'] == one['losses'][3:]
+        assert one['evaluation'] == pytest.approx(alone['evaluation'], rel=1e-6) and one['evaluation']['rows'] == 7
+
+
 @pytest.mark.parametrize('layout', SEVERAL)
 def test_completions_have_each_response_once_with_the_divergence_of_all_its_tokens(found, layout):
     ours, expected = found.completions(layout, 'training'), found.completions('alone', 'training')

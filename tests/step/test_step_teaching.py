@@ -37,6 +37,9 @@ def test_every_row_is_looked_at_once_longest_first(plan):
 def test_limits_of_a_batch():
     for group in TeacherBatches(None, 64).grouped(LENGTHS):
         assert len(group) == 1 or len(group) * max(LENGTHS[place] for place in group) <= 64
+    for group in (packed := TeacherBatches(None, 100).grouped(LENGTHS, packed=True)):
+        assert len(group) == 1 or sum(LENGTHS[place] for place in group) <= 100
+    assert len(packed) < len(TeacherBatches(None, 100).grouped(LENGTHS))  # nothing is spent on padding
     assert list(map(len, TeacherBatches(4, tokens=1).grouped(LENGTHS))) == [4, 4, 1]  # rows, whatever their lengths
     assert len(TeacherBatches(None, 10**6, at_least=4).grouped(LENGTHS)) >= 4
     assert TeacherBatches(None, 64).grouped([]) == []

@@ -258,7 +258,26 @@ def zigzag(length: int, rank: int, size: int, boundaries: list[int]) -> tuple[to
     return torch.cat(sequences)[:length], torch.cat(places)[:length]
 
 
+# Names of masks: whether a query sees what comes after it, and where the last of queries and keys of different number are the same token
+# ("bottom right"; else it is the first of both).
+MASKS = {
+    'no_mask': (False, False),
+    'padding': (False, False),
+    'causal': (True, False),
+    'padding_causal': (True, False),
+    'causal_bottom_right': (True, True),
+    'padding_causal_bottom_right': (True, True),
+    'arbitrary': (False, False),
+}
+
+
 class DotProductAttention(nn.Module):
+    """Transformer Engine's, with the masks of its documentation.
+
+    Raises:
+        ValueError: A mask, a window or a bias that this one does not know, or a mask that is asked for and not given.
+    """
+
     def __init__(
         self,
         num_attention_heads,
@@ -274,6 +293,8 @@ class DotProductAttention(nn.Module):
         **_,
     ):
         super().__init__()
+        if window_size not in (None, (-1, -1), (-1, 0)):
+            raise ValueError(f'window_size {window_size}: there are no sliding windows on a CPU')
         self.attention_dropout, self.qkv_format, self.attn_mask_type = attention_dropout, qkv_format, attn_mask_type
         self.window_size, self.softmax_scale, self.tp_group, self.cp_group = window_size, softmax_scale, tp_group, cp_group
 
@@ -293,8 +314,16 @@ class DotProductAttention(nn.Module):
         cu_seqlens_q=None,
         cu_seqlens_q_padded=None,
         attn_mask_type=None,
+        window_size=None,
+        core_attention_bias=None,
         **_,
     ):
+        mask_type = attn_mask_type or self.attn_mask_type
+        if mask_type not in MASKS:
+            raise ValueError(f'attn_mask_type {mask_type}: must be one of {", ".join(MASKS)}')
+        if window_size not in (None, (-1, -1), (-1, 0)) or core_attention_bias is not None:
+            raise ValueError(f'window_size {window_size} or core_attention_bias: there is neither on a CPU')
+        causal, bottom_right = MASKS[mask_type]
         packed = (qkv_format or self.qkv_format) == 'thd'
         if packed:
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
@@ -306,17 +335,20 @@ class DotProductAttention(nn.Module):
         if len(query) == len(key):
             q_sequence, q_place = zigzag(len(query), rank, size, boundaries)
             k_sequence, k_place = (torch.cat(x) for x in zip(*(zigzag(len(key), r, size, boundaries) for r in range(size)), strict=True))
-        else:  # generation: the queries are the last of the keys
-            q_place, k_place = torch.arange(len(query)) + len(key) - len(query), torch.arange(len(key))
+        elif packed or size > 1:
+            raise ValueError(f'{len(query)} queries and {len(key)} keys: packed rows and context-parallel ranks have as many of both')
+        else:
+            q_place, k_place = torch.arange(len(query)) + bottom_right * (len(key) - len(query)), torch.arange(len(key))
             q_sequence, k_sequence = torch.zeros_like(q_place), torch.zeros_like(k_place)
         if size > 1:
             key, value = GatherSequence.apply(key, self.cp_group), GatherSequence.apply(value, self.cp_group)
         seen = q_sequence[:, None] == k_sequence
-        mask_type = attn_mask_type or self.attn_mask_type
-        if 'causal' in mask_type:
+        if causal:
             seen = seen & (k_place <= q_place[:, None])
         seen = seen[None, None]
-        if attention_mask is not None and not packed and ('padding' in mask_type or 'arbitrary' in mask_type):
+        if not packed and ('padding' in mask_type or mask_type == 'arbitrary'):
+            if attention_mask is None:
+                raise ValueError(f'attn_mask_type {mask_type}: needs an attention_mask')
             seen = seen & ~attention_mask
         shared = query.shape[2] // key.shape[2]
         key, value = (x.repeat_interleave(shared, 2) for x in (key, value))
