@@ -68,6 +68,16 @@ class Run:
         return json.loads((self.output_dir / 'seen.json').read_text())
 
     @property
+    def memory(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Bytes by part, held by the first rank and foretold; parts of the teacher's weights are one."""
+        found = json.loads((self.output_dir / 'memory.json').read_text())
+        held, foretold = found['held'], found['foretold']
+        told = {name: foretold.get(name, 0) for name in held}
+        if 'teacher weights' in held:
+            told['teacher weights'] = sum(size for name, size in foretold.items() if name.startswith('teacher weights'))
+        return held, told
+
+    @property
     def completions(self) -> list[dict[str, Any]]:
         return self.lines('completions.jsonl')
 

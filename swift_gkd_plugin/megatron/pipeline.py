@@ -10,9 +10,11 @@ from transformers import AutoConfig
 
 from .. import checks
 from ..arguments import OptionError
+from ..memory.verdict import Card
 from ..step.remote import check_servers
 from ..step.samples import with_used_columns
 from ..unused import Entry, say_unused
+from .memory import foretell
 from .options import SIZES, check_layout, check_model, check_precision, check_teacher, loads_teacher, said_once
 from .trainer import GKDTrainer
 
@@ -46,6 +48,7 @@ class GKDPipeline(MegatronRLHF):
         with said_once():
             self._check_options()
             self._tokens = checks.tokenizer_lengths(self.args, self.processor)
+            foretell(self.args, Card.of_this_rank())
         return super().run()
 
     def prepare_trainer(self) -> GKDTrainer:

@@ -57,6 +57,14 @@ def runs(run_jobs, tiny_models, privileged):
     )
 
 
+def test_a_rank_holds_what_was_foretold(runs):
+    """To the byte: weights with adapters, gradients, teacher."""
+    for name, run in runs.items():
+        held, foretold = run.ok().memory
+        assert held == foretold, name
+        assert held['gradients'] and held['student weights'], name
+
+
 @pytest.fixture(scope='module')
 def reference(tiny_models, privileged):
     """Loss and gradient by whole logits, fp64 and autograd, for the first four rows of a dataset."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import helpers
+import pytest
 import starts
 import torch
 from models import QUICK
@@ -86,6 +87,14 @@ class Run:
     @property
     def seen(self) -> dict[str, Any]:
         return json.loads((self.output_dir / 'seen.json').read_text())
+
+
+def compare_memory(run: Run) -> None:
+    """What the last rank held with what was foretold of it: to the byte, but for the padding of megatron-core's gradient buffers."""
+    held, foretold = run.seen['held'], run.seen['foretold']
+    for name, size in held.items():
+        told = sum(n for part, n in foretold.items() if part.startswith(name))
+        assert told == (pytest.approx(size, rel=0.02) if name == 'gradients' else size), (run.output_dir.name, name, size, told)
 
 
 def relative(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:

@@ -8,7 +8,7 @@ from collections import Counter
 import helpers
 import pytest
 from cases import LORA, MOE, make_datasets, plain
-from runs import Run, relative
+from runs import Run, compare_memory, relative
 from teacher_cases import layout
 
 from swift_gkd_plugin.sources import Draw
@@ -123,6 +123,13 @@ def test_student_answers_the_same_in_every_layout(alone, parallel, split):
     assert 0 < sum(alone['on_policy'].values('source/student')) < 4
     assert alone['on_policy_lora'].values('source/student') == [1, 1, 1, 1]
     assert alone['on_policy'].values('response/length')
+
+
+def test_a_rank_holds_what_was_foretold(alone, parallel, split):
+    """Weights, gradients, optimizer and teacher: whole, quantities of a data-parallel rank, of a stage and of a shard."""
+    names = ('steps', 'offloaded', 'qwen2', 'bf16', 'on_policy_lora', 'base', 'two_teachers')
+    for run in (*(alone[name] for name in names), *(parallel[name] for name in ('on_policy', 'offloaded', 'base')), *split.values()):
+        compare_memory(run.ok())
 
 
 def test_log_is_written_when_the_step_ends(alone):
