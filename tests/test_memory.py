@@ -304,7 +304,7 @@ def test_an_estimate_refuses_nothing(sizes, said):
     assert sure < 80 * GIB < all_told
     announced(long)
     (warning,) = [record.message for record in said.records if record.levelname == 'WARNING']
-    assert 'if it does not fit: it fits with --gradient_checkpointing true (' in warning and '\n' not in warning
+    assert 'should it run out of memory: it fits with --gradient_checkpointing true (' in warning and '\n' not in warning
     said.clear()
     announced(replace(long, card=Card('cuda:0', all_told)))
     assert not [record for record in said.records if record.levelname == 'WARNING']

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..arguments import engine_scores, teacher_offload
 from ..memory import estimates
-from ..memory.estimates import FP32, Rows
+from ..memory.estimates import BF16, FP32, Rows
 from ..memory.setup import Setup as AnySetup
 from ..memory.sizes import ModelSize, Weight, empty_model, numbers
 from ..memory.table import GENERATION, PHASES, STUDENT, TEACHER, UPDATE, Part, Table, but
@@ -40,7 +40,7 @@ class Setup(AnySetup):
         sharding: One of the above.
         zero: DeepSpeed's ``zero_optimization``.
         moments: Of the optimizer; None if it is not known.
-        mixed: Whether FSDP2 keeps what is trained in fp32.
+        mixed: Whether it trains in mixed precision, for which FSDP2 keeps what is trained in fp32.
         checkpointing: Whether layers are computed again for the backward pass.
         bits, teacher_bits: Of quantised weights; None for those that are not.
         adapter: Numbers of an adapter that is trained in place of what the student trains; None for what it trains.
@@ -83,7 +83,11 @@ class Setup(AnySetup):
 
     @property
     def itemsize(self) -> int:
-        return self.student.inside.itemsize
+        return self.cast(self.student.inside.itemsize)
+
+    def cast(self, itemsize: int) -> int:
+        """Bytes of a number once DeepSpeed has a model, which it casts to 16 bits where it trains in mixed precision."""
+        return min(itemsize, BF16) if self.zero and self.mixed else itemsize
 
     @property
     def n(self) -> int:
@@ -150,11 +154,13 @@ def _of_student(setup: Setup) -> Iterable[Part]:
 
     dtype = _trained_itemsize(setup)
     backward = {STUDENT, UPDATE} | ({TEACHER} if _gradients_wait(setup) else set())
-    if sharding in (ZERO2, ZERO3):
-        on_host = setup.on_host('optimizer')
-        yield Part('gradients', 0 if on_host else b * trained, PHASES if sharding == ZERO3 else backward, setup.sure)
+    if setup.on_host('optimizer'):
+        pass  # and with it the gradients
+    elif sharding in (ZERO2, ZERO3):
+        yield Part('gradients', b * trained, PHASES if sharding == ZERO3 else backward, setup.sure)
     else:
-        yield Part('gradients', (b if setup.zero else dtype) * setup.of_trained(sharding == FSDP2), backward, setup.sure)
+        sure = setup.sure and not setup.zero
+        yield Part('gradients', (b if setup.zero else dtype) * setup.of_trained(sharding == FSDP2), backward, sure)
     if sharding == DDP:
         yield Part("gradients in DDP's buckets", dtype * setup.of_trained(False), PHASES, setup.sure)
     if sharding == ZERO2 and not setup.on_host('optimizer'):
@@ -172,10 +178,11 @@ def _of_student(setup: Setup) -> Iterable[Part]:
         yield Part("the teacher's average", FP32 * share, PHASES, setup.sure)
 
     here = (STUDENT, TEACHER) if setup.in_student else (STUDENT,)
-    if setup.rows.answers and not (setup.rows.answers_of_teacher and setup.teacher):
+    whole = sharding == ZERO3 and setup.gathers and setup.rows.answers
+    if setup.rows.answers and not whole and not (setup.rows.answers_of_teacher and setup.teacher):
         here = (*here, GENERATION)
     yield from _gathered(setup, size, sharding, 'student, gathered', here)
-    if sharding == ZERO3 and setup.gathers and setup.rows.answers:
+    if whole:
         yield Part('student, whole to generate', b * numbers(size.weights), (GENERATION,))
 
 
@@ -198,7 +205,7 @@ def _of_teacher(setup: Setup) -> Iterable[Part]:
     visits = (TEACHER, GENERATION) if setup.rows.answers_of_teacher else (TEACHER,)
 
     def held(weights: Iterable[Weight]) -> int:
-        return sum(w.itemsize * (_of_shard(w, n, sharding) if n > 1 else w.numbers) for w in weights)
+        return sum(setup.cast(w.itemsize) * (_of_shard(w, n, sharding) if n > 1 else w.numbers) for w in weights)
 
     if setup.offload == 'model':
         yield Part('teacher weights, the head', held(w for w in size.weights if w.name == size.head), PHASES, setup.sure)
@@ -331,7 +338,9 @@ def setup_of(args: Any, prepare: Callable[[Any, nn.Module], nn.Module], teacher_
     spread = is_zero3(of_teacher) or bool(args.fsdp)
     training = args.training_args
     optim = getattr(training.optim, 'value', training.optim)
-    known = getattr(args, 'optimizer', None) in (None, 'default') and not args.use_galore
+    # DeepSpeed can have an optimizer of its own, or keep its state in bf16.
+    narrow = any(name.startswith('bf16_') for name in config.get('bf16') or {})
+    known = args.optimizer in (None, 'default') and not args.use_galore and 'optimizer' not in config and not narrow
     local = args.teacher_model_server is None and not engine_scores(args)
     fsdp = args.fsdp_config if args.fsdp and isinstance(args.fsdp_config, dict) else {}
     colocated = args.use_vllm and args.vllm_mode == 'colocate'
@@ -369,7 +378,7 @@ def setup_of(args: Any, prepare: Callable[[Any, nn.Module], nn.Module], teacher_
         away=('weights',) * bool(colocated and args.offload_model) + ('optimizer',) * bool(colocated and args.offload_optimizer),
         engine_phases=tuple(awake) if engine is not None else (),
         card=None if by_map else card,
-        sure=not config.get('tensor_parallel') and args.tuner_backend != 'unsloth',
+        sure=not config.get('tensor_parallel') and args.tuner_backend != 'unsloth' and 'offload' not in args.fsdp,
     )
 
 

@@ -85,9 +85,11 @@ def announce(setup: Setup, table: Callable[[Setup], Table], changes: Mapping[str
             f'{gib(card.bytes)}; {advice}.'
         )
     if this_rank() == 0:
+        phase = found.fullest()
         logger.warning(
-            f"Memory: in its phase '{found.fullest()}' a rank holds about {gib(found.peak())}, {gib(sure)} of it for certain "
-            f'({found.largest()}), and {card.name} has {gib(card.bytes)}; if it does not fit: {advice}.'
+            f"Memory: in its phase '{phase}' a rank holds about {gib(found.peak())} ({found.largest()}), "
+            f'{gib(found.held(phase, exact_only=True))} of it for certain, and {card.name} has {gib(card.bytes)}; should it run out of '
+            f'memory: {advice}.'
         )
 
 

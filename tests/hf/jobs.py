@@ -218,12 +218,13 @@ def allow_fsdp_on_cpu() -> None:
 @contextmanager
 def forced(job):
     """What a job asks for beside its options: ``dense``, whole logits for every model; ``evaluate_first``, before any training;
-    ``nothing_shared``, teacher and student each do all of their work."""
+    ``nothing_shared``, teacher and student each do all of their work; ``card``, a card of so many bytes."""
     from swift_gkd_plugin.hf.head import OutputHead
     from swift_gkd_plugin.hf.shared_work import SharedWork
     from swift_gkd_plugin.hf.trainer import GKDTrainer
+    from swift_gkd_plugin.memory.verdict import Card
 
-    why_dense, train, shared = OutputHead._why_dense, GKDTrainer.train, SharedWork.__bool__
+    why_dense, train, shared, none = OutputHead._why_dense, GKDTrainer.train, SharedWork.__bool__, Card.of_this_rank
 
     def evaluate_and_train(self, *args, **kwargs):
         self.evaluation_loop(self.get_eval_dataloader(), 'before')  # evaluate() logs, which ms-swift can't before training
@@ -233,12 +234,14 @@ def forced(job):
         OutputHead._why_dense = lambda self: 'the test wants it'
     if job.get('evaluate_first'):
         GKDTrainer.train = evaluate_and_train
+    if job.get('card'):
+        Card.of_this_rank = lambda: Card('cuda:0', job['card'])
     if job.get('nothing_shared'):
         SharedWork.__bool__ = lambda self: False
     try:
         yield
     finally:
-        OutputHead._why_dense, GKDTrainer.train, SharedWork.__bool__ = why_dense, train, shared
+        OutputHead._why_dense, GKDTrainer.train, SharedWork.__bool__, Card.of_this_rank = why_dense, train, shared, none
 
 
 def keep_what_is_foretold() -> None:
@@ -295,7 +298,7 @@ def main(path: str) -> None:
         error, trace = None, ''
         loaded.clear()
         try:
-            with forced(job) if {'dense', 'evaluate_first', 'nothing_shared'} & job.keys() else nullcontext():
+            with forced(job) if {'dense', 'evaluate_first', 'nothing_shared', 'card'} & job.keys() else nullcontext():
                 rlhf_main(job['argv'])
         except BaseException as e:
             error = f'{type(e).__name__}: {e}'

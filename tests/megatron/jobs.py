@@ -238,6 +238,7 @@ def main(path: str) -> None:
 
         engine.install(GKDTrainer)
     from swift_gkd_plugin.megatron import generation, options
+    from swift_gkd_plugin.memory.verdict import Card
 
     options.time = SimpleNamespace(sleep=lambda seconds: None)  # here no rank ends the others
     keeps_cache, attention = generation.keeps_cache, generation.Attention
@@ -248,6 +249,8 @@ def main(path: str) -> None:
         os.environ['EXPORT'], os.environ['SAVE'] = str(int(job['export'])), str(int(job['save']))
         generation.keeps_cache = (lambda model: False) if job['no_cache'] else keeps_cache
         generation.Attention = Foreign if job['foreign'] else attention
+        card = Card('cuda:0', job['card']) if job['card'] else None
+        Card.of_this_rank = lambda card=card: card
         error, trace = None, ''
         loaded.clear()
         caches.most = caches.widest = 0

@@ -119,7 +119,8 @@ def run_jobs(
     Args:
         jobs: Options on top of QUICK, by name; ``model`` and ``teacher_model`` are names of :func:`models.make_models`. The key
             ``export`` keeps the trained weights, ``save`` lets checkpoints be written, ``no_cache`` generates without keys and values
-            that are kept, ``foreign`` has no attention taken for megatron-core's, ``output_dir`` says where another run lies.
+            that are kept, ``foreign`` has no attention taken for megatron-core's, ``card`` is a card of so many bytes, ``output_dir`` says
+            where another run lies.
         layout: A key of LAYOUTS.
         modules: What is imported before everything else.
     """
@@ -127,7 +128,7 @@ def run_jobs(
     listed = []
     for name, options in jobs.items():
         options = dict(options)
-        keep = {key: options.pop(key, False) for key in ('export', 'save', 'no_cache', 'foreign')}
+        keep = {key: options.pop(key, False) for key in ('export', 'save', 'no_cache', 'foreign', 'card')}
         output_dir = Path(options.pop('output_dir', root / name))
         output_dir.mkdir(parents=True, exist_ok=True)
         merged = {**QUICK, 'dataset': train, 'output_dir': output_dir, 'model': 'student', 'teacher_model': 'teacher', **split, **options}
