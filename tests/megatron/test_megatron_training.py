@@ -235,7 +235,7 @@ def test_metrics_have_the_names_of_the_other_back_end(alone):
         ('tokenizers', 'have different tokenizers: id '),
         ('empty', '--dataset: the dataset has 0 rows'),
         ('missing', '--gkd_logits_topk 100000: the student has 512 token ids'),
-        ('small_card', "Memory: in its phase 'student' a rank holds "),
+        ('small_card', 'a rank holds 1.9 MiB at least (teacher weights 738.8 KiB, '),
         ('ranks', '--teacher_tensor_model_parallel_size 2 x --teacher_pipeline_model_parallel_size 1 x '),
         (
             'layout_of_base',
