@@ -53,7 +53,6 @@ class Shape:
             vocab_size=self.vocab,
             tie_word_embeddings=False,
             max_position_embeddings=2048,
-            dtype='bfloat16',
         )
         if self.experts:
             moe = dict(num_experts=self.experts, num_experts_per_tok=2, moe_intermediate_size=self.ffn, norm_topk_prob=True)

@@ -92,11 +92,11 @@ class Run:
 def compare_memory(run: Run) -> None:
     """What the last rank held with what was foretold of it: to the byte, but for the padding of megatron-core's gradient buffers, which the
     distributed optimizer shares out."""
-    padded = ('gradients', 'optimizer')
+    padding = {'gradients': 0.02, 'optimizer': 1e-3}
     held, foretold = run.seen['held'], run.seen['foretold']
     for name, size in held.items():
         told = sum(n for part, n in foretold.items() if part.startswith(name))
-        assert told == (pytest.approx(size, rel=1e-3) if name in padded else size), (run.output_dir.name, name, size, told)
+        assert told == (pytest.approx(size, rel=padding[name]) if name in padding else size), (run.output_dir.name, name, size, told)
 
 
 def relative(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
