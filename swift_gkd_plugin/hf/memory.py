@@ -159,7 +159,7 @@ def _of_student(setup: Setup) -> Iterable[Part]:
     elif sharding in (ZERO2, ZERO3):
         yield Part('gradients', b * trained, PHASES if sharding == ZERO3 else backward, setup.sure)
     else:
-        sure = setup.sure and not setup.zero
+        sure = setup.sure and not setup.zero and not size.trains_towers
         yield Part('gradients', (b if setup.zero else dtype) * setup.of_trained(sharding == FSDP2), backward, sure)
     if sharding == DDP:
         yield Part("gradients in DDP's buckets", dtype * setup.of_trained(False), PHASES, setup.sure)
@@ -169,7 +169,7 @@ def _of_student(setup: Setup) -> Iterable[Part]:
     if setup.moments is not None and not setup.on_host('optimizer'):
         kept = FP32 * (1 + setup.moments) if setup.zero else dtype * setup.moments
         leaves = {GENERATION} if 'optimizer' in setup.away else set()
-        yield Part('optimizer', kept * trained, but(leaves), setup.sure)
+        yield Part('optimizer', kept * trained, but(leaves), setup.sure and (bool(setup.zero) or not size.trains_towers))
         if setup.zero:
             at_a_time = min(trained, SUBGROUP) if sharding == ZERO3 else trained
             yield Part('gradients in fp32', FP32 * at_a_time, (UPDATE,), False)

@@ -143,6 +143,11 @@ class ModelSize:
         return next((w.name for w in reversed(self.weights) if w.layer is None and len(w.shape) == 1 and not TOWER.search(w.name)), '')
 
     @property
+    def trains_towers(self) -> bool:
+        """Whether something is trained that only rows with media need: without a gradient it has no optimizer state either."""
+        return any(w.trained and TOWER.search(w.name) for w in self.weights)
+
+    @property
     def head_is_trained(self) -> bool:
         return any(w.trained and (w.name == self.head or 'lm_head' in w.name) for w in self.weights)
 
