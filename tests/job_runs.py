@@ -68,6 +68,16 @@ class Run:
         return json.loads((self.output_dir / 'seen.json').read_text())
 
     @property
+    def memory(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Bytes by part, held by the first rank and foretold; parts of the teacher's weights are one."""
+        found = json.loads((self.output_dir / 'memory.json').read_text())
+        held, foretold = found['held'], found['foretold']
+        told = {name: foretold.get(name, 0) for name in held}
+        if 'teacher weights' in held:
+            told['teacher weights'] = sum(size for name, size in foretold.items() if name.startswith('teacher weights'))
+        return held, told
+
+    @property
     def completions(self) -> list[dict[str, Any]]:
         return self.lines('completions.jsonl')
 
@@ -84,7 +94,7 @@ class JobRunner:
 
     A configuration is a mapping of options on top of ``helpers.QUICK`` and the tiny models. Other keys: ``stop_at`` kills it after a
     step, ``dense`` forces whole logits, ``evaluate_first`` evaluates before training, ``nothing_shared`` has teacher and student do all
-    of their work.
+    of their work, ``card`` is a card of so many bytes.
 
     Args:
         tmp_path_factory: pytest's.
@@ -108,7 +118,7 @@ class JobRunner:
         listed = []
         for name, options in jobs.items():
             options = dict(options)
-            hooks = {key: options.pop(key) for key in ('stop_at', 'dense', 'evaluate_first', 'nothing_shared') if key in options}
+            hooks = {key: options.pop(key) for key in ('stop_at', 'dense', 'evaluate_first', 'nothing_shared', 'card') if key in options}
             output_dir = Path(options.pop('output_dir', root / name))
             output_dir.mkdir(parents=True, exist_ok=True)
             ranks = {'ddp_backend': 'gloo'} if nproc > 1 else {}

@@ -25,6 +25,7 @@ STOREYS = (
     ('teachers',),
     ('checks',),
     ('step',),
+    ('memory',),
     ('hf', 'megatron'),
     ('activation',),  # the entrance: it loads the seams of both back ends
     ('',),  # `import swift_gkd_plugin`

@@ -1,4 +1,5 @@
-"""What student, teacher, payload and operator take on each rank, as a function of the layout: the memory model of docs_en/megatron.md.
+"""What student, teacher, payload and operator take on each rank, as a function of the layout: the memory model of the package
+(``swift_gkd_plugin.memory``) for published models, and against what small ones have allocated.
 
 python benchmarks/megatron/memory.py            the table for Qwen3-235B-A22B -> Qwen3-30B-A3B
 python benchmarks/megatron/memory.py --check    small models in three layouts on CPU: measured against the model, into memory.csv
@@ -14,14 +15,17 @@ import os
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from swift_gkd_plugin.divergence.chunks import chunk_tokens
-from swift_gkd_plugin.divergence.gradients import tokens_per_product
+import torch
+
+from swift_gkd_plugin.memory.estimates import BF16, operator_bytes, payload_bytes
+from swift_gkd_plugin.memory.layout import Layout, head_bytes, parameters, student_bytes
+from swift_gkd_plugin.memory.sizes import ModelSize
 
 HERE = Path(__file__).parent
-BF16, FP32 = 2, 4
 
 
 @dataclass(frozen=True)
@@ -37,79 +41,34 @@ class Shape:
     ffn: int  # of each expert, with experts
     experts: int = 0
 
+    def model(self) -> Any:
+        from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-@dataclass(frozen=True)
-class Layout:
-    """A model's layout on ``world`` ranks."""
+        common: dict[str, Any] = dict(
+            hidden_size=self.hidden,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.groups,
+            head_dim=self.head_dim,
+            vocab_size=self.vocab,
+            tie_word_embeddings=False,
+            max_position_embeddings=2048,
+        )
+        if self.experts:
+            moe = dict(num_experts=self.experts, num_experts_per_tok=2, moe_intermediate_size=self.ffn, norm_topk_prob=True)
+            return Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **moe, decoder_sparse_step=1))
+        return Qwen3ForCausalLM(Qwen3Config(**common, intermediate_size=self.ffn))
 
-    world: int
-    tp: int = 1
-    pp: int = 1
-    cp: int = 1
-    ep: int = 1
-    etp: int = 1
-
-    @property
-    def dp(self) -> int:
-        return self.world // (self.tp * self.pp * self.cp)
-
-    @property
-    def expert_dp(self) -> int:
-        return self.world // (self.etp * self.ep * self.pp)
-
-
-def parameters(shape: Shape, layout: Layout, stage: int) -> tuple[int, int]:
-    """(numbers outside of the experts, numbers in experts) of one rank of a pipeline stage."""
-    attention = shape.hidden * shape.head_dim * (2 * shape.heads + 2 * shape.groups) // layout.tp
-    norms = 2 * shape.hidden + 2 * shape.head_dim
-    matrices = 3 * shape.hidden * shape.ffn
-    dense = attention + norms + (shape.hidden * shape.experts if shape.experts else matrices // layout.tp)
-    expert = matrices * shape.experts // (layout.ep * layout.etp)
-    layers = shape.layers // layout.pp
-    table = math.ceil(shape.vocab / layout.tp) * shape.hidden
-    first, last = stage == 0, stage == layout.pp - 1
-    return layers * dense + first * table + last * (table + shape.hidden), layers * expert
+    @cached_property
+    def size(self) -> ModelSize:
+        with torch.device('meta'):
+            return ModelSize.of(self.model().bfloat16())
 
 
-def student_bytes(shape: Shape, layout: Layout, stage: int, *, trained: bool = True) -> dict[str, int]:
-    """bf16 weights, fp32 gradients, and the distributed optimizer's fp32 weights and two moments; with LoRA (``trained`` false) the
-    weights alone, for the adapter is small."""
-    dense, expert = parameters(shape, layout, stage)
-    found = {'student weights': BF16 * (dense + expert)}
-    if trained:
-        found['student gradients'] = FP32 * (dense + expert)
-        found['optimizer'] = 3 * FP32 * (dense // (layout.dp * layout.cp) + expert // layout.expert_dp)
-    return found
-
-
-def teacher_bytes(shape: Shape, layout: Layout, stage: int, student: Layout, student_last: bool) -> dict[str, int]:
-    """bf16 weights, and in a layout of its own the rows of its head that belong to the student's vocabulary shard."""
-    dense, expert = parameters(shape, layout, stage)
-    found = {'teacher weights': BF16 * (dense + expert)}
-    found['teacher head'] = BF16 * math.ceil(shape.vocab / student.tp) * shape.hidden if layout != student and student_last else 0
-    return found
-
-
-def payload_bytes(teacher: Shape, tokens: int) -> int:
-    """Hidden states of the trained tokens that a rank of the student's last stage owns in one optimizer step."""
-    return BF16 * tokens * teacher.hidden
-
-
-def operator_bytes(hidden: int, width: int, tokens: int, *, device: str = 'cuda', sharded: bool = False, trained: bool = True) -> int:
-    """At most: two buffers of a chunk's logits, the gradients that wait in bf16 for a product, the gradient of the hidden states, and that
-    of a trained head in bf16, where not all gradients wait for one product in fp32 too.
-
-    Args:
-        hidden: Of the student.
-        width: Columns of this rank's vocabulary shard.
-        tokens: Of a micro-batch.
-        sharded: Whether the vocabulary is.
-    """
-    chunk = min(tokens, chunk_tokens(width, FP32, device))
-    kept = tokens_per_product(tokens, hidden, chunk, device, trained)
-    states = (FP32 + BF16 if sharded else BF16) * tokens * hidden
-    head = (BF16 if kept == tokens else FP32 + BF16) * width * hidden * trained
-    return (2 * FP32 * chunk + BF16 * kept) * width + states + head
+def teacher_bytes(teacher: Shape, own: Layout, stage: int, student: Layout, student_last: bool) -> dict[str, int]:
+    """Weights, and in a layout of its own the rows of its head that belong to the student's vocabulary shard."""
+    head = head_bytes(teacher.size, student) if own != student and student_last else 0
+    return {'teacher weights': BF16 * sum(parameters(teacher.size, own, stage)), 'teacher head': head}
 
 
 def estimate(
@@ -120,9 +79,9 @@ def estimate(
     def rank(stage: int, of_teacher: int) -> dict[str, int]:
         last = stage == layout.pp - 1
         return {
-            **student_bytes(student, layout, stage, trained=trained),
+            **student_bytes(student.size, layout, stage, trained=trained),
             **teacher_bytes(teacher, own, of_teacher, layout, last),
-            'payload': payload_bytes(teacher, tokens // layout.cp) if last else 0,
+            'payload': payload_bytes(teacher.hidden, tokens // layout.cp) if last else 0,
             'operator': operator_bytes(student.hidden, width, longest // layout.cp, sharded=layout.tp > 1, trained=trained) if last else 0,
         }
 
@@ -165,27 +124,12 @@ CHECKED: tuple[tuple[str, str, Shape, Layout, Shape, Layout], ...] = (
 
 
 def write_models(root: Path, tokenizer: Path) -> dict[Shape, Path]:
-    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers import AutoTokenizer
 
     paths = {}
     for number, shape in enumerate((SMALL, SMALL_TEACHER, SMALL_MOE)):
-        common: dict[str, Any] = dict(
-            hidden_size=shape.hidden,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.groups,
-            head_dim=shape.head_dim,
-            vocab_size=shape.vocab,
-            tie_word_embeddings=False,
-            max_position_embeddings=2048,
-        )
-        if shape.experts:
-            moe = dict(num_experts=shape.experts, num_experts_per_tok=2, moe_intermediate_size=shape.ffn, norm_topk_prob=True)
-            model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **moe, decoder_sparse_step=1))
-        else:
-            model = Qwen3ForCausalLM(Qwen3Config(**common, intermediate_size=shape.ffn))
         paths[shape] = root / str(number)
-        model.save_pretrained(paths[shape])
+        shape.model().save_pretrained(paths[shape])
         AutoTokenizer.from_pretrained(tokenizer).save_pretrained(paths[shape])
     return paths
 
@@ -197,7 +141,6 @@ def operator_peak(hidden: int, teacher_hidden: int, width: int) -> int:
     """The most that ``linear_divergence`` allocates at a time, on a CPU, for one vocabulary shard."""
     import weakref
 
-    import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
@@ -266,9 +209,9 @@ def check(path: Path) -> None:
             seen = json.loads((run.output_dir / 'memory.json').read_text())
             stage = layout.pp - 1
             expected = {
-                **student_bytes(student, layout, stage),
+                **student_bytes(student.size, layout, stage),
                 **teacher_bytes(teacher, own, own.pp - 1, layout, True),
-                'payload': payload_bytes(teacher, seen['trained tokens']),
+                'payload': payload_bytes(teacher.hidden, seen['trained tokens']),
             }
             width = math.ceil(student.vocab / layout.tp)
             expected['operator'] = operator_bytes(student.hidden, width, TOKENS, device='cpu')

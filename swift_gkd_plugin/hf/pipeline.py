@@ -11,12 +11,14 @@ from swift.pipelines.train.rlhf import SwiftRLHF
 
 from .. import checks
 from ..arguments import OPTION_NAMES, OptionError, engine_scores, teacher_offload
+from ..memory.verdict import Card
 from ..step.remote import check_servers
 from ..step.samples import with_used_columns
 from ..teachers.adapters import add_frozen_adapter
 from ..teachers.average import average_of
 from ..unused import ONLY_IN_ENGINE, Entry, say_unused
 from .loading import TeacherLoading
+from .memory import foretell
 from .teachers import TEACHER_ADAPTER
 from .zero3 import why_not_averaged
 
@@ -78,6 +80,7 @@ class GKDPipeline(SwiftRLHF):
         self._datasets = self._loaded_datasets()
         checks.check_datasets(self.args, *self._datasets)
         self._tokens = self._compare_tokens()
+        foretell(self.args, self.prepare_model, self._teacher_loading and self._teacher_loading.info, Card.of_this_rank())
         super()._prepare_model_tokenizer()
 
     def _prepare_single_model(self, key, *args):

@@ -11,11 +11,13 @@ from transformers import AutoConfig
 
 from .. import checks
 from ..arguments import OptionError
+from ..memory.verdict import Card
 from ..step.remote import check_servers
 from ..step.samples import with_used_columns
 from ..teachers.average import average_of
 from ..unused import Entry, say_unused
 from .adapters import found_adapter
+from .memory import foretell
 from .options import (
     AVERAGE,
     SIZES,
@@ -62,6 +64,7 @@ class GKDPipeline(MegatronRLHF):
         with said_once():
             self._check_options()
             self._tokens = checks.tokenizer_lengths(self.args, self.processor)
+            foretell(self.args, Card.of_this_rank())
         return super().run()
 
     def prepare_trainer(self) -> GKDTrainer:

@@ -15,6 +15,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainerCallback
 
@@ -25,14 +26,18 @@ class Recorder(TrainerCallback):
     ``gradients-<step>.pt``: each step's gradient, before clipping. ``seen.json``: the longest input of the student in tokens, on which
     sides its batches were padded, the largest dropout, how often the template's forward context was entered, how many parameters are
     spread over the ranks, what ZeRO-3 gathered, how often a vision tower, an audio tower and the lowest decoder layer ran, and at the end
-    of each evaluation how often a teacher on the host has come.
+    of each evaluation how often a teacher on the host has come. ``memory.json``: the bytes that the rank
+    holds, by part, and those that were foretold.
     """
+
+    foretold: dict[str, int] = {}
 
     def __init__(self, args, trainer):
         super().__init__()
         self.trainer = trainer
         self.seen = {'longest': 0, 'padded_left': False, 'padded_right': False, 'dropout': 0.0, 'forward_contexts': 0, 'sharded': 0}
         self.seen |= {'towers': 0, 'audio_towers': 0, 'lowest_layers': 0}
+        self.held: dict[str, int] = {}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         seen, template = self.seen, self.trainer.template
@@ -71,6 +76,10 @@ class Recorder(TrainerCallback):
             step = engine.step
 
             def record_first():  # it steps inside the backward pass, before on_pre_optimizer_step
+                zero = engine.optimizer
+                flat = getattr(zero, 'grad_partitions_flat_buffer', None)
+                parts = [flat] if flat is not None else [t for group in zero.averaged_gradients.values() for t in group or ()]
+                self.held['gradients'] = local_bytes(parts)
                 self.record()
                 step()
 
@@ -119,6 +128,23 @@ class Recorder(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if args.process_index == 0:
             Path(args.output_dir, 'seen.json').write_text(json.dumps(self.seen))
+            Path(args.output_dir, 'memory.json').write_text(json.dumps({'held': self.held | self.weighed(), 'foretold': self.foretold}))
+
+    def weighed(self) -> dict[str, int]:
+        trainer, found = self.trainer, {}
+        found['student weights'] = model_bytes(trainer.accelerator.unwrap_model(trainer.model))
+        if trainer.teacher_model is not None:
+            found['teacher weights'] = model_bytes(trainer.teacher_model)
+        optimizer = trainer.optimizer
+        while hasattr(optimizer, 'optimizer'):
+            optimizer = optimizer.optimizer
+        states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor) and t.dim()]
+        found['optimizer'] = local_bytes(states)
+        if trainer.is_deepspeed_enabled:
+            zero = trainer.model_wrapped.optimizer
+            groups = getattr(zero, 'fp32_partitioned_groups_flat', None) or zero.single_partition_of_fp32_groups
+            found['optimizer'] += local_bytes(groups)
+        return found
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if not self.trainer.is_deepspeed_enabled:
@@ -126,6 +152,9 @@ class Recorder(TrainerCallback):
 
     def record(self):
         trainer = self.trainer
+        if not trainer.is_deepspeed_enabled:
+            grads = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+            self.held['gradients'] = max(self.held.get('gradients', 0), local_bytes(grads))
         gradients = {}
         for name, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
             gradient = self.whole_gradient(p) if p.requires_grad else None
@@ -141,6 +170,21 @@ class Recorder(TrainerCallback):
 
             return safe_get_full_grad(p)
         return p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+
+
+def local_bytes(tensors) -> int:
+    """Of what this rank has of them."""
+    parts = [getattr(t, 'ds_tensor', t) for t in tensors]
+    return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in parts)
+
+
+def model_bytes(model) -> int:
+    """Of what this rank has of a model; FSDP2 keeps a rank's piece of what it has gathered too."""
+    groups = [m._get_fsdp_state()._fsdp_param_group for m in model.modules() if isinstance(m, FSDPModule)]
+    spread = [p for group in dict.fromkeys(groups) if group is not None for p in group.fsdp_params]
+    if not spread:
+        return local_bytes(model.parameters())
+    return sum(p._sharded_param_data.nbytes + (p.unsharded_param.nbytes if p.sharded_state.name == 'UNSHARDED' else 0) for p in spread)
 
 
 class StopAt(TrainerCallback):
@@ -174,12 +218,13 @@ def allow_fsdp_on_cpu() -> None:
 @contextmanager
 def forced(job):
     """What a job asks for beside its options: ``dense``, whole logits for every model; ``evaluate_first``, before any training;
-    ``nothing_shared``, teacher and student each do all of their work."""
+    ``nothing_shared``, teacher and student each do all of their work; ``card``, a card of so many bytes."""
     from swift_gkd_plugin.hf.head import OutputHead
     from swift_gkd_plugin.hf.shared_work import SharedWork
     from swift_gkd_plugin.hf.trainer import GKDTrainer
+    from swift_gkd_plugin.memory.verdict import Card
 
-    why_dense, train, shared = OutputHead._why_dense, GKDTrainer.train, SharedWork.__bool__
+    why_dense, train, shared, none = OutputHead._why_dense, GKDTrainer.train, SharedWork.__bool__, Card.of_this_rank
 
     def evaluate_and_train(self, *args, **kwargs):
         self.evaluation_loop(self.get_eval_dataloader(), 'before')  # evaluate() logs, which ms-swift can't before training
@@ -189,12 +234,26 @@ def forced(job):
         OutputHead._why_dense = lambda self: 'the test wants it'
     if job.get('evaluate_first'):
         GKDTrainer.train = evaluate_and_train
+    if job.get('card'):
+        Card.of_this_rank = lambda: Card('cuda:0', job['card'])
     if job.get('nothing_shared'):
         SharedWork.__bool__ = lambda self: False
     try:
         yield
     finally:
-        OutputHead._why_dense, GKDTrainer.train, SharedWork.__bool__ = why_dense, train, shared
+        OutputHead._why_dense, GKDTrainer.train, SharedWork.__bool__, Card.of_this_rank = why_dense, train, shared, none
+
+
+def keep_what_is_foretold() -> None:
+    from swift_gkd_plugin.memory import verdict
+
+    announce = verdict.announce
+
+    def kept(setup, table, *rest):
+        Recorder.foretold = {part.name: part.bytes for part in table(setup).parts if part.exact}
+        announce(setup, table, *rest)
+
+    verdict.announce = kept
 
 
 def main(path: str) -> None:
@@ -208,6 +267,7 @@ def main(path: str) -> None:
         from swift_gkd_plugin import register
 
         register()
+        keep_what_is_foretold()
     from swift.arguments import SftArguments
     from swift.callbacks import callbacks_map
     from swift.pipelines import rlhf_main
@@ -238,7 +298,7 @@ def main(path: str) -> None:
         error, trace = None, ''
         loaded.clear()
         try:
-            with forced(job) if {'dense', 'evaluate_first', 'nothing_shared'} & job.keys() else nullcontext():
+            with forced(job) if {'dense', 'evaluate_first', 'nothing_shared', 'card'} & job.keys() else nullcontext():
                 rlhf_main(job['argv'])
         except BaseException as e:
             error = f'{type(e).__name__}: {e}'

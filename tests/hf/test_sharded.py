@@ -279,6 +279,16 @@ def test_loss_and_gradient_are_those_of_whole_logits_in_one_process(one_process,
 
 
 @pytest.mark.e2e
+@pytest.mark.parametrize('layout', [layout for layout in LAYOUTS if layout != 'zero3 offload'])
+def test_each_rank_holds_what_was_foretold(layouts, layout):
+    """To the byte: weights with adapters, gradients, optimizer, teacher."""
+    names = [*LAYOUTS[layout], *(('saved', 'saved lora') if layout in ('zero3', 'fsdp2') else ())]
+    for name in names:
+        held, foretold = layouts[f'{layout} {name}'].ok().memory
+        assert held == foretold, name
+
+
+@pytest.mark.e2e
 @pytest.mark.parametrize('name', ['separate', 'topk', 'on host'])
 def test_zero3_brings_a_separate_teacher_together_once_per_step(layouts, name):
     """For both micro-batches of a step, whose signals fit into what may be kept of them."""

@@ -53,8 +53,32 @@ def runs(run_jobs, tiny_models, privileged):
             'modules_to_save': {**LORA, **same, 'modules_to_save': 'lm_head', 'dataset': privileged},
             'lora on head': {**LORA, **same, 'target_modules': ['q_proj', 'lm_head'], 'dataset': privileged},
             'metrics': {**STEP, 'gkd_detailed_metrics': 'true', 'gkd_logits_topk': 8},
+            'small card': {**STEP, 'card': 900_000},  # weights and gradients alone are 920,832 bytes
+            'tight card': {**STEP, 'card': 1_000_000},
         }
     )
+
+
+def test_a_rank_holds_what_was_foretold(runs):
+    """To the byte: weights with adapters, gradients, teacher."""
+    for name, run in runs.items():
+        if name == 'small card':
+            continue
+        held, foretold = run.ok().memory
+        assert held == foretold, name
+        assert held['gradients'] and held['student weights'], name
+
+
+def test_a_run_that_cannot_fit_ends_before_weights_load(runs):
+    run = runs['small card']
+    assert run.error.startswith("OptionError: Memory: in its phase 'student' a rank holds 899.2 KiB at least (")
+    assert 'and cuda:0 has 878.9 KiB; ' in run.error and run.loaded == 0
+
+
+def test_a_run_that_may_not_fit_is_warned_of(runs):
+    assert runs['tight card'].ok().losses == runs['separate'].losses
+    (warning,) = [line for line in runs['tight card'].output.splitlines() if 'should it run out of memory: ' in line]
+    assert '899.2 KiB of it for certain' in warning and 'cuda:0 has 976.6 KiB' in warning
 
 
 @pytest.fixture(scope='module')

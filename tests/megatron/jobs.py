@@ -85,6 +85,50 @@ class Caches:
         generation.StaticInferenceContext, generation._pass = made, counted
 
 
+def held(trainer) -> dict[str, int]:
+    """Bytes that this rank has allocated, by part; of an adapter nothing."""
+
+    def size(tensors) -> int:
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    frozen = trainer.args.tuner_type != 'full'
+    weights = (p for model in trainer.unwrapped_models for p in model.parameters() if not (frozen and p.requires_grad))
+    found = {'student weights': size(weights)}
+    if trainer.teacher_models is not None:
+        head = trainer.teacher.loss_head
+        found['teacher weights'] = size(p for chunk in trainer.teacher.chunks for p in chunk.parameters())
+        found["teacher's head in the student's layout"] = 0 if head is trainer.teacher.head else size([head.tensors().weight])
+    if frozen:
+        return found
+    found['gradients'] = size(b.grad_data for model in trainer.wrapped_models for b in (*model.buffers, *model.expert_parallel_buffers))
+    found['optimizer'] = 0
+    for one in getattr(trainer.optimizer, 'chained_optimizers', [trainer.optimizer]):
+        groups = getattr(one, 'shard_fp32_from_float16_groups', None) or getattr(one, 'fp32_from_float16_groups', [])
+        states = (t for state in one.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor) and t.dim())
+        found['optimizer'] += size(itertools.chain.from_iterable(groups)) + size(states)
+    return found
+
+
+class Foretold:
+    """What was foretold of this rank, the last one, by part."""
+
+    bytes: dict[str, int] = {}
+
+    @classmethod
+    def keep(cls) -> None:
+        from swift_gkd_plugin.megatron import memory
+        from swift_gkd_plugin.memory import verdict
+
+        announce = verdict.announce
+
+        def kept(setup, *rest):
+            parts = memory._parts(setup, setup.layout.pp - 1, setup.own.pp - 1)
+            cls.bytes = {part.name: part.bytes for part in parts if part.exact}
+            announce(setup, *rest)
+
+        verdict.announce = kept
+
+
 class Foreign:
     """An attention that is none of the models'."""
 
@@ -173,6 +217,7 @@ def make_recorder(caches: Caches):
             self.seen['cached_tokens'], self.seen['pass_tokens'] = caches.most, caches.widest
             self.seen['log_threads'] = sum(writer._thread is not None for writer in writers)
             if dist.get_rank() == dist.get_world_size() - 1:
+                self.seen['held'], self.seen['foretold'] = held(self.trainer), Foretold.bytes
                 Path(self.args.output_dir, 'seen.json').write_text(json.dumps(self.seen))
             Path(self.args.output_dir, f'answers_rank{dist.get_rank()}.json').write_text(json.dumps(self.answers))
             if os.environ['EXPORT'] == '1':
@@ -193,6 +238,7 @@ def main(path: str) -> None:
     from swift.megatron.callbacks import megatron_callbacks_map
 
     cap_logits()
+    Foretold.keep()
     caches = Caches()
     megatron_callbacks_map['recorder'] = make_recorder(caches)
     dist.destroy_process_group = lambda *args: None  # at the end of every run; the next one needs it
@@ -214,6 +260,7 @@ def main(path: str) -> None:
 
         engine.install(GKDTrainer)
     from swift_gkd_plugin.megatron import generation, options
+    from swift_gkd_plugin.memory.verdict import Card
 
     options.time = SimpleNamespace(sleep=lambda seconds: None)  # here no rank ends the others
     keeps_cache, attention = generation.keeps_cache, generation.Attention
@@ -224,6 +271,8 @@ def main(path: str) -> None:
         os.environ['EXPORT'], os.environ['SAVE'] = str(int(job['export'])), str(int(job['save']))
         generation.keeps_cache = (lambda model: False) if job['no_cache'] else keeps_cache
         generation.Attention = Foreign if job['foreign'] else attention
+        card = Card('cuda:0', job['card']) if job['card'] else None
+        Card.of_this_rank = lambda card=card: card
         error, trace = None, ''
         loaded.clear()
         caches.most = caches.widest = 0

@@ -8,7 +8,7 @@ from collections import Counter
 import helpers
 import pytest
 from cases import LORA, MOE, make_datasets, plain
-from runs import Run, relative
+from runs import Run, compare_memory, relative
 from teacher_cases import layout
 
 from swift_gkd_plugin.sources import Draw
@@ -80,6 +80,7 @@ def alone(run_jobs, data, tmp_path_factory) -> dict[str, Run]:
             tokenizers={'teacher_model': 'other_tokens'},
             empty={'dataset': 'nothing'},
             missing={'gkd_logits_topk': 100000},
+            small_card={'card': 10**6},
             ranks=layout(tp=2),
             layout_of_base={**LORA, 'teacher_model': 'student', **layout(tp=1)},
             on_policy=ON_POLICY,
@@ -168,6 +169,13 @@ def test_student_answers_the_same_in_every_layout(alone, parallel, split):
     assert 0 < sum(alone['on_policy'].values('source/student')) < 4
     assert alone['on_policy_lora'].values('source/student') == [1, 1, 1, 1]
     assert alone['on_policy'].values('response/length')
+
+
+def test_a_rank_holds_what_was_foretold(alone, parallel, split):
+    """Weights, gradients, optimizer and teacher: whole, quantities of a data-parallel rank, of a stage and of a shard."""
+    names = ('steps', 'offloaded', 'qwen2', 'bf16', 'on_policy_lora', 'base')
+    for run in (*(alone[name] for name in names), *(parallel[name] for name in ('on_policy', 'offloaded', 'base')), *split.values()):
+        compare_memory(run.ok())
 
 
 def test_log_is_written_when_the_step_ends(alone):
@@ -302,6 +310,7 @@ def test_metrics_have_the_names_of_the_other_back_end(alone):
         ('adapter_of_experts', ' has no weight of this name; give an adapter of this model'),
         ('adapter_nowhere', '--teacher_adapters /nowhere: it was not found ('),
         ('no_adapter_at_all', 'there is no adapter_config.json in it; give the directory of an adapter'),
+        ('small_card', 'a rank holds 1.9 MiB at least (teacher weights 738.8 KiB, '),
         ('ranks', '--teacher_tensor_model_parallel_size 2 x --teacher_pipeline_model_parallel_size 1 x '),
         (
             'layout_of_base',

@@ -1,0 +1,238 @@
+"""What the fullest rank of the Megatron back end will hold, told before any weights load."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch.distributed as dist
+
+from ..arguments import engine_scores, teacher_offload
+from ..memory import estimates
+from ..memory.estimates import FP32, Rows
+from ..memory.layout import Layout, head_bytes, parameters, student_bytes
+from ..memory.setup import Setup as AnySetup
+from ..memory.sizes import ModelSize, empty_model
+from ..memory.table import GENERATION, PHASES, STUDENT, TEACHER, UPDATE, Part, Table, but
+from ..memory.verdict import Card
+from ..memory.verdict import foretell as foretell_setup
+from .backend import TOKENS
+from .options import SIZES, loads_teacher, teacher_arguments, teacher_options
+
+MAIN, MOMENTS = FP32, {'adam': 2 * FP32, 'sgd': FP32}  # bytes of a number's fp32 copy and of its moments
+
+
+@dataclass(frozen=True)
+class Setup(AnySetup):
+    """The student is without its adapter.
+
+    Attributes:
+        layout, own: Of the student and of the teacher.
+        gradient, state: Bytes that a trained number's gradient and the optimizer take; ``state`` is None if it is not known.
+        distributed: ``--use_distributed_optimizer``.
+        rank: Of the adapter; None for full training.
+        recomputed: Share of the layers that are computed again for the backward pass, and how many of them at a time.
+        sequence_parallel: Of the student.
+        offload: Whether the teacher lives on the host.
+        lends: Whether the teacher's visit has the memory of the gradients then.
+        away: Whether weights and gradients, and the optimizer, leave while vLLM generates.
+        even: Whether layers are dealt out evenly.
+        sure_state: Whether the optimizer keeps fp32 copies on the device, and nothing else.
+    """
+
+    layout: Layout
+    own: Layout
+    gradient: int
+    state: int | None
+    distributed: bool
+    rank: int | None
+    recomputed: tuple[float, int]
+    sequence_parallel: bool
+    offload: bool
+    lends: bool
+    away: tuple[bool, bool]
+    even: bool
+    sure_state: bool
+
+
+def table(setup: Setup) -> Table:
+    """What the fullest rank holds."""
+    phases = {STUDENT, UPDATE} | ({TEACHER} if setup.scores else set())
+    if setup.rows.answers or setup.vllm is not None:
+        phases.add(GENERATION)
+    # Stages are consecutive ranks in both layouts.
+    world = setup.layout.world
+    places = dict.fromkeys((r // (world // setup.layout.pp), r // (world // setup.own.pp)) for r in range(world))
+    tables = [
+        Table(
+            tuple(part for part in _parts(setup, *place) if part.bytes), tuple(p for p in PHASES if p in phases), tuple(_not_counted(setup))
+        )
+        for place in places
+    ]
+    return max(tables, key=lambda found: found.peak())
+
+
+def _parts(setup: Setup, stage: int, teacher_stage: int) -> Iterable[Part]:
+    size, layout, b = setup.student, setup.layout, setup.student.inside.itemsize
+    held = student_bytes(
+        size,
+        layout,
+        stage,
+        trained=setup.rank is None,
+        itemsize=b,
+        gradient=setup.gradient,
+        state=setup.state or 0,
+        distributed=setup.distributed,
+    )
+    gone, optimizer_gone = ({GENERATION} if away else set() for away in setup.away)
+    in_visit = {TEACHER} if setup.lends else set()
+    yield Part('student weights', held['student weights'], but(gone), setup.even)
+    yield Part('gradients', held.get('student gradients', 0), but(gone | in_visit), setup.even)
+    yield Part('optimizer', held.get('optimizer', 0), but(optimizer_gone), setup.even and setup.sure_state)
+    if setup.rank is not None:
+        numbers = size.low_rank(setup.rank) // layout.pp
+        share = layout.dp * layout.cp if setup.distributed else 1
+        yield Part('adapter, trained', numbers * (b + setup.gradient) + numbers // share * (setup.state or 0), PHASES, False)
+    yield from _of_teacher(setup, stage == layout.pp - 1, teacher_stage)
+    yield from _of_work(setup, stage)
+    if setup.vllm is not None and setup.card is not None:
+        yield Part('vLLM', int(setup.vllm * setup.card.bytes), (GENERATION,) if setup.sleeps else PHASES)
+
+
+def _of_teacher(setup: Setup, last: bool, stage: int) -> Iterable[Part]:
+    size, own = setup.teacher, setup.own
+    if size is None:
+        return
+    relocated = own != setup.layout
+    weights = size.inside.itemsize * sum(parameters(size, own, stage))
+    if not setup.offload:
+        yield Part('teacher weights', weights, PHASES, setup.even)
+    else:
+        stays = 0 if relocated or stage < own.pp - 1 else head_bytes(size, own)
+        visits = (TEACHER, GENERATION) if setup.rows.answers_of_teacher else (TEACHER,)
+        yield Part('teacher weights, the head', stays, PHASES, setup.even)
+        yield Part('teacher weights, visiting', weights - stays, visits, setup.even)
+    if relocated and last:
+        yield Part("teacher's head in the student's layout", head_bytes(size, setup.layout), PHASES, setup.even)
+
+
+def _of_work(setup: Setup, stage: int) -> Iterable[Part]:
+    layout, rows, work = setup.layout, setup.rows, estimates
+    inside, teacher = setup.student.inside, setup.teacher or setup.student
+    last, tokens = stage == layout.pp - 1, -(-rows.tokens // layout.cp)
+    if setup.scores:
+        own = setup.own if setup.teacher else layout
+        looked_at = min(max(2 * rows.tokens, TOKENS), rows.micro_batches * rows.tokens) if setup.teacher else rows.tokens
+        yield Part("the teacher's forward", work.forward_bytes(teacher.inside, looked_at // own.cp, own.tp), (TEACHER,), False)
+        if last:
+            trained = rows.micro_batches * rows.trained_tokens // layout.cp
+            payload = work.payload_bytes(teacher.inside.hidden, trained, setup.topk, teacher.inside.itemsize)
+            yield Part('what the teacher leaves', payload, (TEACHER, STUDENT), False)
+    under_way = min(layout.pp - stage, rows.micro_batches)
+    layers, (share, at_a_time) = -(-inside.layers // layout.pp), setup.recomputed
+    kept = math.ceil(layers * share)
+    whole = (layers - kept) * under_way + min(at_a_time, kept)
+    held = work.activation_bytes(
+        inside, tokens, -(-kept // max(at_a_time, 1)) * under_way, whole, tp=layout.tp, sequence_parallel=setup.sequence_parallel
+    )
+    yield Part(f'activations, {rows.rows} x {rows.length} tokens', held, (STUDENT,), False)
+    if last:
+        width = math.ceil(inside.vocab / layout.tp)
+        device = 'cpu' if setup.card is None else 'cuda'
+        trained = rows.trained_tokens // layout.cp
+        how = {'device': device, 'sharded': layout.tp > 1, 'trained': setup.rank is None}
+        yield Part('divergence: a chunk of logits', work.operator_bytes(inside.hidden, width, trained, **how), (STUDENT,), False)
+    if rows.answers:
+        answering, there = (teacher, setup.own) if rows.answers_of_teacher else (setup.student, layout)
+        per_token = answering.cache and answering.cache // (there.tp * there.pp)
+        yield Part('keys and values', work.cache_bytes(per_token, rows.answers, rows.length, rows.budget), (GENERATION,), False)
+
+
+def _not_counted(setup: Setup) -> Iterable[str]:
+    yield 'CUDA context, NCCL, unused blocks of the allocator'
+    if setup.state is None:
+        yield 'the optimizer, which is unknown'
+    if setup.card is None and setup.vllm is not None:
+        yield 'vLLM, whose share of no card is known'
+
+
+# --- from the options ---
+
+
+def foretell(args: Any, card: Card | None) -> None:
+    """Args: ms-swift's arguments, the card of this rank."""
+    foretell_setup(lambda: setup_of(args, card), table, lambda setup: changes(setup, args))
+
+
+def setup_of(args: Any, card: Card | None) -> Setup:
+    student, teacher, theirs = ModelSize.of(empty_model(args)), None, args
+    if loads_teacher(args):
+        which = {'model': args.teacher_model, 'model_type': args.teacher_model_type, 'revision': args.teacher_model_revision}
+        teacher = ModelSize.of(empty_model(args, **which))
+        theirs = teacher_arguments(args)
+    world = dist.get_world_size()
+    layout, own = (Layout(world, *(getattr(which, name) for name in SIZES)) for which in (args, theirs))
+    micro_batches = args.global_batch_size // (args.micro_batch_size * layout.dp)
+    offload = teacher is not None and teacher_offload(args) == 'model'
+    colocated = args.use_vllm and args.vllm_mode == 'colocate'
+    wide = args.torch_dtype.itemsize == FP32
+    full = args.recompute_granularity == 'full'
+    at_a_time = args.recompute_num_layers or 1
+    block = full and args.recompute_method == 'block'
+    share = min(at_a_time / (student.inside.layers / layout.pp), 1) if block else float(full)
+    uneven = (args.pipeline_model_parallel_layout, args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers)
+    state = MOMENTS.get(args.optimizer)
+    return Setup(
+        student=student,
+        teacher=teacher,
+        rows=Rows.of(args, args.micro_batch_size, micro_batches),
+        layout=layout,
+        own=own if teacher_options(args) else layout,
+        gradient=FP32 if args.accumulate_allreduce_grads_in_fp32 else args.torch_dtype.itemsize,
+        state=None if state is None else state + (0 if wide else MAIN),
+        distributed=args.use_distributed_optimizer,
+        rank=None if args.tuner_type == 'full' else args.lora_rank,
+        recomputed=(share, 1 if block else at_a_time),
+        sequence_parallel=args.sequence_parallel,
+        offload=offload,
+        lends=offload and not args.optimizer_cuda_graph,
+        scores=args.gkd_loss_weight > 0 and args.teacher_model_server is None and not engine_scores(args),
+        topk=args.gkd_logits_topk,
+        vllm=args.vllm_gpu_memory_utilization if colocated else None,
+        sleeps=args.sleep_level > 0,
+        away=(bool(colocated and args.offload_model), bool(colocated and args.offload_optimizer)),
+        card=card,
+        even=all(value is None for value in uneven) and not args.model_meta.is_multimodal and args.tuner_type in ('full', 'lora'),
+        sure_state=not (args.optimizer_cpu_offload or args.use_precision_aware_optimizer),
+    )
+
+
+def changes(setup: Setup, args: Any) -> dict[str, Callable[[Setup], Setup]]:
+    """Options that make a run smaller, without taking anything from what is learnt, and then the others."""
+    found: dict[str, Callable[[Setup], Setup]] = {}
+    layout, rows = setup.layout, setup.rows
+    if setup.vllm is not None and not setup.sleeps:
+        found['--sleep_level 1'] = lambda s: replace(s, sleeps=True)
+    if setup.recomputed != (1.0, 1):
+        found['--recompute_granularity full --recompute_method uniform --recompute_num_layers 1'] = lambda s: replace(
+            s, recomputed=(1.0, 1)
+        )
+    if rows.rows > 1:
+        found['--micro_batch_size 1'] = lambda s: replace(s, rows=replace(rows, rows=1, micro_batches=rows.micro_batches * rows.rows))
+    if setup.teacher is not None and not setup.offload:
+        found['--gkd_teacher_offload model'] = lambda s: replace(s, offload=True, lends=True)
+    if setup.teacher is not None and not teacher_options(args):
+        tp = max((n for n in (2, 4, 8) if layout.world % n == 0), default=1)
+        if tp > layout.tp and setup.teacher.inside.keys % tp == 0:
+            found[f'--teacher_tensor_model_parallel_size {tp}'] = lambda s: replace(s, own=replace(s.own, tp=tp, pp=1, cp=1))
+    wider = 2 * layout.tp
+    if layout.world % (wider * layout.pp * layout.cp) == 0 and setup.student.inside.keys % wider == 0:
+        together = setup.own == layout
+        found[f'--tensor_model_parallel_size {wider}'] = lambda s: replace(
+            s, layout=replace(s.layout, tp=wider), own=replace(s.own, tp=wider) if together and s.own == s.layout else s.own
+        )
+    if setup.rank is None:
+        found['--tuner_type lora'] = lambda s: replace(s, rank=args.lora_rank)
+    return found
