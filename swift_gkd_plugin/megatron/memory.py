@@ -37,6 +37,7 @@ class Setup(AnySetup):
         sequence_parallel: Of the student.
         offload: Whether the teacher lives on the host.
         lends: Whether the teacher's visit has the memory of the gradients then.
+        averaged: Whether a moving average of what is trained teaches.
         away: Whether weights and gradients, and the optimizer, leave while vLLM generates.
         even: Whether layers are dealt out evenly.
         sure_state: Whether the optimizer keeps fp32 copies on the device, and nothing else.
@@ -52,6 +53,7 @@ class Setup(AnySetup):
     sequence_parallel: bool
     offload: bool
     lends: bool
+    averaged: bool
     away: tuple[bool, bool]
     even: bool
     sure_state: bool
@@ -91,10 +93,12 @@ def _parts(setup: Setup, stage: int, teacher_stage: int) -> Iterable[Part]:
     yield Part('student weights', held['student weights'], but(gone), setup.even)
     yield Part('gradients', held.get('student gradients', 0), but(gone | in_visit), setup.even)
     yield Part('optimizer', held.get('optimizer', 0), but(optimizer_gone), setup.even and setup.sure_state)
+    trained = held['student weights'] // b if setup.rank is None else size.low_rank(setup.rank) // layout.pp
+    if setup.averaged:
+        yield Part("the teacher's average", FP32 * trained, PHASES, setup.even and setup.rank is None)
     if setup.rank is not None:
-        numbers = size.low_rank(setup.rank) // layout.pp
         share = layout.dp * layout.cp if setup.distributed else 1
-        yield Part('adapter, trained', numbers * (b + setup.gradient) + numbers // share * (setup.state or 0), PHASES, False)
+        yield Part('adapter, trained', trained * (b + setup.gradient) + trained // share * (setup.state or 0), PHASES, False)
     yield from _of_teacher(setup, stage == layout.pp - 1, teacher_stage)
     yield from _of_work(setup, stage)
     if setup.vllm is not None and setup.card is not None:
@@ -198,6 +202,7 @@ def setup_of(args: Any, card: Card | None) -> Setup:
         sequence_parallel=args.sequence_parallel,
         offload=offload,
         lends=offload and not args.optimizer_cuda_graph,
+        averaged=args.gkd_self_teacher == 'ema',
         scores=args.gkd_loss_weight > 0 and args.teacher_model_server is None and not engine_scores(args),
         topk=args.gkd_logits_topk,
         vllm=args.vllm_gpu_memory_utilization if colocated else None,
