@@ -48,7 +48,7 @@ with open(f'{out}/logging.jsonl', 'w') as file:
     file.writelines(json.dumps({'loss': loss, 'grad_norm': norm}) + '\\n' for loss in losses)
     file.write('{"cut' if how == 'cut' else '')
 for rank, peak in enumerate((2 << 30, (7 if how == 'large' else 3) << 30)):
-    open(f'{out}/peak-{rank}.json', 'w').write(str(peak))
+    open(f'{out}/peak-{rank}-0.json', 'w').write(str(peak))
 """
 SERVER = """
 import http.server, sys
@@ -146,7 +146,7 @@ def run(tmp_path):
         directory.mkdir()
         steps = [dict(zip(values or {}, row, strict=True)) for row in zip(*(values or {}).values(), strict=True)]
         (directory / 'logging.jsonl').write_text(''.join(json.dumps(step) + '\n' for step in steps))
-        (directory / 'peak-0.json').write_text(str(peak))
+        (directory / 'peak-0-0.json').write_text(str(peak))
         return Run(name, directory, on_gpus, 'float32', **more)
 
     return made
@@ -178,6 +178,9 @@ def test_judgements_of_memory(run):
     assert judging.frugal(model, without) is None and judging.frugal(more, without)
     assert judging.spares_half_the_teacher(layers, without) is None
     assert judging.spares_half_the_teacher(run('d', peak=7 << 30, teacher_bytes=teacher), without)
+    assert judging.uses_two_devices(without, None)
+    (without.directory / 'peak-0-1.json').write_text(str(9 << 20))
+    assert judging.uses_two_devices(without, None) is None
     assert judging.frugal(run('e', peak=11 << 30, on_gpus=False), without) is None  # the same memory holds both
 
 

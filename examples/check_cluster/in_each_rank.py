@@ -16,13 +16,14 @@ from transformers import TrainerCallback
 RANK = os.environ.get('RANK', '0')
 
 
-def tell_peak() -> None:
-    """Of torch's allocator, on the device of this rank that has the highest; without a GPU that of the process, in bytes."""
+def tell_peaks() -> None:
+    """What torch's allocator has reserved at most, on each device that this rank sees; without a GPU the process's memory. In bytes."""
     if torch.cuda.is_available():
-        peak = max(torch.cuda.max_memory_reserved(device) for device in range(torch.cuda.device_count()))
+        peaks = [torch.cuda.max_memory_reserved(device) for device in range(torch.cuda.device_count())]
     else:
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    Path(os.environ['CHECK_CLUSTER_OUT'], f'peak-{RANK}.json').write_text(json.dumps(peak))
+        peaks = [1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]
+    for device, peak in enumerate(peaks):
+        Path(os.environ['CHECK_CLUSTER_OUT'], f'peak-{RANK}-{device}.json').write_text(json.dumps(peak))
 
 
 class Reserve(TrainerCallback):
@@ -41,7 +42,7 @@ class Reserve(TrainerCallback):
 
 callbacks_map['reserve'] = Reserve
 if multiprocessing.parent_process() is None:  # data loaders may import it too
-    atexit.register(tell_peak)
+    atexit.register(tell_peaks)
     if os.environ.get('DS_ACCELERATOR') == 'cpu' and 'RANK' in os.environ:
         import deepspeed
 

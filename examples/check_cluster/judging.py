@@ -53,10 +53,13 @@ class Run:
         return self.values('loss')
 
     @property
+    def peaks(self) -> list[int]:
+        """Bytes, one for each rank and device that it sees."""
+        return [json.loads(path.read_text()) for path in self.directory.glob('peak-*.json')]
+
+    @property
     def peak(self) -> Optional[int]:
-        """Bytes, of the rank that has the most."""
-        peaks = [json.loads(path.read_text()) for path in self.directory.glob('peak-*.json')]
-        return max(peaks, default=None)
+        return max(self.peaks, default=None)
 
 
 # Returns what is wrong, or None. The second run is the one that the configuration is compared with, if there is one.
@@ -103,6 +106,11 @@ def spares_half_the_teacher(run: Run, other: Optional[Run]) -> Optional[str]:
         return None
     spared = other.peak - run.peak
     return None if spared >= run.teacher_bytes / 2 else f'spares {gib(spared)} of a teacher of {gib(run.teacher_bytes)}'
+
+
+def uses_two_devices(run: Run, other: Optional[Run]) -> Optional[str]:
+    used = sum(peak > 1 << 20 for peak in run.peaks)
+    return None if used == 2 else f'{used} devices are used'
 
 
 def moves_the_teacher(run: Run, other: Optional[Run]) -> Optional[str]:

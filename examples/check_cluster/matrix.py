@@ -21,6 +21,7 @@ from judging import (
     student_answers,
     teacher_answers,
     teaches_nothing,
+    uses_two_devices,
 )
 
 ROWS_PER_STEP = 16
@@ -160,6 +161,7 @@ MATRIX = (
         {'model': Made('tied'), 'device_map': 'auto', 'teacher_device_map': 'auto'},
         gpus=2,
         like='tied head',
+        checks=(uses_two_devices,),
         one_process=True,
         not_on_cpu=NEEDS_SEVERAL_DEVICES,
     ),
@@ -223,9 +225,10 @@ MATRIX = (
     ),
     Configuration(
         'deep teacher over two devices',
-        {**DEEP, **EVALUATED, 'device_map': 'cuda:0', 'teacher_device_map': 'auto', 'teacher_max_memory': '{0: "100MB", 1: "1GB"}'},
+        {**DEEP, **EVALUATED, 'device_map': 'auto', 'teacher_device_map': 'auto', 'teacher_max_memory': '{0: "100MB", 1: "1GB"}'},
         gpus=2,
         like='deep teacher',
+        checks=(uses_two_devices,),
         one_process=True,
         not_on_cpu=NEEDS_SEVERAL_DEVICES,
     ),
@@ -429,6 +432,7 @@ OF_MEGATRON = {
     'lr_warmup_fraction': 0,
     'adam_eps': 1e-3,
     'recompute_granularity': 'none',
+    'attention_backend': 'auto',  # whichever Transformer Engine has here
     'no_save_optim': 'true',
     'save_safetensors': 'false',
     'use_vllm': 'false',
