@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,6 +139,28 @@ def test_a_server_beside_the_training(commands, tmp_path):
     assert outcome.status == 'failed' and outcome.why == 'no server: RuntimeError: no memory'
 
 
+def test_ended_from_outside(commands, tmp_path):
+    """What is there by then is told, and what was running is gone."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(EXAMPLES / 'check_cluster')!r})
+import check
+check.LAUNCHERS['swift'] = {check.LAUNCHERS['swift']!r}
+check.MATRIX = tuple(check.Configuration(how, {{'how': how}}) for how in ('good', 'hangs', 'same'))
+check.Matrix.make_inputs = lambda self: None
+sys.argv = ['check.py', '--gpus', '0,1', '--out', {str(tmp_path / 'out')!r}]
+sys.exit(check.main())
+"""
+    process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
+    child = tmp_path / 'out' / 'hangs' / 'child'
+    while not (child.exists() and child.read_text()) and process.poll() is None:
+        time.sleep(0.1)
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and '1 passed, 0 failed, 0 not run' in output, output
+    assert not alive(int(child.read_text()))
+
+
 @pytest.fixture
 def run(tmp_path):
     """A run with logged numbers: ``run('name', {'key': [values]}, peak=…)``."""
@@ -156,7 +180,7 @@ def run(tmp_path):
     ('judge', 'right', 'wrong'),
     [
         (judging.moves_the_teacher, {'teacher/moved_gib': [0.1, 0.1, 0.2]}, {'teacher/moved_gib': [0.1, 0, 0.1]}),
-        (judging.teaches_nothing, {'loss': [1e-7, 0.1, 0.1]}, {'loss': [3e-4, 0.1, 0.1]}),
+        (judging.teaches_nothing, {'loss': [1e-9, 0.1, 0.1]}, {'loss': [1e-5, 0.1, 0.1]}),
         (judging.teacher_answers, {'source/teacher': [1.0, 1.0, 1.0]}, {'source/teacher': [1.0, 0.5, 1.0]}),
         (judging.few_batches_of_the_teacher, {'teacher/batches': [1, 1, 1]}, {'teacher/batches': [1, 4, 1]}),
         (
@@ -247,11 +271,12 @@ def test_every_command_line_holds(tmp_path, monkeypatch, command):
 
 @pytest.mark.e2e
 @pytest.mark.megatron
+@pytest.mark.timeout(1600)
 def test_dry_with_real_commands(tmp_path):
     """One process with ``swift rlhf`` and with ``megatron rlhf``, and two ranks: the losses are one another's."""
     env = {'PYTHONPATH': str(MEGATRON_ON_CPU), 'MEGATRON_ON_CPU': '1', 'PYTHON': sys.executable}
-    argv = ['bash', EXAMPLES / 'check_cluster.sh', '--dry', '--only', 'TP 2', 'teacher at TP 2 x PP 2*', '--out', tmp_path]
-    status, output = helpers.run(argv, env=env, cwd=tmp_path, timeout=560)
+    argv = ['bash', EXAMPLES / 'check_cluster.sh', '--dry', '--only', 'TP 2', '--limit', 500, '--out', tmp_path]
+    status, output = helpers.run(argv, env=env, cwd=tmp_path, timeout=1500)
     outcomes = [Outcome(**json.loads(line)) for line in (tmp_path / 'results.jsonl').read_text().splitlines()]
     found = {outcome.name: outcome for outcome in outcomes}
     assert status == 0, output[-3000:]

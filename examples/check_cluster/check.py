@@ -22,6 +22,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -346,6 +347,7 @@ def main() -> int:
     print(f'{len(configurations)} configurations on {where}; outputs in {directory}', flush=True)
     matrix.make_inputs()
     status = 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends it, its configuration ends with it
     try:
         for configuration in configurations:
             print(matrix.check(configuration), flush=True)

@@ -120,7 +120,7 @@ def moves_the_teacher(run: Run, other: Optional[Run]) -> Optional[str]:
 
 def teaches_nothing(run: Run, other: Optional[Run]) -> Optional[str]:
     """The first loss of a teacher that is a copy of the student."""
-    return None if run.losses[0] < 1e-5 else f'a first loss of {run.losses[0]:.3g} between a model and its copy'
+    return None if run.losses[0] < 1e-6 else f'a first loss of {run.losses[0]:.3g} between a model and its copy'
 
 
 def student_answers(run: Run, other: Optional[Run]) -> Optional[str]:
