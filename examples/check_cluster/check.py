@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fnmatch
+import hashlib
 import importlib.util
 import json
 import os
@@ -92,8 +93,10 @@ class Matrix:
         return self.gpus is not None
 
     def make_inputs(self) -> None:
-        made = self.inputs / 'made'
-        if not made.exists():
+        """Once for a directory, and anew where another version of the scripts would make others."""
+        scripts = (HERE / 'inputs.py', *(HERE.parent / 'quickstart' / name for name in ('models.py', 'task.py')))
+        made, version = self.inputs / 'made', hashlib.sha256(b''.join(script.read_bytes() for script in scripts)).hexdigest()
+        if not made.exists() or made.read_text() != version:
             shutil.rmtree(self.inputs, ignore_errors=True)
             self.inputs.mkdir(parents=True)
             log = self.directory / 'inputs.log'
@@ -102,7 +105,7 @@ class Matrix:
                 done = subprocess.run(argv, env={**os.environ, **OFFLINE}, stdout=output, stderr=subprocess.STDOUT)
             if done.returncode:
                 sys.exit(f'check_cluster: the models could not be made: {last_words(log.read_text())} (all of it is in {log})')
-            made.touch()
+            made.write_text(version)
 
     # ---- one configuration ----
 
