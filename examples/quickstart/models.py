@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from task import CATEGORY, KEYWORDS, WORDS
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -27,11 +27,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def make(directory: Path, *, hidden: int, layers: int, heads: int, seed: int) -> None:
-    """Write a model with random weights and its tokenizer."""
+def make(directory: Path, *, hidden: int, layers: int, heads: int, seed: int, **changed) -> None:
+    """Write a model with random weights and its tokenizer.
+
+    Args:
+        changed: Other values of its configuration. With ``num_experts`` it is a Qwen3-MoE.
+    """
     torch.manual_seed(seed)
     words = tokenizer()
-    config = Qwen3Config(
+    values = dict(
         vocab_size=len(words),
         hidden_size=hidden,
         intermediate_size=2 * hidden,
@@ -46,5 +50,6 @@ def make(directory: Path, *, hidden: int, layers: int, heads: int, seed: int) ->
         pad_token_id=words.pad_token_id,
         initializer_range=0.05,
     )
-    Qwen3ForCausalLM(config).save_pretrained(directory)
+    model, config = (Qwen3MoeForCausalLM, Qwen3MoeConfig) if 'num_experts' in changed else (Qwen3ForCausalLM, Qwen3Config)
+    model(config(**(values | changed))).save_pretrained(directory)
     words.save_pretrained(directory)
