@@ -101,11 +101,11 @@ def _wants_ray(options: list[str]) -> bool:
 
 
 def _type_in_file(path: Optional[str]) -> Optional[str]:
-    """The rlhf_type that the YAML file of a Ray run names; its reader is not installed for certain, one key needs none."""
+    """The rlhf_type that the file of a Ray run names, YAML or JSON; its reader is not installed for certain, one key needs none."""
     if path is None or not os.path.isfile(path):
         return None
     with open(path, encoding='utf-8', errors='replace') as file:
-        found = re.search(r'^rlhf_type:\s*[\'"]?(\w+)', file.read(), re.MULTILINE)
+        found = re.search(r'(?:^|[{,])\s*["\']?rlhf_type["\']?\s*:\s*["\']?(\w+)', file.read(), re.MULTILINE)
     return found and found.group(1)
 
 

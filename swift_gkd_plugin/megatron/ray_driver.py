@@ -22,6 +22,7 @@ from .ray_rank import Rank
 
 logger = get_logger()
 
+PACKAGE = __name__.partition('.')[0]
 OTHERS_SECONDS = 5  # for the other ranks to say what they have to say, once one has failed
 EXIT_SECONDS = 60  # for loggers to close what they have open
 
@@ -35,12 +36,16 @@ def start(pipeline: Any) -> None:
     Raises:
         OptionError: What the file asks for is not there, or is none of ours.
     """
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        raise OptionError(f'--use_ray: torchrun has started {os.environ["WORLD_SIZE"]} of it; leave out NPROC_PER_NODE and NNODES.')
     pipeline.argv = command_line(pipeline)
     ray.init(ignore_reinit_error=True)
     _check_nodes(pipeline)
     pipeline._create_pools()
     pool = pipeline.resource_pool_manager.get_pool('train')
     pipeline.worker_groups['train'] = WorkerGroup.from_pool('train', pool, worker_cls=ray.remote(num_gpus=0)(Rank))
+    nodes = {node['NodeID']: node['NodeManagerAddress'] for node in ray.nodes()}
+    pipeline.places = [nodes[node] for node, _ in pool.bundle_infos]
     logger.info(f'swift-gkd-plugin {__version__}: {pool.world_size} ranks on {len({node for node, _ in pool.bundle_infos})} Ray nodes.')
 
 
@@ -59,7 +64,7 @@ def train(pipeline: Any, enter: Callable[[], None]) -> dict[str, Any]:
     """
     ranks = pipeline.worker_groups['train'].workers
     refs = [rank.run.remote(enter, pipeline.argv, os.getcwd(), __version__) for rank in ranks]
-    _wait(refs)
+    _wait(refs, pipeline.places)
     # They leave by themselves: what is killed closes no logger.
     ray.wait([rank.__ray_terminate__.remote() for rank in ranks], num_returns=len(ranks), timeout=EXIT_SECONDS)
     return ray.get(refs[-1])
@@ -115,8 +120,11 @@ def _check_nodes(pipeline: Any) -> None:
         )
 
 
-def _wait(refs: Sequence[Any]) -> None:
+def _wait(refs: Sequence[Any], places: Sequence[str]) -> None:
     """Return when all ranks have ended well.
+
+    Args:
+        places: The node of each, for messages.
 
     Raises:
         OptionError: One that a rank has found.
@@ -131,7 +139,9 @@ def _wait(refs: Sequence[Any]) -> None:
     if waiting:
         errors += _errors(refs, ray.wait(waiting, num_returns=len(waiting), timeout=OTHERS_SECONDS)[0])
     rank, error = min(errors, key=lambda found: _likely_effect(found[1]))
-    logger.error(f'Rank {rank} has failed; the other ranks are ended.')
+    logger.error(f'Rank {rank} on {places[rank]} has failed; the other ranks are ended.')
+    if f"No module named '{PACKAGE}'" in str(error):
+        raise OptionError(f'--use_ray: swift-gkd-plugin is not installed on {places[rank]}; install it on every node.') from None
     if _is_ours(error):
         raise error.cause from None  # its line is enough
     raise error
@@ -149,7 +159,7 @@ def _errors(refs: Sequence[Any], done: Sequence[Any]) -> list[tuple[int, RayErro
 
 
 def _is_ours(error: RayError) -> bool:
-    return isinstance(error, RayTaskError) and type(error.cause).__module__.startswith('swift_gkd_plugin')
+    return isinstance(error, RayTaskError) and type(error.cause).__module__.startswith(PACKAGE)
 
 
 def _likely_effect(error: RayError) -> int:
