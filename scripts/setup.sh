@@ -34,4 +34,6 @@ fi
 .venv/bin/python -m pip install --quiet --no-deps --upgrade --target .venv/vision -r tests/multimodal/requirements.txt
 # A quantiser for transformers, 125 MB; the tests of quantised teachers use it on the CPU.
 .venv/bin/python -m pip install --quiet --no-deps --upgrade --target .venv/quantisers -r tests/hf/requirements.txt
+# Ray, 240 MB, with which the tests place ranks on two nodes of this machine.
+.venv/bin/python -m pip install --quiet --no-deps --upgrade --target .venv/ray -r tests/megatron/requirements.txt
 echo "$wanted" > "$stamp"

@@ -9,6 +9,7 @@ This file imports the standard library only: it runs before torch and ms-swift.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
@@ -41,9 +42,10 @@ def activate() -> None:
     options = sys.orig_argv[index + 1 :]
     rlhf_type = option_value(options, '--rlhf_type', shortest='--rlh')
     if megatron and _wants_ray(options):
-        if (rlhf_type or _type_in_file(option_value(options, '--config'))) == 'gkd':
-            _give_up('megatron rlhf --use_ray: the plugin does not run under Ray, whose workers parse no command line.')
-        return
+        in_file = _type_in_file(option_value(options, '--config'))
+        if 'gkd' in (rlhf_type, in_file):
+            _only_a_file(options, in_file)
+        rlhf_type = in_file
     wants_help = '-h' in options or '--help' in options
     if rlhf_type == 'gkd' or (rlhf_type is None and wants_help):
         try:
@@ -57,6 +59,11 @@ def _give_up(reason: str) -> NoReturn:
     """End the process. Python only prints what a .pth raises and carries on: gkd would run as stock ms-swift unnoticed."""
     print(f'swift-gkd-plugin: {reason} {SWITCH}=0 runs stock ms-swift.', file=sys.stderr, flush=True)
     os._exit(1)
+
+
+def enter_rank() -> None:
+    """Take over gkd in a worker of Ray, whose command line is Ray's. Entered before the worker imports ms-swift."""
+    _install(_seams(hf=False, megatron=True))
 
 
 def register() -> None:
@@ -94,12 +101,26 @@ def _wants_ray(options: list[str]) -> bool:
 
 
 def _type_in_file(path: Optional[str]) -> Optional[str]:
-    """The rlhf_type that the YAML file of a Ray run names; its reader is not installed for certain, one key needs none."""
+    """The rlhf_type that the file of a Ray run names, YAML or JSON; its reader is not installed for certain, one key needs none."""
     if path is None or not os.path.isfile(path):
         return None
     with open(path, encoding='utf-8', errors='replace') as file:
-        found = re.search(r'^rlhf_type:\s*[\'"]?(\w+)', file.read(), re.MULTILINE)
+        found = re.search(r'(?:^|[{,])\s*["\']?rlhf_type["\']?\s*:\s*["\']?(\w+)', file.read(), re.MULTILINE)
     return found and found.group(1)
+
+
+def _only_a_file(options: list[str], rlhf_type: Optional[str]) -> None:
+    """Refuse what ms-swift would not read: of a command line with --use_ray it reads --config and nothing else.
+
+    Args:
+        rlhf_type: As the file has it.
+    """
+    names = [token.partition('=')[0] for token in options if token.startswith('--')]
+    known = ('--use_ray', '--config', *(['--rlhf_type'] if rlhf_type == 'gkd' else ()))
+    unread = [name for name in names if name not in known]
+    if unread or '--config' not in options:
+        found = f'{unread[0]} is not read' if unread else 'there is no --config'
+        _give_up(f'megatron rlhf --use_ray: {found}; every option, --rlhf_type too, belongs into the YAML file of --config FILE.')
 
 
 def _seams(*, hf: bool, megatron: bool) -> dict[str, Seam]:
@@ -112,6 +133,7 @@ def _seams(*, hf: bool, megatron: bool) -> dict[str, Seam]:
         from .megatron import host
 
         seams.update(host.SEAMS)
+        seams[host.RAY] = functools.partial(host.take_over_ray, enter=enter_rank)
     return seams
 
 

@@ -137,6 +137,27 @@ def _without_vllm_unless_asked_for(argv: list[str]) -> list[str]:
     return argv
 
 
+def take_over_ray(module: ModuleType, enter: Callable[[], None]) -> None:
+    """``swift.ray.megatron.pipeline``: Ray places and starts our ranks; stock's loop has a loss and a teacher of its own.
+
+    Args:
+        enter: Activates the plugin in a worker.
+    """
+    cls = module.MegatronRayPipeline
+
+    @for_gkd(cls, 'init')
+    def start(self: Any, stock: Callable[[], None]) -> None:
+        from .ray_driver import start
+
+        start(self)
+
+    @for_gkd(cls, 'train')
+    def train(self: Any, stock: Callable[[], Any]) -> Any:
+        from .ray_driver import train
+
+        return train(self, enter)
+
+
 def _warn(line: str) -> None:
     from swift.utils import get_logger
 
@@ -147,3 +168,4 @@ SEAMS = {
     'swift.megatron.arguments.rlhf_args': take_over_arguments,
     'swift.megatron.pipelines.train.rlhf': take_over_pipeline,
 }
+RAY = 'swift.ray.megatron.pipeline'

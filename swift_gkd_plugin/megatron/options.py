@@ -14,6 +14,7 @@ from ..sources import STUDENT, TEACHER
 
 # Options that are refused: name, when, and what to do instead.
 REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ('use_ray', lambda a: a.use_ray, "ms-swift's Ray pipeline has begun without the plugin; install it instead of --external_plugins"),
     ('vllm_mode', lambda a: a.use_vllm and a.vllm_mode is None, 'give colocate or server, or --use_vllm false'),
     ('gkd_teacher_offload', lambda a: a.gkd_teacher_offload == 'layer', 'the Megatron back end moves the whole teacher; use model'),
     # They are kept in few bits and in no others, in which an average is not.

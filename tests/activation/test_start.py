@@ -81,14 +81,19 @@ def test_launchers_and_debuggers_before_the_script(tmp_path):
     assert returncode == 1 and 'supports ms-swift' in output
 
 
-def test_ray_is_refused(tmp_path):
+def test_ray_reads_a_file_and_nothing_else(tmp_path):
     script = host_script(tmp_path, back_end='_megatron')
     config = tmp_path / 'ray.yaml'
     config.write_text("train:\n  gpus: 2\nrlhf_type: 'gkd'\n")
-    for line in (['--rlhf_type', 'gkd', '--use_ray'], ['--use_ray', 'true', '--rlhf_type=gkd'], ['--use_ray', '--config', config]):
+    assert start(sys.executable, script, '--use_ray', 'true', '--rlhf_type', 'gkd', '--config', config, host=tmp_path)[0] == 0
+    for line, what in (
+        (['--rlhf_type', 'gkd', '--use_ray'], '--rlhf_type is not read'),
+        (['--use_ray', 'true', '--lr=1', '--config', config], '--lr is not read'),
+        (['--use_ray', '--rlhf_type=gkd', '--config', '/no/file'], '--rlhf_type is not read'),
+    ):
         returncode, output = start(sys.executable, script, *line, host=tmp_path)
         assert returncode == 1
-        assert output.startswith('swift-gkd-plugin: megatron rlhf --use_ray: the plugin does not run under Ray')
+        assert output.startswith(f'swift-gkd-plugin: megatron rlhf --use_ray: {what}')
         assert 'SWIFT_GKD_PLUGIN=0' in output and output.count('\n') == 1
         assert start(sys.executable, script, *line, host=tmp_path, SWIFT_GKD_PLUGIN='0')[0] == 0
     config.write_text('rlhf_type: grpo\n')

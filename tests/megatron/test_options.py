@@ -35,6 +35,7 @@ DEFAULTS = {f.name: f.default for f in fields(GKDOptions)} | dict(
     gkd_logits_topk=None,
     lmbda=0.0,
     use_vllm=False,
+    use_ray=False,
     vllm_mode=None,
     teacher_model_server=None,
     streaming=False,
@@ -81,6 +82,7 @@ def options(**given) -> SimpleNamespace:
     'given',
     [
         dict(use_vllm=True),
+        dict(use_ray=True),
         dict(gkd_teacher_offload='layer'),
         dict(fp8_param_gather=True, gkd_self_teacher='ema', teacher_model=None),
         dict(fp4_param_gather=True, gkd_self_teacher='ema', teacher_model=None),
