@@ -139,7 +139,9 @@ def _of_student(setup: Setup) -> Iterable[Part]:
     sure = setup.sure and setup.bits is None
     trained = setup.of_trained(sharded=True)
     if sharding == ZERO3:
-        weights = 0 if setup.on_host('param') else b * sum(_of_shard(w, n, ZERO3) for w in size.weights)
+        # Partitioned weights are not cast any more, and PEFT makes an adapter in fp32.
+        widths = ((w, w.itemsize if 'lora_' in w.name or 'modules_to_save' in w.name else b) for w in size.weights)
+        weights = 0 if setup.on_host('param') else sum(width * _of_shard(w, n, ZERO3) for w, width in widths)
     elif sharding == FSDP2:
         wide = FP32 if setup.mixed else 0
         weights = sum(_of_shard(w, n, FSDP2) * (max(w.itemsize, wide) if w.trained else w.itemsize) for w in size.weights)

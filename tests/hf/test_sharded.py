@@ -265,6 +265,7 @@ def layouts(run_jobs, cases, generating, files, tiny_models, tmp_path_factory):
     model.save_pretrained(weights)
     sharded['zero2 nan'] = {**sharded['zero2 separate'], 'model': weights}
     sharded['zero3 bf16'] = {**sharded['zero3 separate'], 'torch_dtype': 'bfloat16', 'bf16': 'true'}
+    sharded['zero3 bf16 lora'] = {**sharded['zero3 shared base'], 'torch_dtype': 'bfloat16', 'bf16': 'true'}
     return run_jobs(plain, nproc=2, timeout=900) | run_jobs(sharded, nproc=2, env=DEEPSPEED, timeout=900)
 
 
@@ -282,7 +283,8 @@ def test_loss_and_gradient_are_those_of_whole_logits_in_one_process(one_process,
 @pytest.mark.parametrize('layout', [layout for layout in LAYOUTS if layout != 'zero3 offload'])
 def test_each_rank_holds_what_was_foretold(layouts, layout):
     """To the byte: weights with adapters, gradients, optimizer, teacher."""
-    names = [*LAYOUTS[layout], *(('saved', 'saved lora') if layout in ('zero3', 'fsdp2') else ())]
+    names = [*LAYOUTS[layout], *(('saved', 'saved lora', 'bf16') if layout in ('zero3', 'fsdp2') else ())]
+    names += ['bf16 lora'] * (layout == 'zero3')
     for name in names:
         held, foretold = layouts[f'{layout} {name}'].ok().memory
         assert held == foretold, name
