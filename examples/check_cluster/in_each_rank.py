@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import resource
+import sys
 from pathlib import Path
 
 import torch
@@ -41,6 +42,17 @@ class Reserve(TrainerCallback):
 
 
 callbacks_map['reserve'] = Reserve
+if 'swift.megatron' in sys.modules:
+    from swift.megatron.callbacks import MegatronCallback, megatron_callbacks_map
+
+    class NoCheckpoint(MegatronCallback):
+        """Megatron-SWIFT saves after the last step, whatever ``--save_steps`` says (4.6.0, callbacks/default_flow.py), which takes longer
+        than the steps. It has to come behind that callback, as only those of ``--report_to`` do."""
+
+        def on_step_end(self):
+            self.state.should_save = False
+
+    megatron_callbacks_map['no_checkpoint'] = NoCheckpoint
 if multiprocessing.parent_process() is None:  # data loaders may import it too
     atexit.register(tell_peaks)
     if os.environ.get('DS_ACCELERATOR') == 'cpu' and 'RANK' in os.environ:

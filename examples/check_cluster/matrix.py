@@ -442,8 +442,7 @@ OF_MEGATRON = {
     'adam_eps': 1e-3,
     'recompute_granularity': 'none',
     'attention_backend': 'auto',  # whichever Transformer Engine has here
-    'no_save_optim': 'true',
-    'save_safetensors': 'false',
+    'report_to': 'no_checkpoint',
     'use_vllm': 'false',
 }
 OF_DTYPE = {
