@@ -27,6 +27,11 @@ class Arguments(GKDOptions):
     offload_teacher_model: bool = False
     teacher_tag_key: str = 'dataset'
     deepspeed: Any = None
+    reward_funcs: list = dataclasses.field(default_factory=list)
+    teacher_kl_coef: float = 1.0
+    kl_coef: float = 0.05
+    rpo_alpha: Any = None
+    train_sampling_strategy: str = 'random'
 
 
 BLIND, SERVER, ENGINE = {'gkd_loss_weight': 0.0, 'lmbda': 0.0}, {'teacher_model_server': 'http://x'}, {'gkd_teacher_engine': 'vllm'}
@@ -69,6 +74,12 @@ SEQ_KD = {'seq_kd': True, 'lmbda': 0.0}
         # An engine is asked like a server.
         ({'gkd_server_in_flight': 4}, {**MODEL, **ENGINE, **SEQ_KD}, None),
         ({'gkd_server_in_flight': 4}, SERVER, None),
+        # Of other algorithms.
+        ({'reward_funcs': ['accuracy']}, MODEL, 'it belongs to GRPO'),
+        ({'teacher_kl_coef': 0.5}, MODEL, 'it belongs to GRPO'),
+        ({'kl_coef': 0.1}, MODEL, 'it belongs to PPO'),
+        ({'rpo_alpha': 1.0}, MODEL, 'it belongs to DPO'),
+        ({'train_sampling_strategy': 'sequential'}, MODEL, 'see --train_dataloader_shuffle'),
         ({'gkd_server_timeout': 4.0}, MODEL, 'it belongs to --teacher_model_server and --gkd_teacher_engine vllm'),
     ],
     ids=lambda value: ' '.join(map(str, value)) if isinstance(value, dict) else str(value),

@@ -39,7 +39,7 @@ from .layouts import common_padding
 from .loss import DistillationLoss
 from .options import loads_teacher
 from .placement import build_teacher, check_who_generates, load_teacher, local_teacher
-from .routers import leave_unweighed, weigh
+from .routers import leave_padding_out, leave_unweighed, weigh
 from .teachers import LiveStudent, LocalTeacher, SharedBase
 from .views import LocalView, local_view
 
@@ -103,6 +103,7 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
         peft_models = super()._prepare_peft_model(models)
         mark_shards(models)
         leave_unweighed(models)
+        leave_padding_out(models)
         return peft_models
 
     def _resolve_teacher(self) -> LocalTeacher | RemoteTeacher:
