@@ -7,6 +7,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from .arguments import engine_scores
+from .versions import untried
 
 Entry = tuple[str, Callable[[Any], bool], str]  # name, when, why
 
@@ -114,14 +115,14 @@ NOT_USED: tuple[Entry, ...] = (
 
 
 def say_unused(args: Any, own: tuple[Entry, ...]) -> None:
-    """Warn of every option that was given in vain.
+    """Warn of every option that was given in vain, and of packages in versions that were not tried.
 
     Args:
         own: Entries of the back end.
     """
     from swift.utils import get_logger
 
-    for line in unused(args, own):
+    for line in (*untried(), *unused(args, own)):
         get_logger().warning(line)
 
 

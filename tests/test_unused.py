@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from swift_gkd_plugin import versions
 from swift_gkd_plugin.arguments import GKDOptions
 from swift_gkd_plugin.hf.pipeline import NOT_USED as TRANSFORMERS
 from swift_gkd_plugin.unused import unused
@@ -89,3 +91,22 @@ def test_one_line_where_an_option_does_nothing(given, others, why):
     lines = [line for line in unused(Arguments(**{**others, **given}), TRANSFORMERS) if line.startswith(f'--{name} ')]
     assert len(lines) == (why is not None)
     assert all(f'--{name} {given[name]} is not used as such: ' in line and why in line for line in lines)
+
+
+def test_versions_that_were_not_tried_are_named(monkeypatch):
+    assert versions.untried() == []
+    installed = {'torch': '2.15.0+cu130', 'transformers': '5.19.1', 'vllm': '0.31.2'}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise versions.PackageNotFoundError
+        return installed[name]
+
+    monkeypatch.setattr(versions, 'version', version)
+    torch, vllm = versions.untried()
+    assert torch.startswith('torch 2.15.0+cu130: ') and 'torch>=2.10,<2.14' in torch and 'vllm 0.31.2: ' in vllm
+
+
+def test_ranges_are_those_that_pip_keeps_to():
+    text = Path(__file__).parents[1].joinpath('pyproject.toml').read_text()
+    assert [name for name, tried in versions.TRIED.items() if f'"{name}{tried}"' not in text] == []

@@ -67,7 +67,7 @@ EIGHT: dict[str, dict[str, dict[str, Any]]] = {
     'TP2xCP2xDP2': {'8 MoE': BALANCED, '8 LoRA': ADAPTED},
     'TP2xDP4, EP2xETP2xDP2': {'8 MoE': BALANCED},
     'TP2xPP2xVPP2xDP2, overlapped': {'8 single': {**DENSE, 'micro_batch_size': 1}, '8 MoE': BALANCED, '8 bf16': IN_BF16},
-    'DP8, teacher TP8': {'8 teacher': LONE_TEACHER, '8 teacher, top-k': {**LONE_TEACHER, 'gkd_logits_topk': 8}},
+    'DP8, teacher TP8': {'8 teacher': LONE_TEACHER, '8 teacher, top-k': {**EIGHT_ROWS, 'teacher_model': 'eight', 'gkd_logits_topk': 8}},
 }
 CASES |= {name: case for cases in EIGHT.values() for name, case in cases.items()}
 
