@@ -7,6 +7,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from .arguments import engine_scores
+from .versions import untried
 
 Entry = tuple[str, Callable[[Any], bool], str]  # name, when, why
 
@@ -43,6 +44,26 @@ BLIND = 'at --gkd_loss_weight 0 no teacher looks at the responses'
 IDLE = f'{BLIND}, and without --seq_kd or --gkd_eval_source teacher it answers nothing'
 ELSEWHERE = 'it belongs to --teacher_model_server and --gkd_teacher_engine vllm'
 ONLY_IN_ENGINE = 'the engine has the only copy of the teacher; see --gkd_teacher_engine_args'
+
+# Options of ms-swift's other algorithms, which its parser takes with every --rlhf_type and stock GKD drops without a word.
+OF_OTHERS: dict[str, tuple[str, ...]] = {
+    'GRPO': (
+        *('reward_funcs', 'reward_weights', 'reward_model', 'reward_model_plugin', 'scale_rewards', 'overlong_filter', 'dynamic_sample'),
+        *('epsilon', 'epsilon_high', 'delta', 'advantage_estimator', 'advantage_reweight', 'importance_sampling_level', 'kl_in_reward'),
+        *('num_iterations', 'num_generations_eval', 'teacher_kl_coef', 'sdar_loss_coef', 'top_entropy_quantile', 'log_entropy'),
+        *('rollout_importance_sampling_mode', 'log_rollout_offpolicy_metrics', 'off_policy_sequence_mask_delta', 'sync_ref_model'),
+        *('chord_sft_dataset', 'chord_enable_phi_function', 'soft_max_length', 'soft_cache_length'),
+    ),
+    'PPO': (
+        *('num_ppo_epochs', 'kl_coef', 'vf_coef', 'cliprange', 'cliprange_value', 'gamma', 'lam', 'whiten_rewards', 'num_mini_batches'),
+        'missing_eos_penalty',
+    ),
+    'DPO and its relatives': (
+        *('ref_model', 'ref_adapters', 'mcore_ref_model', 'mcore_ref_adapter', 'reference_free', 'f_divergence_type', 'label_smoothing'),
+        *('rpo_alpha', 'ld_alpha', 'loss_weights', 'cpo_alpha', 'simpo_gamma', 'desirable_weight', 'undesirable_weight', 'calculate_KL'),
+        'center_rewards_coefficient',
+    ),
+}
 
 # The first reason of an option is said. With both back ends; each has a table of its own beside it.
 NOT_USED: tuple[Entry, ...] = (
@@ -95,18 +116,19 @@ NOT_USED: tuple[Entry, ...] = (
     ('loss_type', lambda a: True, '--gkd_divergence chooses the loss'),
     ('enable_dft_loss', lambda a: True, 'it belongs to SFT'),
     ('enable_channel_loss', lambda a: True, 'it belongs to SFT'),
+    *((name, lambda a: True, f'it belongs to {others}') for others, names in OF_OTHERS.items() for name in names),
 )
 
 
 def say_unused(args: Any, own: tuple[Entry, ...]) -> None:
-    """Warn of every option that was given in vain.
+    """Warn of every option that was given in vain, and of packages in versions that were not tried.
 
     Args:
         own: Entries of the back end.
     """
     from swift.utils import get_logger
 
-    for line in unused(args, own):
+    for line in (*untried(), *unused(args, own)):
         get_logger().warning(line)
 
 

@@ -5,7 +5,38 @@ Nothing heavy is imported: the start-up hook reads this file before torch or ms-
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, version
+
 __version__ = '0.1.0'
+
+# What was tried lies inside; the same as in pyproject.toml.
+TRIED = {
+    'torch': '>=2.10,<2.14',
+    'transformers': '>=5.16,<5.20',
+    'trl': '>=0.29,<0.30',
+    'peft': '>=0.19,<0.21',
+    'accelerate': '>=1.10,<2',
+    'vllm': '>=0.32,<0.33',
+    'deepspeed': '>=0.19,<0.20',
+    'megatron-core': '==0.16.1',
+    'mcore-bridge': '==1.6.5',
+}
+
+
+def untried() -> list[str]:
+    """A line for each installed package whose version is outside of what was tried. pip keeps to the ranges, an image of somebody else's
+    does not."""
+    from packaging.specifiers import SpecifierSet
+
+    lines = []
+    for name, tried in TRIED.items():
+        try:
+            installed = version(name)
+        except PackageNotFoundError:
+            continue
+        if not SpecifierSet(tried).contains(installed, prereleases=True):
+            lines.append(f'{name} {installed}: swift-gkd-plugin {__version__} was tried with {name}{tried}; the run goes on, untested.')
+    return lines
 
 
 def banner(trainer: type) -> str:

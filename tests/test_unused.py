@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from swift_gkd_plugin import versions
 from swift_gkd_plugin.arguments import GKDOptions
 from swift_gkd_plugin.hf.pipeline import NOT_USED as TRANSFORMERS
 from swift_gkd_plugin.unused import unused
@@ -27,6 +29,11 @@ class Arguments(GKDOptions):
     offload_teacher_model: bool = False
     teacher_tag_key: str = 'dataset'
     deepspeed: Any = None
+    reward_funcs: list = dataclasses.field(default_factory=list)
+    teacher_kl_coef: float = 1.0
+    kl_coef: float = 0.05
+    rpo_alpha: Any = None
+    train_sampling_strategy: str = 'random'
 
 
 BLIND, SERVER, ENGINE = {'gkd_loss_weight': 0.0, 'lmbda': 0.0}, {'teacher_model_server': 'http://x'}, {'gkd_teacher_engine': 'vllm'}
@@ -70,6 +77,12 @@ SEQ_KD = {'seq_kd': True, 'lmbda': 0.0}
         # An engine is asked like a server.
         ({'gkd_server_in_flight': 4}, {**MODEL, **ENGINE, **SEQ_KD}, None),
         ({'gkd_server_in_flight': 4}, SERVER, None),
+        # Of other algorithms.
+        ({'reward_funcs': ['accuracy']}, MODEL, 'it belongs to GRPO'),
+        ({'teacher_kl_coef': 0.5}, MODEL, 'it belongs to GRPO'),
+        ({'kl_coef': 0.1}, MODEL, 'it belongs to PPO'),
+        ({'rpo_alpha': 1.0}, MODEL, 'it belongs to DPO'),
+        ({'train_sampling_strategy': 'sequential'}, MODEL, 'see --train_dataloader_shuffle'),
         ({'gkd_server_timeout': 4.0}, MODEL, 'it belongs to --teacher_model_server and --gkd_teacher_engine vllm'),
     ],
     ids=lambda value: ' '.join(map(str, value)) if isinstance(value, dict) else str(value),
@@ -79,3 +92,22 @@ def test_one_line_where_an_option_does_nothing(given, others, why):
     lines = [line for line in unused(Arguments(**{**others, **given}), TRANSFORMERS) if line.startswith(f'--{name} ')]
     assert len(lines) == (why is not None)
     assert all(f'--{name} {given[name]} is not used as such: ' in line and why in line for line in lines)
+
+
+def test_versions_that_were_not_tried_are_named(monkeypatch):
+    assert versions.untried() == []
+    installed = {'torch': '2.15.0+cu130', 'transformers': '5.19.1', 'vllm': '0.31.2'}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise versions.PackageNotFoundError
+        return installed[name]
+
+    monkeypatch.setattr(versions, 'version', version)
+    torch, vllm = versions.untried()
+    assert torch.startswith('torch 2.15.0+cu130: ') and 'torch>=2.10,<2.14' in torch and 'vllm 0.31.2: ' in vllm
+
+
+def test_ranges_are_those_that_pip_keeps_to():
+    text = Path(__file__).parents[1].joinpath('pyproject.toml').read_text()
+    assert [name for name, tried in versions.TRIED.items() if f'"{name}{tried}"' not in text] == []

@@ -55,6 +55,11 @@ NOT_USED: tuple[Entry, ...] = (
     ('router_aux_loss_coef', lambda a: not a.model_info.is_moe_model, 'the student has no router'),
     *((name, lambda a: True, 'it belongs to `megatron rlhf`') for name in OPTION_NAMES if name.endswith('_parallel_size')),
     ('gkd_micro_batch_tokens', lambda a: True, "it belongs to `megatron rlhf`; transformers' loop runs --gradient_accumulation_steps"),
+    (
+        'train_sampling_strategy',
+        lambda a: True,
+        'rows come in random order or in that of the dataset; see --train_dataloader_shuffle',
+    ),
     ('structured_outputs_regex', lambda a: not a.use_vllm, 'it needs --use_vllm true'),
     ('num_beams', lambda a: True, 'responses are sampled, or greedy at --temperature 0'),
     ('predict_with_generate', lambda a: True, 'evaluation measures the loss; see --gkd_eval_source'),
@@ -113,6 +118,8 @@ class GKDPipeline(SwiftRLHF):
         args = self.args
         if args.multi_turn_scheduler and not args.use_vllm:
             raise OptionError(f'--multi_turn_scheduler {args.multi_turn_scheduler} needs an engine: add --use_vllm true with --vllm_mode.')
+        if args.task_type != 'causal_lm':
+            raise OptionError(f'--task_type {args.task_type}: distillation compares the next tokens of two models; use causal_lm.')
         if args.gkd_self_teacher == 'ema':
             self._check_average()
         if args.gkd_routing == 'teacher':

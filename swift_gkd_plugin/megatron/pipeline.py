@@ -51,7 +51,6 @@ NOT_USED: tuple[Entry, ...] = (
         lambda a: a.context_parallel_size > 1,
         "with --context_parallel_size the teacher takes the student's micro-batches",
     ),
-    ('label_smoothing', lambda a: True, 'it belongs to DPO'),
     ('num_train_epochs', lambda a: a.streaming, 'a stream begins again when it ends; --train_iters says how long the run is'),
     ('eval_iters', lambda a: a.eval_iters > 0, 'the whole evaluation set is evaluated; 0 switches evaluation off'),
 )

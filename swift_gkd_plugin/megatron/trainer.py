@@ -42,7 +42,7 @@ from .layouts import common_padding
 from .loss import DistillationLoss
 from .options import loads_teacher, resumed_from, said_once
 from .placement import build_teacher, check_heads, check_who_generates, load_teacher, local_teacher, merged_adapters
-from .routers import leave_unweighed, weigh
+from .routers import leave_padding_out, leave_unweighed, weigh
 from .routing import RoutingReplay
 from .teachers import AveragedStudent, LiveStudent, LocalTeacher, SharedBase
 from .views import LocalView, local_view
@@ -115,6 +115,7 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
         peft_models = super()._prepare_peft_model(models)
         mark_shards(models)
         leave_unweighed(models)
+        leave_padding_out(models)
         return peft_models
 
     def _resolve_teacher(self) -> LocalTeacher | RemoteTeacher:

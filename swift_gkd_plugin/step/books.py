@@ -126,23 +126,29 @@ class Books:
             if sample.divergence is not None:
                 divergences[:, number] = sample.divergence
         sums, counts = self.backend.whole(divergences).tolist()
+        made = [
+            (sample, total / count if count else None)
+            for sample, total, count in zip(samples, sums, counts, strict=True)
+            if sample.row.counts and sample.response is not None
+        ]
+        decode = self.encoder.template.safe_decode
         lines = [
             {
                 'step': self.backend.step + 1,
-                'generated_at': sample.generated_at,
+                'gen_step': sample.generated_at,  # the column of Megatron-SWIFT's table
                 'row': sample.row.number,
                 'epoch': sample.row.epoch,
                 'source': sample.source,
                 'prompt': self.encoder.student_prompt(sample)['messages'],
-                'completion': self.encoder.template.safe_decode(sample.response.token_ids),
+                'completion': decode(sample.response.token_ids),
                 'length': len(sample.response.token_ids),
                 'finish_reason': sample.response.finish_reason,
-                'divergence': total / count if count else None,
+                'divergence': divergence,
             }
-            for sample, total, count in zip(samples, sums, counts, strict=True)
-            if sample.row.counts and sample.response is not None
+            for sample, divergence in made
         ]
-        self.completions.append(self.ranks.gathered(lines))
+        prompts = [decode(sample.prompt_ids) if self.completions.has_tables else '' for sample, _ in made]
+        self.completions.append(self.ranks.gathered(list(zip(lines, prompts, strict=True))))
 
     def logged(self) -> dict[str, float]:
         """What is to be logged since the last call. A collective call."""

@@ -18,14 +18,15 @@ class Completions:
     def __init__(self, args, write_on_rank: Literal['master', 'last']):
         self.writer = JsonlWriter(os.path.join(args.output_dir, 'completions.jsonl'), write_on_rank=write_on_rank)
         self.loggers = set(args.report_to or ())
+        self.has_tables = bool(self.loggers & {'wandb', 'swanlab'})
         self.unique_prompts = bool(args.wandb_log_unique_prompts)
         self._lines: list[dict[str, Any]] = []  # since the last table
 
-    def append(self, lines: list[dict[str, Any]]) -> None:
-        """The lines of all ranks."""
-        self.writer.append(lines)
-        if self.writer.is_write_rank and self.loggers & {'wandb', 'swanlab'}:
-            self._lines += lines
+    def append(self, lines: list[tuple[dict[str, Any], str]]) -> None:
+        """The lines of all ranks, each with its prompt as the model reads it, which is what ms-swift's tables show."""
+        self.writer.append([line for line, _ in lines])
+        if self.writer.is_write_rank and self.has_tables:
+            self._lines += [{**line, 'prompt': prompt} for line, prompt in lines]
 
     def show(self) -> None:
         """A table ``completions`` of what came since the last one, as ms-swift's own trainers make it."""
@@ -33,7 +34,7 @@ class Completions:
         if not lines:
             return
         headers = list(lines[0])
-        rows = [[str(line[name]) if name == 'prompt' else line[name] for name in headers] for line in lines]
+        rows = [[line[name] for name in headers] for line in lines]
         if 'wandb' in self.loggers:
             import wandb
 

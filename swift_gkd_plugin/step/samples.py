@@ -85,6 +85,7 @@ class Sample:
         generated: The sample as ms-swift's rollout returned it, for what only that knows (several turns, loss masks, media).
         encoded: The student's view of a dataset response, encoded when it was checked.
         prompts: The encoded prompts of both views, the teacher's if it differs, likewise; until the response is encoded.
+        prompt_ids: The student's prompt as token ids, of a response that is generated.
         views: Both views, once they were encoded for a step.
         generated_at: Number of optimizer steps that were done when the response was generated.
         divergence: [2], sum and number over its trained tokens on this rank, once their loss was computed.
@@ -102,6 +103,7 @@ class Sample:
     generated: GKDSample | None = field(default=None, repr=False)
     encoded: dict[str, Any] | None = field(default=None, repr=False)
     prompts: tuple[dict[str, Any], dict[str, Any] | None] | None = field(default=None, repr=False)
+    prompt_ids: list[int] | None = field(default=None, repr=False)
     views: tuple[dict[str, Any], dict[str, Any] | None] | None = field(default=None, repr=False)
     generated_at: int | None = None
     divergence: torch.Tensor | None = field(default=None, repr=False)
@@ -395,7 +397,7 @@ class SampleEncoder:
                     # What the teacher only looks at may be longer than what is trained.
                     with self._limit(None if sample.source == STUDENT and raises else template.max_length):
                         teacher = template.encode(self.teacher_prompt(sample))
-            sample.prompts = student, teacher
+            sample.prompts, sample.prompt_ids = (student, teacher), student['input_ids']
 
     def take(self, sample: Sample, result: GKDSample) -> None:
         """What ms-swift's rollout has generated for a sample. Its engines may sample what :func:`never_sampled` keeps ours from."""

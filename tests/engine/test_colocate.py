@@ -43,7 +43,7 @@ def test_old_weights_would_be_seen(runs, name):
 
 def test_every_response_is_written_with_its_divergence(runs):
     run = runs['full'].ok()
-    assert [(line['step'], line['generated_at']) for line in run.completions] == [(step + 1, step) for step in range(3) for _ in range(3)]
+    assert [(line['step'], line['gen_step']) for line in run.completions] == [(step + 1, step) for step in range(3) for _ in range(3)]
     for step, logged in enumerate(run.values('divergence')):
         lines = [line for line in run.completions if line['step'] == step + 1]
         tokens = sum(line['length'] for line in lines)
@@ -73,8 +73,8 @@ def test_resumed_run_goes_on_as_if_nothing_had_happened(runs):
     # The cycle of steps 3 and 4 was in flight; it is not generated again.
     assert [call['step'] for call in whole.lines('engine-rank0.jsonl')] == [0, 2, 4]
     assert [call['step'] for call in resumed.lines('engine-rank0.jsonl')] == [4]
-    text = [(line['step'], line['generated_at'], line['row'], line['completion']) for line in whole.completions if line['step'] > 3]
-    assert [(line['step'], line['generated_at'], line['row'], line['completion']) for line in resumed.completions] == text
+    text = [(line['step'], line['gen_step'], line['row'], line['completion']) for line in whole.completions if line['step'] > 3]
+    assert [(line['step'], line['gen_step'], line['row'], line['completion']) for line in resumed.completions] == text
 
 
 @pytest.fixture(scope='module', params=[1, 2])

@@ -35,7 +35,7 @@ def test_the_same_training_where_weights_stay(runs):
 
 def test_responses_are_one_update_old(runs):
     def ages(run):
-        return {(line['step'], line['step'] - 1 - line['generated_at']) for line in run.completions}
+        return {(line['step'], line['step'] - 1 - line['gen_step']) for line in run.completions}
 
     assert ages(runs['ahead'].ok()) == {(1, 0), (2, 1), (3, 1), (4, 1)}
     assert ages(runs['frozen']) == {(step, 0) for step in (1, 2, 3, 4)}

@@ -11,6 +11,7 @@ from job_runs import ONE_STEP
 
 from swift_gkd_plugin.arguments import OptionError
 from swift_gkd_plugin.hf.pipeline import GKDPipeline
+from swift_gkd_plugin.unused import OF_OTHERS
 
 STEP = {**ONE_STEP, 'tuner_type': 'full', 'max_steps': 2}
 
@@ -45,6 +46,7 @@ def runs(run_jobs, tiny_models, tmp_path_factory):
             'device_map': {**STEP, 'device_map': 'cpu'},
             'compiled': {**STEP, 'torch_compile': 'true', 'torch_compile_backend': 'eager', 'callbacks': None},
             'sequence_parallel_size': {**STEP, 'sequence_parallel_size': 2},
+            'task_type': {**STEP, 'task_type': 'seq_cls', 'num_labels': 2},
             'truncation split': {**STEP, 'truncation_strategy': 'split'},
             'generation_batch_size': {**mixed, 'generation_batch_size': 8, 'gkd_source_per': 'batch'},
             'both sizes': {**mixed, 'generation_batch_size': 8, 'steps_per_generation': 3},
@@ -71,6 +73,8 @@ def runs(run_jobs, tiny_models, tmp_path_factory):
                 'teacher_tensor_model_parallel_size': 2,
                 'enable_dft_loss': 'true',
                 'teacher_deepspeed': 'zero0',
+                'train_sampling_strategy': 'sequential',
+                'reward_funcs': 'accuracy',
             },
             'eval stream': {
                 **STEP,
@@ -138,8 +142,13 @@ def test_no_effect_is_said(runs):
         'teacher_tensor_model_parallel_size 2',
         'enable_dft_loss True',
         'teacher_deepspeed',
+        'train_sampling_strategy sequential',
+        "reward_funcs ['accuracy']",
     ):
         assert f'--{option} is not used as such: ' in output, option
+    # Nothing is said of what nobody has given.
+    of_others = [line for line in output.splitlines() if any(f'such: it belongs to {others}' in line for others in OF_OTHERS)]
+    assert of_others and all('--reward_funcs' in line for line in of_others)
 
 
 def test_token_weights_are_those_of_sft(runs):
@@ -150,6 +159,7 @@ def test_token_weights_are_those_of_sft(runs):
 
 def test_refused(runs):
     assert 'sequence_parallel' in runs['sequence_parallel_size'].error
+    assert '--task_type seq_cls' in runs['task_type'].error
     assert '--truncation_strategy split' in runs['truncation split'].error
     assert 'generation_batch_size' in runs['both sizes'].error
     assert '--gkd_logits_topk 600' in runs['topk too large'].error and '512' in runs['topk too large'].error

@@ -75,7 +75,7 @@ def test_cycle_in_flight_is_kept_and_not_generated_again(runs):
     assert len(state['micro_batches']) == 2 and all('token_ids' in one for batch in state['micro_batches'] for one in batch)
     assert not (runs['whole'].output_dir / 'checkpoint-9' / 'gkd_cycle_rank0.json').exists()
     kept = {(one['epoch'], one['row']) for batch in state['micro_batches'] for one in batch}
-    dates = {(line['epoch'], line['row']): line['generated_at'] for line in runs['from 3'].completions if line['step'] == 4}
+    dates = {(line['epoch'], line['row']): line['gen_step'] for line in runs['from 3'].completions if line['step'] == 4}
     assert dates == dict.fromkeys(kept, 2)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import helpers
 import torch
 from runs import LAYOUTS, Run, relative
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import cross_entropy, linear, log_softmax
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
@@ -74,6 +75,23 @@ CASES: dict[str, dict[str, Any]] = {
     'no teacher': {'gkd_loss_weight': 0, 'sft_alpha': 1},
 }
 
+# On eight ranks, by layout: few of them, for each costs eight times as much.
+EIGHT_ROWS = {'global_batch_size': 8}
+DENSE = {**EIGHT_ROWS, 'teacher_model': 'wide', 'micro_batch_size': 2, 'sft_alpha': 0.5, 'beta': 0}
+BALANCED = {**EIGHT_ROWS, **MOE, **FILLERS, 'moe_aux_loss_coeff': 1, 'beta': 1}
+ADAPTED = {**EIGHT_ROWS, **LORA, **FILLERS, 'teacher_model': 'student', 'gkd_logits_topk': 8}
+IN_BF16 = {**EIGHT_ROWS, 'torch_dtype': 'bfloat16', 'bf16': 'true'}
+LONE_TEACHER = {**EIGHT_ROWS, **FILLERS, 'teacher_model': 'eight'}
+EIGHT: dict[str, dict[str, dict[str, Any]]] = {
+    'TP2xPP2xDP2': {'8 dense': DENSE, '8 LoRA': ADAPTED, '8 bf16': IN_BF16},
+    'TP2xPP2xCP2': {'8 privileged': {**EIGHT_ROWS, 'dataset': 'privileged', 'micro_batch_size': 2}, '8 MoE': BALANCED},
+    'TP2xCP2xDP2': {'8 MoE': BALANCED, '8 LoRA': ADAPTED},
+    'TP2xDP4, EP2xETP2xDP2': {'8 MoE': BALANCED},
+    'TP2xPP2xVPP2xDP2, overlapped': {'8 single': {**DENSE, 'micro_batch_size': 1}, '8 MoE': BALANCED, '8 bf16': IN_BF16},
+    'DP8, teacher TP8': {'8 teacher': LONE_TEACHER, '8 teacher, top-k': {**EIGHT_ROWS, 'teacher_model': 'eight', 'gkd_logits_topk': 8}},
+}
+CASES |= {name: case for cases in EIGHT.values() for name, case in cases.items()}
+
 # Of a teacher on a server, by the layout that asks it. Between them these have every kind of parallelism.
 SERVED = {'gkd_logits_topk': 8, 'gkd_temperature': 1, 'train_iters': 3, 'adam_eps': 1e-3}
 SERVER_CASES: dict[str, dict[str, Any]] = {
@@ -83,11 +101,19 @@ SERVER_CASES: dict[str, dict[str, Any]] = {
 }
 
 # megatron-core trains experts under tensor parallelism only with sequence parallelism.
-DENSE_ONLY = ('TP2', 'TP2xPP2')
+DENSE_ONLY = ('TP2',)
 
 
 def cases_of(layout: str) -> dict[str, dict[str, Any]]:
-    chosen = {name: case for name, case in CASES.items() if layout not in DENSE_ONLY or case.get('model') != 'moe'}
+    """None for the layouts of four ranks, whose kinds of parallelism are there together in those of eight."""
+    ranks = LAYOUTS[layout][0]
+    if ranks == 1:
+        return CASES
+    if ranks > 2:
+        return EIGHT.get(layout, {})
+    chosen = {name: case for name, case in CASES.items() if not name.startswith('8 ')}
+    if layout in DENSE_ONLY:
+        chosen = {name: case for name, case in chosen.items() if case.get('model') != 'moe'}
     if layout == 'EP2':
         chosen = {name: case for name, case in chosen.items() if case.get('model') == 'moe'}
     return chosen
@@ -188,13 +214,25 @@ def capped(model: torch.nn.Module, logits: torch.Tensor) -> torch.Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def plain(run: Run, case: Mapping[str, Any], models: Mapping[str, Path]) -> tuple[float, dict[str, torch.Tensor]]:
+class InHalves(TorchFunctionMode):
+    """Each product of matrices is the sum of two, as on two tensor-parallel ranks: the same mathematics in another order."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not linear:
+            return function(*args, **(kwargs or {}))
+        (x, weight), half = args[:2], args[1].shape[1] // 2
+        return linear(x[..., :half], weight[:, :half]) + linear(x[..., half:], weight[:, half:])
+
+
+def plain(
+    run: Run, case: Mapping[str, Any], models: Mapping[str, Path], dtype: torch.dtype = torch.float32
+) -> tuple[float, dict[str, torch.Tensor]]:
     """The first step's loss and gradients by transformers: whole logits, textbook formulas, autograd. Full training only.
 
     The gradients have the auxiliary loss of each layer's router in them.
     """
     student, teacher = (
-        AutoModelForCausalLM.from_pretrained(models[case.get(key, default)], dtype=torch.float32, attn_implementation='eager')
+        AutoModelForCausalLM.from_pretrained(models[case.get(key, default)], dtype=dtype, attn_implementation='eager')
         for key, default in (('model', 'student'), ('teacher_model', 'teacher'))
     )
     temperature, beta, columns = 0.9, case.get('beta', 0.5), None
@@ -211,7 +249,7 @@ def plain(run: Run, case: Mapping[str, Any], models: Mapping[str, Path]) -> tupl
             ours, theirs = _routed(student, teacher, views)
         else:
             ours, theirs = (
-                capped(model, torch.cat([model(input_ids=ids[None]).logits[0, here] for ids, here in view]))
+                capped(model, torch.cat([model(input_ids=ids[None]).logits[0, here].float() for ids, here in view]))
                 for model, view in zip((student, teacher), views, strict=True)
             )
         s = log_softmax(ours[:, :columns] / temperature, -1)

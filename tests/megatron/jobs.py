@@ -42,6 +42,16 @@ def cap_logits() -> None:
     ModelLoader.__init__ = capped
 
 
+def gather_gradients(trainer) -> None:
+    """Of a distributed optimizer, where each data-parallel rank has the sum of its own part alone."""
+    for model in trainer.wrapped_models:
+        for group in (*model.bucket_groups, *model.expert_parallel_bucket_groups):
+            for bucket in group.buckets:
+                size, rank = group.intra_distributed_optimizer_instance_size, group.intra_distributed_optimizer_instance_rank
+                mine = bucket.grad_data.chunk(size)[rank].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, mine, group=group.intra_distributed_optimizer_instance_group)
+
+
 def exported_gradients(trainer) -> dict[str, torch.Tensor]:
     """The gradients under the names of transformers, put together from all ranks: the bridge exports them in place of the weights."""
     trained = [p for model in trainer.unwrapped_models for p in model.parameters() if p.requires_grad]
@@ -190,7 +200,9 @@ def make_recorder(caches: Caches):
                 trainer.teacher.signals, trainer.teacher._states = weighed, kept
 
             def recorded():
-                if trainer.state.iteration == 0 and not self.args.use_distributed_optimizer:
+                if trainer.state.iteration == 0:
+                    if self.args.use_distributed_optimizer:
+                        gather_gradients(trainer)
                     gradients = exported_gradients(trainer)
                     if dist.get_rank() == 0:
                         torch.save(gradients, Path(self.args.output_dir) / 'gradients.pt')

@@ -29,8 +29,8 @@ def make_models(directory: Path, tiny: helpers.TinyModels, head_dim: int = 16) -
     """Students and teachers with the tokenizer of the other tests. The same seeds give the same files.
 
     ``student`` and ``teacher`` have 4 layers; ``wide`` is a teacher with 24 more padding rows, so that its shards and the student's hold
-    different tokens; ``tied`` shares embedding and head, and its 511 rows are no multiple of 2; ``qwen2`` is a teacher of another family;
-    ``moe`` and ``moe_teacher`` have 4 experts; ``capped`` and ``capped_teacher`` are meant to cap their logits, as Gemma does;
+    different tokens; ``eight`` is one with 8 heads; ``tied`` shares embedding and head, and its 511 rows are no multiple of 2; ``qwen2``
+    is a teacher of another family; ``moe`` and ``moe_teacher`` have 4 experts; ``capped`` and ``capped_teacher`` are meant to cap their logits, as Gemma does;
     ``adapter`` is a LoRA of ``student``, ``moe_adapter`` one of the attention of ``moe``, that have an effect: a fresh one would be drawn
     differently in each layout. ``teacher_adapter`` and ``moe_teacher_adapter`` are adapters of the teachers, and ``adapted`` and
     ``moe_adapted`` what comes of them, by PEFT and by hand.
@@ -69,6 +69,7 @@ def make_models(directory: Path, tiny: helpers.TinyModels, head_dim: int = 16) -
         'qwen2': (Qwen2ForCausalLM, Qwen2Config, common | {'num_hidden_layers': 2}),
         'moe': (Qwen3MoeForCausalLM, Qwen3MoeConfig, moe),
         'moe_teacher': (Qwen3MoeForCausalLM, Qwen3MoeConfig, moe | {'hidden_size': 64}),
+        'eight': (Qwen3ForCausalLM, Qwen3Config, qwen3 | teacher | {'num_attention_heads': 8}),
     }
     paths: dict[str, Path] = {}
     for seed, (name, (model, config, values)) in enumerate(made.items()):

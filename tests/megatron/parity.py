@@ -35,7 +35,7 @@ def run_cases(layout: str, root: Path, models: Mapping[str, Path], train: Path) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--layouts', nargs='+', default=[name for name in LAYOUTS if name != '1'])
+    parser.add_argument('--layouts', nargs='+', default=[name for name in LAYOUTS if name != '1' and cases_of(name)])
     parser.add_argument('--csv', type=Path, default=Path(__file__).parents[2] / 'benchmarks' / 'megatron' / 'parity.csv')
     parser.add_argument('--teachers', action='store_true')
     options = parser.parse_args()

@@ -41,6 +41,62 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         },
     ),
     'PP2xVPP2': (2, {'pipeline_model_parallel_size': 2, 'virtual_pipeline_model_parallel_size': 2}),
+    # Three kinds at once; experts are split by matrix, one by one, or both, and their data-parallel ranks are not the others'.
+    'TP2xPP2xDP2': (
+        8,
+        {
+            'tensor_model_parallel_size': 2,
+            'pipeline_model_parallel_size': 2,
+            'sequence_parallel': 'true',
+            'expert_tensor_parallel_size': 2,
+        },
+    ),
+    'TP2xPP2xCP2': (
+        8,
+        {
+            'tensor_model_parallel_size': 2,
+            'pipeline_model_parallel_size': 2,
+            'context_parallel_size': 2,
+            'sequence_parallel': 'true',
+            'expert_model_parallel_size': 2,
+        },
+    ),
+    'TP2xDP4, EP2xETP2xDP2': (
+        8,
+        {
+            'tensor_model_parallel_size': 2,
+            'sequence_parallel': 'true',
+            'expert_model_parallel_size': 2,
+            'expert_tensor_parallel_size': 2,
+            'use_distributed_optimizer': 'true',
+        },
+    ),
+    'TP2xCP2xDP2': (
+        8,
+        {
+            'tensor_model_parallel_size': 2,
+            'context_parallel_size': 2,
+            'sequence_parallel': 'true',
+            'expert_model_parallel_size': 2,
+        },
+    ),
+    'TP2xPP2xVPP2xDP2, overlapped': (
+        8,
+        {
+            'tensor_model_parallel_size': 2,
+            'pipeline_model_parallel_size': 2,
+            'virtual_pipeline_model_parallel_size': 2,
+            'sequence_parallel': 'true',
+            'expert_model_parallel_size': 2,
+            'use_distributed_optimizer': 'true',
+            'overlap_grad_reduce': 'true',
+            'overlap_param_gather': 'true',
+            'recompute_granularity': 'full',
+            'recompute_method': 'uniform',
+            'recompute_num_layers': 1,
+        },
+    ),
+    'DP8, teacher TP8': (8, {'teacher_tensor_model_parallel_size': 8}),
 }
 
 Jobs = Mapping[str, Mapping[str, Any]]

@@ -173,7 +173,7 @@ def test_one_step_ahead(served):
 
     def ages(run: Run) -> set[tuple[int, int]]:
         lines = map(json.loads, (run.output_dir / 'completions.jsonl').read_text().splitlines())
-        return {(line['step'], line['step'] - 1 - line['generated_at']) for line in lines}
+        return {(line['step'], line['step'] - 1 - line['gen_step']) for line in lines}
 
     assert ages(served['ahead'].ok()) == {(1, 0), (2, 1), (3, 1), (4, 1)}
     assert {age for step, age in ages(frozen[0])} == {0}

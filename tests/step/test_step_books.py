@@ -16,6 +16,7 @@ from places import Places
 
 from swift_gkd_plugin import metrics
 from swift_gkd_plugin.divergence import TokenStats
+from swift_gkd_plugin.responses.local import inference_template
 from swift_gkd_plugin.teachers.server import TeacherServerError
 
 # -- the loss ------------------------------------------------------------------------------------------------------------------------------
@@ -201,7 +202,7 @@ def test_completions_hold_each_response_with_its_mean_divergence(make, learning_
     assert len(run.completions) == len(generated) == 10
     for line, one in zip(run.completions, generated, strict=True):
         ids, reason = one['response']
-        assert (line['row'], line['epoch'], line['source'], line['generated_at']) == (*one['key'][:2], one['source'], one['generated_at'])
+        assert (line['row'], line['epoch'], line['source'], line['gen_step']) == (*one['key'][:2], one['source'], one['generated_at'])
         assert line['length'] == len(ids) and line['finish_reason'] == reason
         assert line['completion'] == run.backend.template.safe_decode(ids)
         assert line['prompt'][-1]['content'] == one['question'] and line['divergence'] > 0
@@ -215,6 +216,11 @@ def test_completions_without_a_divergence_and_without_any(make):
     assert [line['divergence'] for line in run.completions] == [None] * 4
     assert make(lmbda=1, log_completions=False, max_steps=1).train().completions == []
     assert make(lmbda=0, max_steps=1).train().completions == []
+
+
+def prompt_text(run, messages: list[dict]) -> str:
+    with inference_template(run.backend.template) as template:
+        return template.safe_decode(template.encode({'messages': messages})['input_ids'])
 
 
 class Table:
@@ -245,7 +251,9 @@ def test_a_table_of_completions_where_a_run_reports_to(make, monkeypatch, logger
     for step, table in enumerate(tables, 1):
         lines = [line for line in run.completions if line['step'] == step]
         assert table.columns == list(lines[0])
-        texts = [str(line['prompt']) for line in lines]
+        # Under the names and in the form of ms-swift's tables: the prompt is the text that the model reads.
+        assert {'step', 'gen_step', 'prompt', 'completion'} <= set(table.columns)
+        texts = [prompt_text(run, line['prompt']) for line in lines]
         place = table.columns.index('prompt')
         shown = list(dict.fromkeys(texts)) if unique and logger == 'wandb' else texts
         assert [row[place] for row in table.rows] == shown and len(set(texts)) < len(texts)

@@ -195,6 +195,40 @@ def keep_what_is_sent() -> None:
     torch.distributed.isend = distributed_c10d.isend = of_detached
 
 
+def exchange_unequal_parts() -> None:
+    """Ranks that hold parts of the same experts exchange different numbers of tokens, which NCCL does and gloo does not."""
+    from torch.distributed import distributed_c10d as dist
+
+    all_gather, reduce_scatter = dist.all_gather, dist.reduce_scatter
+
+    def parts_of_all(parts, group):
+        return zip(dist.get_process_group_ranks(group or dist.group.WORLD), parts, strict=True)
+
+    @functools.wraps(all_gather)
+    def gathered(parts, mine, group=None, **kwargs):
+        if len({part.shape for part in parts}) == 1:
+            return all_gather(parts, mine, group=group, **kwargs)
+        for rank, part in parts_of_all(parts, group):
+            if rank == dist.get_rank():
+                part.copy_(mine)
+            if part.numel():
+                dist.broadcast(part, rank, group=group)
+
+    @functools.wraps(reduce_scatter)
+    def reduced(mine, parts, *args, group=None, **kwargs):
+        if len({part.shape for part in parts}) == 1:
+            return reduce_scatter(mine, parts, *args, group=group, **kwargs)
+        for rank, part in parts_of_all(parts, group):
+            total = part.clone()
+            if total.numel():
+                dist.all_reduce(total, group=group)
+            if rank == dist.get_rank():
+                mine.copy_(total)
+
+    torch.distributed.all_gather = dist.all_gather = gathered
+    torch.distributed.reduce_scatter = dist.reduce_scatter = reduced
+
+
 def adjust_megatron() -> None:
     from megatron.core.tensor_parallel import random
 
@@ -242,6 +276,7 @@ def install() -> None:
     replace_tensor_factories()
     replace_cuda()
     keep_what_is_sent()
+    exchange_unequal_parts()
     import cpu_transformer_engine
 
     cpu_transformer_engine.install()
