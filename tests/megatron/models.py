@@ -29,11 +29,11 @@ def make_models(directory: Path, tiny: helpers.TinyModels, head_dim: int = 16) -
     """Students and teachers with the tokenizer of the other tests. The same seeds give the same files.
 
     ``student`` and ``teacher`` have 4 layers; ``wide`` is a teacher with 24 more padding rows, so that its shards and the student's hold
-    different tokens; ``eight`` is one with 8 heads; ``tied`` shares embedding and head, and its 511 rows are no multiple of 2; ``qwen2``
-    is a teacher of another family; ``moe`` and ``moe_teacher`` have 4 experts; ``capped`` and ``capped_teacher`` are meant to cap their logits, as Gemma does;
-    ``adapter`` is a LoRA of ``student``, ``moe_adapter`` one of the attention of ``moe``, that have an effect: a fresh one would be drawn
-    differently in each layout. ``teacher_adapter`` and ``moe_teacher_adapter`` are adapters of the teachers, and ``adapted`` and
-    ``moe_adapted`` what comes of them, by PEFT and by hand.
+    different tokens; ``eight`` is one with 8 heads; ``tied`` shares embedding and head, and its 511 rows are no multiple of 2; ``qwen2`` is
+    a teacher of another family; ``moe`` and ``moe_teacher`` have 4 experts; ``capped`` and ``capped_teacher`` are meant to cap their
+    logits, as Gemma does; ``adapter`` is a LoRA of ``student``, ``moe_adapter`` one of the attention of ``moe``, that have an effect: a
+    fresh one would be drawn differently in each layout. ``teacher_adapter`` and ``moe_teacher_adapter`` are adapters of the teachers, and
+    ``adapted`` and ``moe_adapted`` what comes of them, by PEFT and by hand.
     """
     tokenizer = AutoTokenizer.from_pretrained(tiny.student)
     common = dict(
