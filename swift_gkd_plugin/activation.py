@@ -120,7 +120,7 @@ def _only_a_file(options: list[str], rlhf_type: Optional[str]) -> None:
     unread = [name for name in names if name not in known]
     if unread or '--config' not in options:
         found = f'{unread[0]} is not read' if unread else 'there is no --config'
-        _give_up(f'megatron rlhf --use_ray: {found}; every option, --rlhf_type too, belongs into the YAML file of --config FILE.')
+        _give_up(f'megatron rlhf --use_ray: {found}; every option, --rlhf_type too, belongs in the YAML file of --config FILE.')
 
 
 def _seams(*, hf: bool, megatron: bool) -> dict[str, Seam]:

@@ -211,7 +211,7 @@ def test_judgements_of_memory(run):
 def test_judgements_of_engines(run):
     ahead = run('ahead')
     for age, wrong in (((0, 1, 1), False), ((0, 0, 0), True), ((0, 1, 2), True)):
-        lines = [{'step': step + 1, 'generated_at': step - old} for step, old in enumerate(age)]
+        lines = [{'step': step + 1, 'gen_step': step - old} for step, old in enumerate(age)]
         (ahead.directory / 'completions.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
         assert bool(judging.runs_ahead(ahead, None)) == wrong
     slept = 'INFO Sleep mode freed {} GiB memory, 0.5 GiB memory is still in use.\n'

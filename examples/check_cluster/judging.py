@@ -137,7 +137,7 @@ def teacher_answers(run: Run, other: Optional[Run]) -> Optional[str]:
 
 def runs_ahead(run: Run, other: Optional[Run]) -> Optional[str]:
     """Responses come from weights that are one update old, those of the first step excepted."""
-    ages = {line['step']: line['step'] - 1 - line['generated_at'] for line in run.lines('completions.jsonl')}
+    ages = {line['step']: line['step'] - 1 - line['gen_step'] for line in run.lines('completions.jsonl')}
     expected = {step: min(step - 1, 1) for step in range(1, STEPS + 1)}
     return None if ages == expected else f'updates between weights and their use, by step: {ages}'
 

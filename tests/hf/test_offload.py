@@ -72,7 +72,7 @@ def test_an_interrupted_forward_leaves_nothing_behind(model):
 
 
 def test_mixed_precision_keeps_what_the_head_gets(model):
-    """F38. On the way out of a forward accelerate makes everything fp32."""
+    """On the way out of a forward accelerate makes everything fp32."""
     model.to(torch.bfloat16)
     model.forward = convert_outputs_to_fp32(torch.autocast('cpu', dtype=torch.bfloat16)(model.forward))
     teacher = LocalTeacher(model, model, host_copy(model, 'model', CPU))
@@ -136,7 +136,7 @@ def test_bytes_of_a_step(runs, tiny_models):
 
 @pytest.mark.parametrize('name', ['model', 'layer'])
 def test_an_evaluation_is_one_visit(runs, tiny_models, name):
-    """F38. It has more micro-batches than a step."""
+    """It has more micro-batches than a step."""
     assert len(tiny_models.val.read_text().splitlines()) > STEP['gradient_accumulation_steps']
     first, second = runs[name].ok().seen['visits']
     assert second - first == 2  # of a step and of an evaluation

@@ -161,7 +161,7 @@ def test_sources_and_lengths_are_those_of_the_samples(make):
 
 @pytest.mark.parametrize('prefetch', [False, True], ids=['now', 'ahead'])
 def test_speed_is_tokens_per_second_of_sampling(make, prefetch, monkeypatch):
-    """F20: positive with prefetch too. Every look at the clock is a second later than the one before."""
+    """Positive with prefetch too. Every look at the clock is a second later than the one before."""
     run = make(lmbda=1, use_vllm=True, gkd_prefetch=prefetch, steps_per_generation=1, gradient_accumulation_steps=1, max_steps=5)
     clock = iter(range(10**6))
     monkeypatch.setattr(metrics.time, 'perf_counter', lambda: next(clock))

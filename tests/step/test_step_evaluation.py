@@ -40,7 +40,7 @@ def test_it_is_divergence_plus_cross_entropy_of_every_token(make, dataset):
 @pytest.mark.parametrize('source', ['dataset', 'student', 'teacher'])
 @pytest.mark.parametrize(('kept', 'visits'), [(None, 10), (1, 1), (1 << 40, 10)])
 def test_a_teacher_from_the_host_comes_for_as_much_as_may_be_kept(make, dataset, source, kept, visits):
-    """F38. An engine's seeds stay those of the rows that are answered together."""
+    """An engine's seeds stay those of the rows that are answered together."""
     options = dict(gkd_eval_source=source, use_vllm=True)
     plain, run = make(**options), make(**options)
     run.backend.kept_per_token = kept
@@ -107,7 +107,7 @@ def test_training_goes_on_as_if_there_had_been_none(make, dataset):
 
 @pytest.mark.parametrize('source', ['dataset', 'teacher'])
 def test_a_server_that_is_gone_leaves_a_checkpoint_with_what_exists(make, dataset, said, source):
-    """F27. Of the cycle that waits for its step, nothing is asked for again."""
+    """Of the cycle that waits for its step, nothing is asked for again."""
     options = {'lmbda': 0.4, 'seq_kd': True, 'steps_per_generation': 4, 'max_steps': 2, 'gkd_eval_source': source}
     whole = make('server', FakeServer(), **options).train()
     server = FakeServer()

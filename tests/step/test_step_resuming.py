@@ -63,7 +63,7 @@ def test_what_is_in_flight_is_neither_generated_nor_asked_for_again(make):
     later = FakeServer()
     resumed = make('server', later, **options).train(os.path.join(whole.args.output_dir, 'checkpoint-1'))
     assert resumed.losses == whole.losses[1:] and resumed.steps == whole.steps[1:]
-    # F21: the server's top-k came with its answers, and is in the checkpoint with them.
+    # The server's top-k came with its answers, and is in the checkpoint with them.
     assert sum(one['source'] == 'teacher' for one in flat(resumed)) > 0 == len(later.answered)
     assert len(later.scored) == sum(one['source'] == 'student' for one in flat(resumed))
     assert resumed.logs[0].get('tokens/generated', 0) == 0

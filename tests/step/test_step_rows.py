@@ -84,7 +84,7 @@ def test_every_row_once_per_epoch_from_the_weights_that_its_cycle_has(make, accu
         ahead = prefetch and first > 0 and (first - length) // accumulation < needed
         assert one['generated_at'] == epoch * steps + needed - ahead
     keys = [key for key, _, _ in run.backend.engine_calls]
-    assert len(set(keys)) == len(keys)  # F22: an engine's seeds are made of it
+    assert len(set(keys)) == len(keys)  # an engine's seeds are made of it
     assert len({str(one['response']) for one in samples}) == len(samples)
 
 
