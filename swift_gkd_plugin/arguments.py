@@ -324,7 +324,8 @@ def check_values(args: Any) -> None:
         or args.teacher_model_server is not None
         or args.teacher_adapters
         or args.gkd_self_teacher in ('base', 'ema'),
-        f'{flag} needs a teacher that can generate: give --teacher_model, --teacher_adapters or --teacher_model_server, or --gkd_self_teacher base or ema.',
+        f'{flag} needs a teacher that can generate: give --teacher_model, --teacher_adapters or --teacher_model_server, or '
+        '--gkd_self_teacher base or ema.',
     )
     _require(
         args.gkd_teacher_engine == 'transformers' or (args.teacher_model is not None and not args.teacher_adapters),

@@ -117,10 +117,10 @@ class Parsers:
         (of,) = classes
         if of not in self.made:
             parser = self.make(classes)
-            self.made[of] = parser, copy.deepcopy({action.dest: action.default for action in parser._actions})
+            self.made[of] = parser, [copy.deepcopy(action.default) for action in parser._actions]
         parser, defaults = self.made[of]
-        for action in parser._actions:  # what a run has done to a list does not reach the next one
-            action.default = copy.copy(defaults[action.dest])
+        for action, default in zip(parser._actions, defaults, strict=True):  # what a run has done to a list does not reach the next one
+            action.default = copy.copy(default)
         return parser
 
 

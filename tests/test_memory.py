@@ -15,6 +15,7 @@ from swift_gkd_plugin.hf import memory as hf
 from swift_gkd_plugin.memory import verdict
 from swift_gkd_plugin.memory.estimates import Rows, activation_bytes, cache_bytes
 from swift_gkd_plugin.memory.layout import Layout, parameters
+from swift_gkd_plugin.memory.setup import Engines
 from swift_gkd_plugin.memory.sizes import ModelSize
 from swift_gkd_plugin.memory.table import GENERATION, STUDENT, TEACHER, Part, Table
 from swift_gkd_plugin.memory.verdict import Card
@@ -116,11 +117,8 @@ def setup(sizes, teacher='Qwen3-32B', **given) -> hf.Setup:
         teacher_rows=None,
         topk=None,
         gathers=True,
-        vllm=None,
-        engine=None,
-        sleeps=False,
+        engines=Engines(),
         away=(),
-        engine_phases=(),
         card=None,
         sure=True,
     )
@@ -311,11 +309,27 @@ def test_an_estimate_refuses_nothing(sizes, said):
 
 
 def test_a_share_of_the_card_is_vllms(sizes, said):
-    answering = setup(sizes, **SHARDED, vllm=0.5, card=Card('cuda:0', 80 * GIB))
+    answering = setup(sizes, **SHARDED, engines=Engines(0.5), card=Card('cuda:0', 80 * GIB))
     found = hf.table(answering)
-    asleep = hf.table(replace(answering, sleeps=True))
-    assert found.held(STUDENT, True) - asleep.held(STUDENT, True) == 40 * GIB == exact(found)['vLLM']
-    assert asleep.held(GENERATION, True) == found.held(GENERATION, True)
+    asleep = hf.table(replace(answering, engines=Engines(0.5, sleeps=True)))
+    assert found.held(STUDENT) - asleep.held(STUDENT) == 40 * GIB and 'vLLM' not in exact(found)
+    assert asleep.held(GENERATION) == found.held(GENERATION)
+
+
+def test_who_answers_in_turn_is_there_in_turn(sizes):
+    """The student's engine is asleep, and a student that was brought together is spread again, when the teacher comes to answer."""
+    answered = {**SHARDED, 'rows': replace(ROWS, answers=4, answers_of_teacher=True), 'offload': 'model', 'card': Card('cuda:0', 80 * GIB)}
+    whole = 2 * sum(weight.numbers for weight in setup(sizes, **answered).student.weights)
+    for more, left in (
+        ({'gathers': False}, 0),
+        ({'gathers': False, 'engines': Engines(0.01, sleeps=True)}, int(0.8 * GIB)),
+        ({'gathers': False, 'engines': Engines(0.01)}, 0),
+        ({'gathers': True}, whole),
+    ):
+        parts = {part.name: part for part in hf.table(setup(sizes, **answered | more)).parts}
+        visit, again = parts['teacher weights, visiting'], parts.get('teacher weights, visiting to answer')
+        assert visit.exact and visit.phases == (TEACHER,)
+        assert (again.bytes if again else 0) == max(visit.bytes - left, 0) and (again is None or not again.exact)
 
 
 def test_a_model_that_cannot_be_counted_ends_no_run(said):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +13,7 @@ from torch import nn
 from ..arguments import engine_scores, teacher_offload
 from ..memory import estimates
 from ..memory.estimates import BF16, FP32, Rows
+from ..memory.setup import Engines, visiting
 from ..memory.setup import Setup as AnySetup
 from ..memory.sizes import ModelSize, Weight, empty_model, numbers
 from ..memory.table import GENERATION, PHASES, STUDENT, TEACHER, UPDATE, Part, Table, but
@@ -27,8 +27,6 @@ from .zero3 import is_zero3
 WHOLE, DDP, ZERO1, ZERO2, ZERO3, FSDP2 = 'whole', 'ddp', 'zero1', 'zero2', 'zero3', 'fsdp2'
 # Moments that an optimizer of transformers' (--optim) keeps of a parameter, in its dtype.
 MOMENTS = {'adamw_torch': 2, 'adamw_torch_fused': 2, 'sgd': 0}
-# Share of a card that vLLM takes unless it is told.
-VLLM_SHARE = 0.9
 SUBGROUP = 10**9  # numbers that ZeRO-3 updates at a time (sub_group_size)
 
 
@@ -52,8 +50,6 @@ class Setup(AnySetup):
         offload: ``--gkd_teacher_offload``.
         placed: Whether ``--teacher_device_map`` places it.
         gathers: Whether ZeRO-3 brings the student together to generate.
-        engine: Share of the card that the teacher's engine takes; None without it.
-        engine_phases: In which it is awake.
         away: Of ``weights`` and ``optimizer``, what leaves while vLLM generates.
         sure: Whether weights are where this module thinks.
     """
@@ -76,8 +72,6 @@ class Setup(AnySetup):
     offload: str | None
     placed: bool
     gathers: bool
-    engine: float | None
-    engine_phases: tuple[str, ...]
     away: tuple[str, ...]
     sure: bool
 
@@ -121,15 +115,15 @@ def _of_shard(weight: Weight, n: int, sharding: str) -> int:
 def table(setup: Setup) -> Table:
     """What a rank holds."""
     phases = tuple(phase for phase in PHASES if phase in _phases(setup))
-    parts = [*_of_student(setup), *_of_teacher(setup), *_of_work(setup), *_of_engines(setup)]
+    parts = [*_of_student(setup), *_of_teacher(setup), *_of_work(setup), *setup.engines.parts(setup.card)]
     return Table(tuple(part for part in parts if part.bytes), phases, tuple(_not_counted(setup)))
 
 
 def _phases(setup: Setup) -> set[str]:
-    found = {STUDENT, UPDATE, *setup.engine_phases}
+    found = {STUDENT, UPDATE, *setup.engines.phases}
     if setup.scores:
         found.add(TEACHER)
-    if setup.rows.answers or setup.vllm is not None:
+    if setup.rows.answers:
         found.add(GENERATION)
     return found
 
@@ -209,12 +203,16 @@ def _of_teacher(setup: Setup) -> Iterable[Part]:
     def held(weights: Iterable[Weight]) -> int:
         return sum(setup.cast(w.itemsize) * (_of_shard(w, n, sharding) if n > 1 else w.numbers) for w in weights)
 
+    def come(bytes: int) -> Iterable[Part]:
+        whole = setup.itemsize * numbers(setup.student.weights) if setup.sharding == ZERO3 and setup.gathers else 0
+        return visiting(bytes, max(setup.engines.asleep(setup.card), whole), setup.rows.answers_of_teacher, setup.sure)
+
     if setup.offload == 'model':
         yield Part('teacher weights, the head', held(w for w in size.weights if w.name == size.head), PHASES, setup.sure)
-        yield Part('teacher weights, visiting', held(w for w in size.weights if w.name != size.head), visits, setup.sure)
+        yield from come(held(w for w in size.weights if w.name != size.head))
     elif setup.offload == 'layer':
         yield Part('teacher weights, no layer', held(w for w in size.weights if w.name not in size.streamed), PHASES, setup.sure)
-        yield Part('teacher weights, two layers', 2 * size.buffer, visits, setup.sure)
+        yield from come(2 * size.buffer)
     elif setup.teacher_bits is not None:
         yield Part('teacher weights', size.at_bits(setup.teacher_bits), PHASES, False)
     elif not setup.teacher_on_host:
@@ -255,23 +253,13 @@ def _of_work(setup: Setup) -> Iterable[Part]:
         yield Part('keys and values', cache, (GENERATION,), False)
 
 
-def _of_engines(setup: Setup) -> Iterable[Part]:
-    if setup.card is None:
-        return
-    if setup.vllm is not None:
-        yield Part('vLLM', int(setup.vllm * setup.card.bytes), (GENERATION,) if setup.sleeps else PHASES)
-    if setup.engine is not None:
-        yield Part("the teacher's engine", int(setup.engine * setup.card.bytes), setup.engine_phases, False)
-
-
 def _not_counted(setup: Setup) -> Iterable[str]:
     yield 'CUDA context, NCCL, unused blocks of the allocator'
     if setup.moments is None:
         yield 'the optimizer, which is unknown'
     if setup.placed:
         yield 'the teacher, which --teacher_device_map places'
-    if setup.card is None and (setup.vllm is not None or setup.engine is not None):
-        yield 'vLLM, whose share of no card is known'
+    yield from setup.engines.not_counted(setup.card)
     if setup.zero and setup.sharding == WHOLE:
         yield "fp32 weights and gradients of DeepSpeed's stage 0"
 
@@ -346,8 +334,6 @@ def setup_of(args: Any, prepare: Callable[[Any, nn.Module], nn.Module], teacher_
     local = args.teacher_model_server is None and not engine_scores(args)
     fsdp = args.fsdp_config if args.fsdp and isinstance(args.fsdp_config, dict) else {}
     colocated = args.use_vllm and args.vllm_mode == 'colocate'
-    engine = _share(args.gkd_teacher_engine_args) if args.gkd_teacher_engine == 'vllm' else None
-    awake = [TEACHER] * engine_scores(args) + [GENERATION] * bool(args.seq_kd)
     by_map = args.device_map is not None or is_mp()  # a process alone with several cards: ms-swift spreads models over them
     placed = args.teacher_device_map is not None
     return Setup(
@@ -373,14 +359,12 @@ def setup_of(args: Any, prepare: Callable[[Any, nn.Module], nn.Module], teacher_
         placed=placed,
         teacher_rows=args.gkd_teacher_batch_size,
         topk=args.gkd_logits_topk,
-        gathers=args.ds3_gather_for_generation and args.lmbda > 0,
-        vllm=args.vllm_gpu_memory_utilization if colocated else None,
-        engine=engine,
-        sleeps=args.sleep_level > 0,
+        gathers=args.ds3_gather_for_generation and args.lmbda > 0 and not args.use_vllm,
+        engines=Engines.of(args),
         away=('weights',) * bool(colocated and args.offload_model) + ('optimizer',) * bool(colocated and args.offload_optimizer),
-        engine_phases=tuple(awake) if engine is not None else (),
         card=None if by_map else card,
-        sure=not config.get('tensor_parallel') and args.tuner_backend != 'unsloth' and 'offload' not in args.fsdp,
+        # LISA trains other layers at other times.
+        sure=not (config.get('tensor_parallel') or args.tuner_backend == 'unsloth' or 'offload' in args.fsdp or args.lisa_activated_layers),
     )
 
 
@@ -401,19 +385,12 @@ def _on_host(config: dict[str, Any]) -> bool:
     return is_zero3(config) and (zero.get('offload_param') or {}).get('device') in ('cpu', 'nvme')
 
 
-def _share(line: str) -> float:
-    """Of the card, by vLLM's own command line."""
-    words = shlex.split(line.replace('=', ' '))
-    name = '--gpu-memory-utilization'
-    return float(words[words.index(name) + 1]) if name in words[:-1] else VLLM_SHARE
-
-
 def changes(setup: Setup, args: Any) -> dict[str, Callable[[Setup], Setup]]:
     """Options that make a run smaller, without taking anything from what is learnt, and then the others."""
     found: dict[str, Callable[[Setup], Setup]] = {}
     plain = setup.sharding in (WHOLE, DDP)
-    if setup.vllm is not None and not setup.sleeps:
-        found['--sleep_level 1'] = lambda s: replace(s, sleeps=True)
+    if setup.engines.student is not None and not setup.engines.sleeps:
+        found['--sleep_level 1'] = lambda s: replace(s, engines=replace(s.engines, sleeps=True))
     if not setup.checkpointing:
         found['--gradient_checkpointing true'] = lambda s: replace(s, checkpointing=True)
     if setup.rows.rows > 1:

@@ -54,7 +54,11 @@ NOT_USED: tuple[Entry, ...] = (
     ),
     ('router_aux_loss_coef', lambda a: not a.model_info.is_moe_model, 'the student has no router'),
     *((name, lambda a: True, 'it belongs to `megatron rlhf`') for name in OPTION_NAMES if name.endswith('_parallel_size')),
-    ('gkd_micro_batch_tokens', lambda a: True, "it belongs to `megatron rlhf`; transformers' loop runs --gradient_accumulation_steps micro-batches"),
+    (
+        'gkd_micro_batch_tokens',
+        lambda a: True,
+        "it belongs to `megatron rlhf`; transformers' loop runs --gradient_accumulation_steps micro-batches",
+    ),
     (
         'train_sampling_strategy',
         lambda a: True,

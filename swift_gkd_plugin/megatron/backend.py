@@ -27,7 +27,7 @@ from ..step.teaching import TeacherBatches, bytes_per_token
 from ..teachers import Signal, TopKOptions
 from .generation import Generator
 from .layouts import RelocatedTeacher, TrackedRandomState
-from .options import depends_on_micro_batches
+from .options import depends_on_micro_batches, schedule_multiple
 from .questions import TOKENS
 
 
@@ -98,9 +98,8 @@ class MegatronBackend(Backend):
         args = self.args
         if depends_on_micro_batches(args) is not None:
             return None
-        stages = args.pipeline_model_parallel_size
-        interleaved = (args.virtual_pipeline_model_parallel_size or 1) > 1
-        return Balancing(args.gkd_micro_batch_tokens, at_least=_keeping_busy(stages), multiple=stages if interleaved else 1)
+        busy = _keeping_busy(args.pipeline_model_parallel_size)
+        return Balancing(args.gkd_micro_batch_tokens, at_least=busy, multiple=schedule_multiple(args))
 
     def teacher_batches(self, batches: list[Counted]) -> TeacherBatches | None:
         """Of a separate model. It takes those of the student under context parallelism, which is for long rows, and where the student
@@ -109,16 +108,14 @@ class MegatronBackend(Backend):
         if trainer.teacher_models is None or args.context_parallel_size > 1 or trainer.routing is not None:
             return None
         teacher, relocated = trainer.teacher, isinstance(trainer.teacher, RelocatedTeacher)
-        stages = teacher.args.pipeline_model_parallel_size
-        interleaved = (teacher.args.virtual_pipeline_model_parallel_size or 1) > 1
-        busy = _keeping_busy(stages)
+        busy = _keeping_busy(teacher.args.pipeline_model_parallel_size)
         return TeacherBatches(
             args.gkd_teacher_batch_size,
             max(2 * max(batch.size for batch in batches), TOKENS),
             # The replicas of a relocated teacher share out the batches of all ranks, and run each other's number of rounds.
             lockstep=not relocated and teacher.args.expert_model_parallel_size > 1,
             at_least=-(-busy * teacher.replicas // mpu.get_data_parallel_world_size()) if relocated else busy,
-            multiple=stages if interleaved and not relocated else 1,
+            multiple=1 if relocated else schedule_multiple(teacher.args),
         )
 
     @property

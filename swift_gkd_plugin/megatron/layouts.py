@@ -37,6 +37,7 @@ from ..teachers import HiddenStates, Signal, TopKOptions
 from ..world import exchange_objects, from_all
 from .exchange import exchange_rows, numbers_of_all
 from .head import HeadShard, HeadTensors
+from .options import schedule_multiple
 from .questions import TOKENS, Groups, Question, together
 from .rota import Rota
 from .teachers import LocalTeacher, host_copy
@@ -250,8 +251,8 @@ class RelocatedTeacher(LocalTeacher):
         answered = [rota.answered(replica, turn) is not None for turn in range(rota.rounds)]
         groups = together(questions, answered, tokens, 2 * stages if stages > 1 else 1)
         wanted = max(numbers_of_all(len(groups))) if args.expert_model_parallel_size > 1 else len(groups)
-        interleaved = (args.virtual_pipeline_model_parallel_size or 1) > 1
-        return Groups(questions, groups, -(-wanted // stages) * stages if interleaved else wanted)
+        multiple = schedule_multiple(args)
+        return Groups(questions, groups, -(-wanted // multiple) * multiple)
 
     def _bring_together(self, batches: list[MicroBatch]) -> tuple[Rota, list[Question], int]:
         """The micro-batches of this rank's replica of the teacher, from their owners in the student's layout, and how many tokens one
@@ -261,9 +262,7 @@ class RelocatedTeacher(LocalTeacher):
         """
         group = mpu.get_data_parallel_group()
         counts = numbers_of_all(len(batches), group)
-        stages = self.args.pipeline_model_parallel_size
-        interleaved = (self.args.virtual_pipeline_model_parallel_size or 1) > 1
-        rota = Rota.make(counts, self.replicas, stages if interleaved else 1)
+        rota = Rota.make(counts, self.replicas, schedule_multiple(self.args))
         owner = dist.get_rank(group)
         asked = [Question(batch.teacher_inputs or batch.student_inputs, batch.teacher_index) for batch in batches]
         largest = max(numbers_of_all(max((question.size for question in asked), default=0), group))

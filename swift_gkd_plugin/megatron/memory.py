@@ -13,6 +13,7 @@ from ..arguments import engine_scores, teacher_offload
 from ..memory import estimates
 from ..memory.estimates import FP32, Rows
 from ..memory.layout import Layout, head_bytes, parameters, student_bytes
+from ..memory.setup import Engines, visiting
 from ..memory.setup import Setup as AnySetup
 from ..memory.sizes import ModelSize, empty_model
 from ..memory.table import GENERATION, PHASES, STUDENT, TEACHER, UPDATE, Part, Table, but
@@ -20,6 +21,9 @@ from ..memory.verdict import Card
 from ..memory.verdict import foretell as foretell_setup
 from .backend import TOKENS
 from .options import SIZES, loads_teacher, teacher_arguments, teacher_options
+
+# Options by which full training leaves weights as they are.
+FREEZING = ('freeze_parameters', 'freeze_parameters_regex', 'freeze_parameters_ratio', 'trainable_parameters', 'trainable_parameters_regex')
 
 MAIN, MOMENTS = FP32, {'adam': 2 * FP32, 'sgd': FP32}  # bytes of a number's fp32 copy and of its moments
 
@@ -40,6 +44,7 @@ class Setup(AnySetup):
         averaged: Whether a moving average of what is trained teaches.
         away: Whether weights and gradients, and the optimizer, leave while vLLM generates.
         even: Whether layers are dealt out evenly.
+        sure_trained: Whether all weights, or those of an adapter, are trained, and not some of them.
         sure_state: Whether the optimizer keeps fp32 copies on the device, and nothing else.
     """
 
@@ -56,13 +61,14 @@ class Setup(AnySetup):
     averaged: bool
     away: tuple[bool, bool]
     even: bool
+    sure_trained: bool
     sure_state: bool
 
 
 def table(setup: Setup) -> Table:
     """What the fullest rank holds."""
-    phases = {STUDENT, UPDATE} | ({TEACHER} if setup.scores else set())
-    if setup.rows.answers or setup.vllm is not None:
+    phases = {STUDENT, UPDATE, *setup.engines.phases} | ({TEACHER} if setup.scores else set())
+    if setup.rows.answers:
         phases.add(GENERATION)
     # Stages are consecutive ranks in both layouts.
     world = setup.layout.world
@@ -91,18 +97,18 @@ def _parts(setup: Setup, stage: int, teacher_stage: int) -> Iterable[Part]:
     gone, optimizer_gone = ({GENERATION} if away else set() for away in setup.away)
     in_visit = {TEACHER} if setup.lends else set()
     yield Part('student weights', held['student weights'], but(gone), setup.even)
-    yield Part('gradients', held.get('student gradients', 0), but(gone | in_visit), setup.even)
-    yield Part('optimizer', held.get('optimizer', 0), but(optimizer_gone), setup.even and setup.sure_state)
+    sure = setup.even and setup.sure_trained
+    yield Part('gradients', held.get('student gradients', 0), but(gone | in_visit), sure)
+    yield Part('optimizer', held.get('optimizer', 0), but(optimizer_gone), sure and setup.sure_state)
     trained = held['student weights'] // b if setup.rank is None else size.low_rank(setup.rank) // layout.pp
     if setup.averaged:
-        yield Part("the teacher's average", FP32 * trained, PHASES, setup.even and setup.rank is None)
+        yield Part("the teacher's average", FP32 * trained, PHASES, sure and setup.rank is None)
     if setup.rank is not None:
         share = layout.dp * layout.cp if setup.distributed else 1
         yield Part('adapter, trained', trained * (b + setup.gradient) + trained // share * (setup.state or 0), PHASES, False)
     yield from _of_teacher(setup, stage == layout.pp - 1, teacher_stage)
     yield from _of_work(setup, stage)
-    if setup.vllm is not None and setup.card is not None:
-        yield Part('vLLM', int(setup.vllm * setup.card.bytes), (GENERATION,) if setup.sleeps else PHASES)
+    yield from setup.engines.parts(setup.card)
 
 
 def _of_teacher(setup: Setup, last: bool, stage: int) -> Iterable[Part]:
@@ -115,9 +121,8 @@ def _of_teacher(setup: Setup, last: bool, stage: int) -> Iterable[Part]:
         yield Part('teacher weights', weights, PHASES, setup.even)
     else:
         stays = 0 if relocated or stage < own.pp - 1 else head_bytes(size, own)
-        visits = (TEACHER, GENERATION) if setup.rows.answers_of_teacher else (TEACHER,)
         yield Part('teacher weights, the head', stays, PHASES, setup.even)
-        yield Part('teacher weights, visiting', weights - stays, visits, setup.even)
+        yield from visiting(weights - stays, setup.engines.asleep(setup.card), setup.rows.answers_of_teacher, setup.even)
     if relocated and last:
         yield Part("teacher's head in the student's layout", head_bytes(size, setup.layout), PHASES, setup.even)
 
@@ -158,8 +163,7 @@ def _not_counted(setup: Setup) -> Iterable[str]:
     yield 'CUDA context, NCCL, unused blocks of the allocator'
     if setup.state is None:
         yield 'the optimizer, which is unknown'
-    if setup.card is None and setup.vllm is not None:
-        yield 'vLLM, whose share of no card is known'
+    yield from setup.engines.not_counted(setup.card)
 
 
 # --- from the options ---
@@ -205,11 +209,11 @@ def setup_of(args: Any, card: Card | None) -> Setup:
         averaged=args.gkd_self_teacher == 'ema',
         scores=args.gkd_loss_weight > 0 and args.teacher_model_server is None and not engine_scores(args),
         topk=args.gkd_logits_topk,
-        vllm=args.vllm_gpu_memory_utilization if colocated else None,
-        sleeps=args.sleep_level > 0,
+        engines=Engines.of(args),
         away=(bool(colocated and args.offload_model), bool(colocated and args.offload_optimizer)),
         card=card,
         even=all(value is None for value in uneven) and not args.model_meta.is_multimodal and args.tuner_type in ('full', 'lora'),
+        sure_trained=not any(getattr(args, name, None) for name in FREEZING),
         sure_state=not (args.optimizer_cpu_offload or args.use_precision_aware_optimizer),
     )
 
@@ -218,8 +222,8 @@ def changes(setup: Setup, args: Any) -> dict[str, Callable[[Setup], Setup]]:
     """Options that make a run smaller, without taking anything from what is learnt, and then the others."""
     found: dict[str, Callable[[Setup], Setup]] = {}
     layout, rows = setup.layout, setup.rows
-    if setup.vllm is not None and not setup.sleeps:
-        found['--sleep_level 1'] = lambda s: replace(s, sleeps=True)
+    if setup.engines.student is not None and not setup.engines.sleeps:
+        found['--sleep_level 1'] = lambda s: replace(s, engines=replace(s.engines, sleeps=True))
     if setup.recomputed != (1.0, 1):
         found['--recompute_granularity full --recompute_method uniform --recompute_num_layers 1'] = lambda s: replace(
             s, recomputed=(1.0, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -111,6 +112,14 @@ def teacher_options(args: Any) -> dict[str, int]:
     """The options of a teacher's own layout that are given."""
     given = {f'teacher_{name}': getattr(args, f'teacher_{name}') for name in SIZES}
     return {name: size for name, size in given.items() if size is not None}
+
+
+def schedule_multiple(args: Any) -> int:
+    """What the interleaved schedule of megatron-core 0.16.1 wants the number of micro-batches to be a multiple of; 1 for the others."""
+    stages = args.pipeline_model_parallel_size
+    if (args.virtual_pipeline_model_parallel_size or 1) == 1:
+        return 1
+    return math.lcm(stages, args.microbatch_group_size_per_vp_stage or stages)
 
 
 def teacher_arguments(args: Any, has_experts: bool = False) -> Any:

@@ -35,6 +35,13 @@ class Question:
         return self.teacher_inputs['input_ids'].numel()
 
     @property
+    def end_of_rows(self) -> int:
+        """Of packed rows: where the added tokens begin, which are sequences of their own, with places from 0 as each row has them."""
+        begins = (self.teacher_inputs['position_ids'][0] == 0).nonzero()[:, 0]
+        rows = len(self.teacher_inputs['seq_lens'])
+        return int(begins[rows]) if len(begins) > rows else self.size
+
+    @property
     def is_packed_text(self) -> bool:
         ids, places = (self.teacher_inputs.get(name) for name in ('input_ids', 'position_ids'))
         return self.teacher_inputs.keys() == PACKED and len(ids) == 1 and places.shape == ids.shape
@@ -67,16 +74,22 @@ def together(questions: Sequence[Question], answered: Sequence[bool], tokens: in
 
 
 def joined(questions: Sequence[Question]) -> Question:
-    """Packed rows of several questions as one, in their order."""
+    """Packed rows of several questions as one, in their order, and what was added to them behind all rows, where layers expect it that
+    look at as many sequences as there are rows."""
     if len(questions) == 1:
         return questions[0]
-    inputs = [question.teacher_inputs for question in questions]
-    tokens = list(itertools.accumulate((question.size for question in questions), initial=0))
+    inputs, ends = [question.teacher_inputs for question in questions], [question.end_of_rows for question in questions]
+
+    def of_all(name: str) -> torch.Tensor:
+        halves = [one[name].tensor_split([end], 1) for one, end in zip(inputs, ends, strict=True)]
+        return torch.cat([*(rows for rows, _ in halves), *(added for _, added in halves)], 1)
+
+    tokens = list(itertools.accumulate(ends, initial=0))
     trained = list(itertools.accumulate((len(question.teacher_index) for question in questions), initial=0))
     return Question(
         {
-            'input_ids': torch.cat([one['input_ids'] for one in inputs], 1),
-            'position_ids': torch.cat([one['position_ids'] for one in inputs], 1),
+            'input_ids': of_all('input_ids'),
+            'position_ids': of_all('position_ids'),
             'seq_lens': [length for one in inputs for length in one['seq_lens']],
         },
         torch.cat([question.teacher_index + start for question, start in zip(questions, tokens, strict=False)]),

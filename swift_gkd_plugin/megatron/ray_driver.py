@@ -37,7 +37,9 @@ def start(pipeline: Any) -> None:
         OptionError: What the file asks for is not there, or is none of ours.
     """
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
-        raise OptionError(f'--use_ray: torchrun has started {os.environ["WORLD_SIZE"]} processes of this command; leave out NPROC_PER_NODE and NNODES.')
+        raise OptionError(
+            f'--use_ray: torchrun has started {os.environ["WORLD_SIZE"]} processes of this command; leave out NPROC_PER_NODE and NNODES.'
+        )
     pipeline.argv = command_line(pipeline)
     ray.init(ignore_reinit_error=True)
     _check_nodes(pipeline)

@@ -34,6 +34,22 @@ def test_what_is_joined_is_what_was_asked():
     assert groups.apart([]) == []
 
 
+@pytest.mark.parametrize('cp', [1, 2])
+def test_added_tokens_are_behind_all_rows(cp):
+    """Under context parallelism they are sequences of 2 cp tokens, else of one."""
+    places, asked = torch.arange(2 * cp if cp > 1 else 1).repeat(2), []
+    for one in (question(4, 8), question(8), question(12)):
+        inputs = {name: value if name == 'seq_lens' else value.clone() for name, value in one.teacher_inputs.items()}
+        inputs['input_ids'] = torch.cat([inputs['input_ids'], torch.full((1, len(places)), 777)], 1)
+        inputs['position_ids'] = torch.cat([inputs['position_ids'], places[None]], 1)
+        asked.append(Question(inputs, one.teacher_index).keeping(True))
+    whole = joined(asked)
+    ids, added = whole.teacher_inputs['input_ids'][0], 3 * len(places)
+    assert (ids == 777).nonzero()[:, 0].tolist() == list(range(32, 32 + added)) and whole.end_of_rows == 32
+    assert torch.equal(ids[whole.teacher_index], torch.cat([one.teacher_inputs['input_ids'][0, one.teacher_index] for one in asked]))
+    assert torch.equal(whole.teacher_inputs['position_ids'][0, 32:], places.repeat(3))
+
+
 @pytest.mark.parametrize(
     ('tokens', 'at_least', 'expected'),
     [
