@@ -36,7 +36,9 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         'target_modules',
         lambda a: (
-            (a.teacher_model == a.model or a.gkd_self_teacher == 'base') and a.tuner_type == 'lora' and 'all-router' in a.target_modules
+            (a.gkd_self_teacher == 'base' or (a.teacher_model == a.model and not getattr(a, 'teacher_adapters', None)))
+            and a.tuner_type == 'lora'
+            and 'all-router' in a.target_modules
         ),
         "the adapter of a router can't be switched off for the teacher; leave all-router out",
     ),
