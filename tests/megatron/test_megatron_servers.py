@@ -26,7 +26,7 @@ pytestmark = [
 
 ENVIRONMENT = {
     **helpers.vllm_environment(),
-    'PYTHONPATH': f'{CPU["PYTHONPATH"]}{os.pathsep}{helpers.VLLM}',
+    'PYTHONPATH': f'{CPU["PYTHONPATH"]}{os.pathsep}{helpers.vllm_environment()["PYTHONPATH"]}',
     'GKD_TEACHER_API_KEY': faults.KEY,
 }
 # Adam's large epsilon: see test_megatron_training.py.
