@@ -188,7 +188,6 @@ class Seat:
         return cls(mpu.get_data_parallel_rank(), mpu.get_tensor_model_parallel_rank(), last)
 
 
-@dataclass(frozen=True)
 class RelocatedTeacher(LocalTeacher):
     """A separate, frozen model on a layout of its own.
 
