@@ -191,7 +191,7 @@ def setup_of(args: Any, card: Card | None) -> Setup:
     block = full and args.recompute_method == 'block'
     share = min(at_a_time / (student.inside.layers / layout.pp), 1) if block else float(full)
     uneven = (args.pipeline_model_parallel_layout, args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers)
-    state = MOMENTS.get(args.optimizer)
+    state = 0 if args.optimizer == 'sgd' and not args.sgd_momentum else MOMENTS.get(args.optimizer)
     return Setup(
         student=student,
         teacher=teacher,
