@@ -66,8 +66,9 @@ def runs(run_jobs, tiny_models, vllm_server, deploy_server, proxies, spoilt, tmp
             'spoilt': {**STEP, **asks(spoilt.url, gkd_server_timeout=2, gkd_server_in_flight=1)},
             'gone': {**STEP, **asks(gone.url, gkd_server_retry_seconds=2), 'output_dir': root / 'gone'},
             'gone, resumed': {**STEP, **asks(vllm_server), 'resume_from_checkpoint': root / 'gone' / 'checkpoint-2'},
-            'nonsense': {**STEP, **asks(nonsense.url)},
-            'foreign': {**STEP, **asks(foreign.url)},
+            # In their order: a question of the second step must not overtake one of the first.
+            'nonsense': {**STEP, **asks(nonsense.url, gkd_server_in_flight=1)},
+            'foreign': {**STEP, **asks(foreign.url, gkd_server_in_flight=1)},
             'mixed': {**MIXED, **asks(vllm_server), 'gkd_save_teacher_responses': kept, 'log_completions': 'true'},
             'mixed, deploy': {**MIXED, **asks(deploy_server)},
         },
