@@ -180,6 +180,11 @@ class GKDOptions:
     teacher_expert_tensor_parallel_size: Optional[int] = option(
         None, "megatron rlhf: ranks that each expert of a separate --teacher_model is split over. Default: the student's."
     )
+    gkd_rl_weight: float = option(
+        1.0,
+        'Weight of the rewards (--reward_funcs) in the loss, >= 0: of -advantage * log S(token) on responses of the student, at '
+        '--temperature. 0: rewards are measured only.',
+    )
     gkd_detailed_metrics: bool = option(
         False, 'Log forward and reverse KL, entropies and agreement of the two models as well; about 5 % more work per step.'
     )
@@ -198,9 +203,41 @@ def engine_scores(args: Any) -> bool:
     return args.gkd_teacher_engine == 'vllm' and args.gkd_logits_topk is not None
 
 
+def learns_from_rewards(args: Any) -> bool:
+    """Whether rewards are in the loss, not only measured."""
+    return bool(args.reward_funcs) and args.gkd_rl_weight > 0
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise OptionError(message)
+
+
+def _check_rewards(args: Any) -> None:
+    weight, functions = args.gkd_rl_weight, ' '.join(args.reward_funcs)
+    _require(weight >= 0, f'--gkd_rl_weight {weight}: must be >= 0 (the weight of the rewards; 0 measures them only).')
+    _require(
+        not args.reward_model,
+        f'--reward_model {args.reward_model}: it does not run in the training processes; ask it on a server, in one of --reward_funcs.',
+    )
+    if not functions:
+        return
+    _require(
+        args.lmbda > 0 or args.gkd_eval_source == 'student',
+        f'--reward_funcs {functions} with --lmbda 0: rewards are for responses of the student, and it gives none; raise --lmbda, or '
+        'measure them with --gkd_eval_source student.',
+    )
+    if args.lmbda == 0 or weight == 0:
+        return
+    _require(
+        args.gkd_num_samples > 1,
+        f'--reward_funcs {functions} with --gkd_num_samples {args.gkd_num_samples}: a response is compared with others to the same prompt; '
+        'give 2 or more, or --gkd_rl_weight 0 to measure rewards only.',
+    )
+    _require(
+        args.temperature > 0,
+        f'--reward_funcs {functions} with --temperature {args.temperature}: all responses to a prompt would be the same; raise it.',
+    )
 
 
 def check_values(args: Any) -> None:
@@ -236,13 +273,17 @@ def check_values(args: Any) -> None:
     _require(args.max_completion_length > 0, f'--max_completion_length {args.max_completion_length}: must be > 0.')
     _require(args.sft_alpha >= 0, f'--sft_alpha {args.sft_alpha}: must be >= 0 (the weight of the cross-entropy).')
     _require(args.gkd_loss_weight >= 0, f'--gkd_loss_weight {args.gkd_loss_weight}: must be >= 0 (the weight of the divergence).')
+    _check_rewards(args)
     _require(
-        args.gkd_loss_weight > 0 or args.sft_alpha > 0,
-        f'--gkd_loss_weight {args.gkd_loss_weight} with --sft_alpha {args.sft_alpha}: the loss would be 0; raise one of them.',
+        args.gkd_loss_weight > 0 or args.sft_alpha > 0 or learns_from_rewards(args),
+        f'--gkd_loss_weight {args.gkd_loss_weight} with --sft_alpha {args.sft_alpha}'
+        + (f' and --gkd_rl_weight {args.gkd_rl_weight}' if args.reward_funcs else '')
+        + ': the loss would be 0; raise one of them.',
     )
     _require(
-        args.gkd_loss_weight > 0 or args.lmbda == 0,
-        f'--gkd_loss_weight 0 with --lmbda {args.lmbda}: responses of the student would have no loss at all; set --lmbda 0.',
+        args.gkd_loss_weight > 0 or args.lmbda == 0 or learns_from_rewards(args),
+        f'--gkd_loss_weight 0 with --lmbda {args.lmbda}: responses of the student would have no loss at all; set --lmbda 0, or give '
+        '--reward_funcs.',
     )
     _require(1e-6 <= args.gkd_skew < 1, f'--gkd_skew {args.gkd_skew}: must be in [1e-6, 1); DistiLLM uses 0.1.')
     for name, allowed in (

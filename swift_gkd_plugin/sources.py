@@ -53,6 +53,8 @@ class Draw:
         seq_kd: The teacher answers the rest, not the dataset.
         num_samples: Responses of the student or the teacher to a row (``--gkd_num_samples``); the dataset has one.
         per_sample: Each row draws. Otherwise each generation batch does, and only its cycle knows what (``--gkd_source_per batch``).
+        whole_groups: Every row comes ``num_samples`` times, so that no generation batch has a part of a row's responses, for rewards
+            compare them with each other. What repeats a response of the dataset is dropped by its cycle.
     """
 
     seed: int = 0
@@ -60,11 +62,13 @@ class Draw:
     seq_kd: bool = False
     num_samples: int = 1
     per_sample: bool = True
+    whole_groups: bool = False
 
     @classmethod
     def of(cls, args: Any) -> Draw:
         """The draws that the options of a run ask for."""
-        return cls(args.seed, args.lmbda, args.seq_kd, args.gkd_num_samples, args.gkd_source_per == 'sample')
+        per_sample, whole_groups = args.gkd_source_per == 'sample', bool(args.reward_funcs)
+        return cls(args.seed, args.lmbda, args.seq_kd, args.gkd_num_samples, per_sample, whole_groups)
 
     def source(self, *numbers: int, purpose: str = 'source') -> Source:
         """The source that these numbers draw: (epoch, row), or those of a generation batch with a purpose of its own."""
@@ -75,7 +79,8 @@ class Draw:
         """How often every row comes; None if that depends on what it draws."""
         if self.lmbda <= 0 and not self.seq_kd:
             return 1
-        return None if self.num_samples > 1 and self.per_sample and self.lmbda < 1 and not self.seq_kd else self.num_samples
+        own_number = self.num_samples > 1 and self.per_sample and self.lmbda < 1 and not self.seq_kd and not self.whole_groups
+        return None if own_number else self.num_samples
 
     def repeats(self, epoch: int, row: int) -> int:
         """How often a row comes in an epoch: as often as it has responses."""

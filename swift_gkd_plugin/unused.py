@@ -40,6 +40,7 @@ def nobody_generates(args: Any) -> bool:
     return not student and (teacher_is_silent(args) or args.teacher_model_server is not None or args.gkd_teacher_engine == 'vllm')
 
 
+OF_REWARDS = ('reward_weights', 'scale_rewards', 'advantage_estimator', 'gkd_rl_weight')
 BLIND = 'at --gkd_loss_weight 0 no teacher looks at the responses'
 IDLE = f'{BLIND}, and without --seq_kd or --gkd_eval_source teacher it answers nothing'
 ELSEWHERE = 'it belongs to --teacher_model_server and --gkd_teacher_engine vllm'
@@ -48,8 +49,8 @@ ONLY_IN_ENGINE = 'the engine has the only copy of the teacher; see --gkd_teacher
 # Options of ms-swift's other algorithms, which its parser takes with every --rlhf_type and stock GKD drops without a word.
 OF_OTHERS: dict[str, tuple[str, ...]] = {
     'GRPO': (
-        *('reward_funcs', 'reward_weights', 'reward_model', 'reward_model_plugin', 'scale_rewards', 'overlong_filter', 'dynamic_sample'),
-        *('epsilon', 'epsilon_high', 'delta', 'advantage_estimator', 'advantage_reweight', 'importance_sampling_level', 'kl_in_reward'),
+        *('reward_model_plugin', 'overlong_filter', 'dynamic_sample'),
+        *('epsilon', 'epsilon_high', 'delta', 'advantage_reweight', 'importance_sampling_level', 'kl_in_reward'),
         *('num_iterations', 'num_generations_eval', 'teacher_kl_coef', 'sdar_loss_coef', 'top_entropy_quantile', 'log_entropy'),
         *('rollout_importance_sampling_mode', 'log_rollout_offpolicy_metrics', 'off_policy_sequence_mask_delta', 'sync_ref_model'),
         *('chord_sft_dataset', 'chord_enable_phi_function', 'soft_max_length', 'soft_cache_length'),
@@ -113,6 +114,7 @@ NOT_USED: tuple[Entry, ...] = (
     ('gkd_server_timeout', asks_nobody, ELSEWHERE),
     ('gkd_server_retry_seconds', asks_nobody, ELSEWHERE),
     ('gkd_server_in_flight', asks_nobody, ELSEWHERE),
+    *((name, lambda a: not a.reward_funcs, 'it belongs to --reward_funcs') for name in OF_REWARDS),
     ('loss_type', lambda a: True, '--gkd_divergence chooses the loss'),
     ('enable_dft_loss', lambda a: True, 'it belongs to SFT'),
     ('enable_channel_loss', lambda a: True, 'it belongs to SFT'),

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from swift.utils import unwrap_model_for_generation
 from torch import nn
+from transformers import TrainerState
 
 from ..responses import Prompt, Response, SamplingOptions
 from ..responses.local import LocalGenerator, stand_in
@@ -133,6 +134,10 @@ class TransformersBackend(Backend):
 
     def save(self) -> None:
         self.trainer._save_checkpoint(self.trainer.model_wrapped, None)
+
+    @property
+    def state(self) -> TrainerState:
+        return self.trainer.state
 
     def how_to_resume(self, checkpoint: str) -> str:
         return f'--resume_from_checkpoint {checkpoint}'

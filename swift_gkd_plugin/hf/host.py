@@ -7,6 +7,7 @@ A function changes its module in place and returns the names that get a new valu
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import field
 from types import ModuleType
 from typing import Any, Literal, Optional
 
@@ -80,7 +81,8 @@ def _check_options(args: Any) -> None:
 def take_over_config(module: ModuleType) -> dict[str, Any]:
     """``swift.rlhf_trainers.arguments``: the trainer's own arguments get our options and those that stock lost."""
     # disable_dropout: TRL's default of true sets --lora_dropout to 0 without a word.
-    fields = [*option_fields(), *fields_of(module.GRPOArgumentsMixin, LOST_OPTIONS), ('disable_dropout', bool, False)]
+    own = [('disable_dropout', bool, False), ('reward_funcs', list[str], field(default_factory=list))]
+    fields = [*option_fields(), *fields_of(module.GRPOArgumentsMixin, LOST_OPTIONS), *own]
     return {'GKDConfig': extended(module.GKDConfig, fields)}
 
 

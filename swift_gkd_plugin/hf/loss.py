@@ -56,7 +56,7 @@ class DistillationLoss(LossInForward):
     ) -> torch.Tensor:
         """``chosen`` [n, dim] hidden states, or [n, vocab] logits if ``head`` is None; all else comes to their device."""
         options, device = self.options, chosen.device
-        common = self._of_tokens(batch.labels.to(device), batch.weights.to(device), batch.imitated.to(device), signal, stats)
+        common = self._of_tokens(batch, lambda x: x.to(device), signal, stats)
         if head is not None:
             student = dict(student_bias=head.bias, student_transform=head.transform, student_lora=head.lora)
         if signal is None:

@@ -12,6 +12,7 @@ from swift.pipelines.train.rlhf import SwiftRLHF
 from .. import checks
 from ..arguments import OPTION_NAMES, OptionError, engine_scores, teacher_offload
 from ..memory.verdict import Card
+from ..rewards import Rewards, rewards_of
 from ..step.remote import check_servers
 from ..step.samples import with_used_columns
 from ..teachers.adapters import add_frozen_adapter
@@ -88,6 +89,7 @@ class GKDPipeline(SwiftRLHF):
         self._check_options()
         self._datasets = self._loaded_datasets()
         checks.check_datasets(self.args, *self._datasets)
+        self._rewards = self._checked_rewards()
         self._tokens = self._compare_tokens()
         foretell(self.args, self.prepare_model, self._teacher_loading and self._teacher_loading.info, Card.of_this_rank())
         super()._prepare_model_tokenizer()
@@ -146,6 +148,14 @@ class GKDPipeline(SwiftRLHF):
         checks.check_topk(args)
         say_unused(args, NOT_USED)
 
+    def _checked_rewards(self) -> Rewards | None:
+        training = self.args.training_args
+        if self.args.streaming:  # where the stream begins again, a micro-batch may be shorter
+            at_once = training.per_device_train_batch_size * training.world_size, 'the rows of a micro-batch of all ranks,'
+        else:
+            at_once = training.generation_batch_size, 'the rows of a generation batch,'
+        return rewards_of(self.args, *at_once, *self._datasets)
+
     def _compare_tokens(self) -> tuple[int, int] | None:
         """Lengths of the student's and the teacher's tokenizer; None if no other model is loaded."""
         args = self.args
@@ -202,6 +212,7 @@ class GKDPipeline(SwiftRLHF):
             **super()._get_trainer_kwargs(),
             'tokenizer_lengths': self._tokens,
             'teacher_path': args.teacher_model,
+            'rewards': self._rewards,
             'teacher_is_start': self._adapter_is_start() or checks.teacher_is_start(args),
         }
 

@@ -79,7 +79,7 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         model: The student.
         kwargs: What ms-swift's pipeline passes to its own trainer, and ``tokenizer_lengths``, the lengths of the student's and the
             teacher's tokenizer (None if there is no other model), and ``teacher_is_start``: whether the teacher is a copy of the weights
-            that training starts from; ``teacher_path``, where its weights are.
+            that training starts from; ``teacher_path``, where its weights are; ``rewards``, the reward functions.
     """
 
     def __init__(self, model: nn.Module, *_args, **kwargs):
@@ -87,6 +87,7 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         self._tokenizer_lengths = kwargs.pop('tokenizer_lengths', None)
         self._teacher_is_start = kwargs.pop('teacher_is_start', False)
         teacher_path, topk = kwargs.pop('teacher_path', None), kwargs.pop('gkd_logits_topk', None)
+        rewards = kwargs.pop('rewards', None)
         self._pop_teacher_kwargs(kwargs)
         # ms-swift would make its own client of it, on rank 0 and with vLLM installed.
         server_urls, self.teacher_model_server = self.teacher_model_server, None
@@ -111,7 +112,7 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
             self.add_callback(Follower(self))
         self.loss = DistillationLoss(self._loss_options(), OutputHead(self.bare), self.teacher.adapter if self.teacher else True)
         self.heads_verified = False
-        self.conductor = Conductor(backend, self.template, self.loss.options, self.teacher, self.answering)
+        self.conductor = Conductor(backend, self.template, self.loss.options, self.teacher, self.answering, rewards=rewards)
         if args.gkd_routing == 'teacher' and self.conductor.scored_locally:
             self.teacher.routing = RoutingReplay(self.bare, self.teacher.bare)
         if args.use_vllm:

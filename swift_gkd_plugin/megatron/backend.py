@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,6 +53,10 @@ class MegatronBackend(Backend):
     @property
     def step(self) -> int:
         return self.trainer.state.iteration
+
+    @property
+    def state(self) -> Any:
+        return self.trainer.state
 
     @property
     def is_last_step(self) -> bool:

@@ -44,9 +44,8 @@ class DistillationLoss(LossInForward):
     def _sum(self, chosen: torch.Tensor, batch: MicroBatch, view: LocalView, signal: Signal | None, stats: TokenStats) -> torch.Tensor:
         options, device = self.options, chosen.device
         head = self.head.tensors()
-        labels, weights, imitated = (view.of(x).to(device) for x in (batch.labels, batch.weights, batch.imitated))
         common = dict(
-            self._of_tokens(labels, weights, imitated, signal, stats),
+            self._of_tokens(batch, lambda x: view.of(x).to(device), signal, stats),
             student_bias=head.bias,
             student_transform=head.transform,
             vocab_size=options.vocab_size,

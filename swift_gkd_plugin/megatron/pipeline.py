@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from .. import checks
 from ..arguments import OptionError
 from ..memory.verdict import Card
+from ..rewards import rewards_of
 from ..step.remote import check_servers
 from ..step.samples import with_used_columns
 from ..teachers.average import average_of
@@ -73,6 +74,7 @@ class GKDPipeline(MegatronRLHF):
             vllm_client=self._prepare_vllm_client(),
             tokenizer_lengths=self._tokens,
             teacher_is_start=self._adapter_is_start() or checks.teacher_is_start(self.args),
+            rewards=self._rewards,
         )
 
     def _adapter_is_start(self) -> bool:
@@ -86,6 +88,14 @@ class GKDPipeline(MegatronRLHF):
         train_dataset, val_dataset = with_used_columns(args, super()._get_dataset)
         with said_once():
             checks.check_datasets(args, train_dataset, val_dataset)
+            # A generation batch may begin with the last steps of an epoch; a stream begins again in the middle of a step.
+            data_parallel = args.global_batch_size // args.micro_batch_size // args.num_microbatches
+            at_once = (
+                (args.micro_batch_size * data_parallel, 'the rows of a micro-batch of all ranks,')
+                if args.streaming
+                else (args.global_batch_size, 'the rows of a step,')
+            )
+            self._rewards = rewards_of(args, *at_once, train_dataset, val_dataset)
         if args.teacher_model_server is not None:
             self._check_servers(train_dataset, val_dataset)
         return train_dataset, val_dataset

@@ -58,7 +58,7 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
         template: The student's template.
         kwargs: What ms-swift's pipeline passes to its own trainer, and ``tokenizer_lengths``, the lengths of the student's and the
             teacher's tokenizer (None if there is no other model), and ``teacher_is_start``: whether the teacher is a copy of the weights
-            that training starts from.
+            that training starts from; ``rewards``, the reward functions.
     """
 
     sample_cls = MegatronGKDTrainer.sample_cls
@@ -67,6 +67,7 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
         self.vllm_client = kwargs.pop('vllm_client', None)
         self._tokenizer_lengths = kwargs.pop('tokenizer_lengths', None)
         self._teacher_is_start = kwargs.pop('teacher_is_start', False)
+        rewards = kwargs.pop('rewards', None)
         self.args = args
         self.steps_per_generation, self.per_step = args.steps_per_generation, args.num_microbatches
         # ms-swift would make its own client of it, with vLLM installed.
@@ -90,7 +91,9 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
             self.teacher = self._resolve_teacher()
         head = OutputHead(self.unwrapped_models)
         self.loss = DistillationLoss(self._loss_options(head), head, self.teacher.adapter if self.teacher else True)
-        self.conductor = Conductor(backend, template, self.loss.options, self.teacher, self.answering, write_on_rank='last')
+        self.conductor = Conductor(
+            backend, template, self.loss.options, self.teacher, self.answering, write_on_rank='last', rewards=rewards
+        )
         if isinstance(self.teacher, AveragedStudent):
             self.callbacks.append(Follower(self))
         self._init_rollout_engine()

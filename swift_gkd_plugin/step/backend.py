@@ -46,6 +46,11 @@ class Backend(ABC):
 
     @property
     @abstractmethod
+    def state(self) -> Any:
+        """The host's own account of the run, which reward functions are given."""
+
+    @property
+    @abstractmethod
     def is_last_step(self) -> bool:
         """Whether the run ends with the step that is under way."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -37,14 +37,17 @@ class Books:
         backend: Whose steps are booked.
         encoder: Puts responses into words.
         write_on_rank: The rank that writes files.
+        reward_names: Of the reward functions.
 
     Attributes:
         metrics: What is logged next; of an evaluation, while there is one.
         evaluating: Whether there is one.
     """
 
-    def __init__(self, backend: Backend, encoder: SampleEncoder, write_on_rank: Literal['master', 'last']):
-        self.backend, self.ranks, self.encoder = backend, backend.ranks, encoder
+    def __init__(
+        self, backend: Backend, encoder: SampleEncoder, write_on_rank: Literal['master', 'last'], reward_names: Sequence[str] = ()
+    ):
+        self.backend, self.ranks, self.encoder, self.reward_names = backend, backend.ranks, encoder, reward_names
         self.logs_completions = backend.args.log_completions
         self.metrics, self.evaluating = Metrics(self.ranks.device), False
         self.completions = Completions(backend.args, write_on_rank)
@@ -97,6 +100,8 @@ class Books:
             self.metrics.add('cross_entropy', _sum(cross_entropy * imitated), imitated.sum())
             if self.evaluating:
                 self.metrics.add('all_cross_entropy', _sum(cross_entropy), count)
+            elif batch.advantages is not None:
+                self.metrics.add('pg_loss', _sum(cross_entropy * part(batch.advantages).to(device)), count)
         for name in DETAILS if stats.detail else ():
             values = getattr(stats, name)
             if values is not None:
@@ -144,11 +149,21 @@ class Books:
                 'length': len(sample.response.token_ids),
                 'finish_reason': sample.response.finish_reason,
                 'divergence': divergence,
+                **self._rewards(sample),
             }
             for sample, divergence in made
         ]
         prompts = [decode(sample.prompt_ids) if self.completions.has_tables else '' for sample, _ in made]
         self.completions.append(self.ranks.gathered(list(zip(lines, prompts, strict=True))))
+
+    def _rewards(self, sample: Sample) -> dict[str, float | None]:
+        """Columns of a line, the same in all of them."""
+        if not self.reward_names:
+            return {}
+        reward, names = sample.reward, [f'rewards/{name}' for name in self.reward_names]
+        if reward is None:
+            return dict.fromkeys(['reward', *names, 'advantage'])
+        return {'reward': reward.total, **dict(zip(names, reward.parts, strict=True)), 'advantage': reward.advantage}
 
     def logged(self) -> dict[str, float]:
         """What is to be logged since the last call. A collective call."""

@@ -23,6 +23,7 @@ from swift.utils import get_logger
 
 from ..divergence import TokenStats
 from ..metrics import Metrics
+from ..rewards import RewardError, Rewards
 from ..sources import DATASET, STUDENT
 from ..teachers.server import TeacherServerError
 from . import cycle as cycles
@@ -36,6 +37,7 @@ from .evaluation import Evaluation
 from .objective import LossOptions
 from .random_state import RandomState
 from .remote import RemoteTeacher, asked_once
+from .rewarding import Rewarding
 from .said import names_of
 from .samples import Counted, InTurn, MicroBatch, Sample, SampleEncoder, TeacherView
 from .teaching import TeacherBatches
@@ -54,6 +56,7 @@ class Conductor:
             are read; None for nobody.
         answering: The teacher that answers by a server or an engine; None if it answers in the training processes.
         write_on_rank: The rank that writes files.
+        rewards: What responses of the student are worth; None if nobody asks.
 
     Attributes:
         cycle: Of the dataset that it has begun with.
@@ -70,6 +73,7 @@ class Conductor:
         teacher: Any,
         answering: RemoteTeacher | None,
         write_on_rank: Literal['master', 'last'] = 'master',
+        rewards: Rewards | None = None,
     ):
         self.backend, self.ranks, self.args, self.template = backend, backend.ranks, backend.args, template
         self.teacher, self.answering = teacher, answering
@@ -77,11 +81,18 @@ class Conductor:
         view = TeacherView(args.gkd_teacher_system, args.gkd_teacher_enable_thinking)
         tag_key = args.teacher_tag_key if isinstance(teacher, RemoteTeacher) else None
         scored = teacher is not None and args.gkd_loss_weight > 0
-        self.encoder = SampleEncoder(template, view, scored, tag_key)
-        self.books = Books(backend, self.encoder, write_on_rank)
+        self.encoder = SampleEncoder(template, view, scored, tag_key, with_rewards=options.reward_weight > 0)
+        self.books = Books(backend, self.encoder, write_on_rank, rewards.names if rewards else ())
+        self.rewarding = Rewarding(rewards, backend, self.encoder, self.books) if rewards else None
         self.answers = Answers(backend, self.encoder, self.books, answering, options.vocab_size, write_on_rank)
         self.evaluation = Evaluation(
-            backend, self.encoder, self.answers, self.books, lambda samples: InTurn(self._taught(samples), self._in_turn), scored
+            backend,
+            self.encoder,
+            self.answers,
+            self.books,
+            lambda samples: InTurn(self._taught(samples), self._in_turn),
+            scored,
+            self.rewarding,
         )
         self.cycle: Cycle | None = None
         self.tokens = 1
@@ -158,7 +169,7 @@ class Conductor:
             cycle_length: Micro-batches of a generation cycle.
 
         Raises:
-            TeacherServerError: On every rank, after a checkpoint.
+            TeacherServerError, RewardError: On every rank, after a checkpoint.
         """
         self._cycles = 0
         self._numbers = self.backend.random_state() if self._asks_along else None
@@ -222,7 +233,8 @@ class Conductor:
             self._ready.extend(self._finished())
 
     def _with_responses(self, make: Callable[[], list[list[Sample]]], student_at: int | None = None) -> list[list[Sample]]:
-        """A cycle, dated; if the teacher's server fails while it is made, what exists of it is in the checkpoint that is left behind."""
+        """A cycle, dated and rewarded; if the teacher's server or a reward function fails, what exists of it is in the checkpoint that is
+        left behind."""
         try:
             cycle = make()
         except cycles.Unanswered as failure:
@@ -233,6 +245,13 @@ class Conductor:
         new = cycles.dated(cycle, self.backend.step, student_at)
         tokens = sum(len(sample.response.token_ids) for sample in new)
         self.metrics.total('tokens/generated', tokens / self.ranks.sharers)
+        if self.rewarding is not None:
+            try:
+                self.rewarding.judge([sample for samples in cycle for sample in samples])
+            except RewardError:
+                self._ready.extend(cycle)
+                self._leave()
+                raise
         return cycle
 
     def _balanced(self, step: list[list[Sample]]) -> list[list[Sample]]:

@@ -13,7 +13,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any
 
 import numpy
@@ -21,6 +21,7 @@ import numpy
 from .. import sources
 from ..arguments import OptionError
 from ..responses import Response
+from ..rewards import Reward
 from ..sources import DATASET, STUDENT, TEACHER, Source
 from ..teachers.server import MEDIA, Scores, TeacherServerError
 from ..world import this_rank, world_size
@@ -92,6 +93,8 @@ class Cycle:
         if self._gave_up or not (row.counts and self.draw.per_sample):
             return row
         sample = Sample(row, row.content, self._source(row, (0, 0)))
+        if sample.source == DATASET and row.repeat:
+            return row  # it will be dropped
         try:
             self._attempts(sample, 0)
         except OptionError:  # said where all ranks hear of it
@@ -247,6 +250,8 @@ def state_of(ready: list[list[Sample]], drawn: int) -> dict[str, Any]:
         if sample.response is not None:
             state['token_ids'], state['finish_reason'] = sample.response.token_ids, sample.response.finish_reason
             state['generated_at'] = sample.generated_at
+        if sample.reward is not None:
+            state['reward'] = astuple(sample.reward)
         if sample.scores is not None:
             state['scores'] = _packed(sample.scores)
         if sample.generated is not None:
@@ -303,6 +308,9 @@ def restored(cycle: Cycle, state: dict[str, Any], micro_batches: list[list[Row]]
                 sample.generated_at = one['generated_at']
             if 'scores' in one:
                 sample.scores = _unpacked(one['scores'])
+            if 'reward' in one:
+                parts, *rest = one['reward']
+                sample.reward = Reward(tuple(parts), *rest)
             if 'generated' in one:
                 sample.generated = cycle.encoder.inner(sample)
                 for name, value in one['generated'].items():

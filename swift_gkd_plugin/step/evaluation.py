@@ -12,12 +12,13 @@ from dataclasses import replace
 import torch
 from swift.utils import get_logger
 
-from ..sources import DATASET
+from ..sources import DATASET, STUDENT
 from . import teaching
 from .answers import Answers
 from .backend import Backend
 from .books import Books
 from .data import Row
+from .rewarding import Rewarding
 from .said import Few, in_one_line
 from .samples import InTurn, Sample, SampleEncoder
 
@@ -33,6 +34,7 @@ class Evaluation:
         books: Where it is booked.
         taught: Makes micro-batches of samples that have their responses, with what the teacher says about them; a collective call.
         has_divergence: Whether a teacher looks at them.
+        rewarding: Measures what the student's responses are worth; None if nobody asks.
     """
 
     def __init__(
@@ -43,10 +45,12 @@ class Evaluation:
         books: Books,
         taught: Callable[[list[list[Sample]]], InTurn],
         has_divergence: bool,
+        rewarding: Rewarding | None,
     ):
         self.backend, self.ranks, self.source = backend, backend.ranks, backend.args.gkd_eval_source
         self.encoder, self.answers, self.books, self.taught = encoder, answers, books, taught
         self.has_divergence = has_divergence
+        self.rewarding = rewarding if self.source == STUDENT else None
         self._left_out = Few('times a row of an evaluation set could not be encoded')
 
     def of(self, rows: Iterable[list[Row]], at_once: int) -> dict[str, float]:
@@ -60,6 +64,7 @@ class Evaluation:
         found = {'loss': means.get('loss', 0.0)}
         if self.has_divergence:
             found['divergence'] = means.get('divergence', 0.0)
+        found |= {name: value for name, value in means.items() if name == 'reward' or name.startswith('rewards/')}
         return {**found, 'cross_entropy': means.get('all_cross_entropy', 0.0), 'tokens': tokens, 'rows': count}
 
     def _counted(self, rows: Iterator[list[Row]], at_once: int) -> list[int]:
@@ -85,6 +90,8 @@ class Evaluation:
             answered = [sample for sample in counted if sample.row.counts]
             if self.source != DATASET:
                 self.answers.by_source[self.source](answered)
+            if self.rewarding is not None:
+                self.rewarding.measure(answered)
             numbers[1] += len(answered)
             numbers[2] += len(counted) - len(answered)
             yield samples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +13,15 @@ from .. import checks
 from ..arguments import OptionError
 from ..divergence import Divergence, TokenStats, topk_divergence
 from ..teachers import Signal, TopK
+from .samples import MicroBatch
 
 logger = get_logger()
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What is minimised: the sum over trained tokens of ``weight · D(teacher, student) + alpha · imitated · cross-entropy``.
+    """What is minimised: the sum over trained tokens of ``weight · D(teacher, student) + alpha · imitated · cross-entropy``, and of
+    ``reward_weight · advantage · -log S(token)`` where the student sampled the token, at the temperature that it was sampled at.
 
     Attributes:
         divergence: D, with its temperature.
@@ -27,6 +30,8 @@ class LossOptions:
         alpha: Of the cross-entropy, on tokens that the student did not generate (``--sft_alpha``).
         tail: How a top-k teacher's remaining mass is treated (``--gkd_tail``).
         vocab_size: Number of token ids that both models have; None for all columns of a head.
+        reward_weight: Of the rewards (``--gkd_rl_weight``).
+        sampling_temperature: The student's.
     """
 
     divergence: Divergence
@@ -34,6 +39,8 @@ class LossOptions:
     alpha: float
     tail: str
     vocab_size: int | None
+    reward_weight: float = 0.0
+    sampling_temperature: float = 1.0
 
     @classmethod
     def of(cls, args, student: int | None, teacher: int | None = None, tokens: tuple[int, int] | None = None) -> LossOptions:
@@ -55,7 +62,15 @@ class LossOptions:
                 logger.info(f'Output heads with {student} (student) and {teacher} (teacher) columns: the first {columns} are compared.')
         if topk is not None and columns is not None and topk > columns:
             raise OptionError(f'--gkd_logits_topk {topk}: the models have {columns} token ids in common; choose fewer.')
-        return cls(Divergence(args.gkd_divergence, args.beta, temperature, args.gkd_skew), weight, args.sft_alpha, args.gkd_tail, columns)
+        return cls(
+            Divergence(args.gkd_divergence, args.beta, temperature, args.gkd_skew),
+            weight,
+            args.sft_alpha,
+            args.gkd_tail,
+            columns,
+            args.gkd_rl_weight if args.reward_funcs else 0.0,
+            args.temperature,
+        )
 
 
 class LossInForward:
@@ -71,17 +86,22 @@ class LossInForward:
         self.options, self.head, self.teacher_adapter = options, head, teacher_adapter
 
     def _of_tokens(
-        self, labels: torch.Tensor, weights: torch.Tensor, imitated: torch.Tensor, signal: Signal | None, stats: TokenStats
+        self, batch: MicroBatch, here: Callable[[torch.Tensor], torch.Tensor], signal: Signal | None, stats: TokenStats
     ) -> dict[str, Any]:
-        """Arguments of every divergence: what is known of the tokens themselves, each [n], and where their values go."""
-        return dict(
-            token_weights=weights * self.options.weight,
-            labels=labels,
-            # Labels without weights are for the logged cross-entropy; without a teacher they would weigh 1.
-            label_weights=weights * imitated * self.options.alpha if self.options.alpha or signal is None else None,
-            reduction='sum',
-            stats=stats,
-        )
+        """Arguments of every divergence: what is known of the tokens themselves, and where their values go.
+
+        Args:
+            here: Takes out of a per-token tensor what belongs to the tokens of this call, to their device.
+        """
+        options, weights, imitated = self.options, here(batch.weights), here(batch.imitated)
+        found = dict(token_weights=weights * options.weight, labels=here(batch.labels), reduction='sum', stats=stats)
+        # Labels without weights are for the logged cross-entropy; without a teacher they would weigh 1.
+        weighs = options.alpha or signal is None or batch.advantages is not None
+        found['label_weights'] = weights * imitated * options.alpha if weighs else None
+        if batch.advantages is not None:
+            found['label_weights'] += here(batch.advantages) * options.reward_weight
+            found['label_temperature'] = torch.where(imitated > 0, 1.0, options.sampling_temperature)
+        return found
 
     def _from_topk(self, chosen: torch.Tensor, weight: torch.Tensor | None, signal: TopK, **common: Any) -> torch.Tensor:
         """Against a teacher of which k log-probabilities are known; ``chosen`` are logits if ``weight`` is None."""

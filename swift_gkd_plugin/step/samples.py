@@ -24,6 +24,7 @@ from swift.utils import remove_response
 from ..arguments import OptionError
 from ..responses import Response
 from ..responses.local import inference_template, never_sampled
+from ..rewards import Reward
 from ..sources import DATASET, STUDENT, TEACHER, Source
 from ..teachers import Signal
 from ..teachers.server import MEDIA, Question, Scores, as_request
@@ -39,7 +40,7 @@ def with_used_columns(args, load: Callable[[], tuple]) -> tuple:
     """The training and the validation dataset of ``load``, which is ms-swift's; None for a file without a row.
 
     They keep the columns of ms-swift's format, those of saved responses, and the tags of teacher servers; all columns where the user says
-    so, and where a scheduler or a server is given whole rows.
+    so, and where a scheduler, a server or a reward function is given whole rows.
     """
     removes = args.remove_unused_columns
     args.remove_unused_columns = False  # ms-swift's default would drop columns of ours
@@ -49,7 +50,7 @@ def with_used_columns(args, load: Callable[[], tuple]) -> tuple:
         return None, None
     finally:
         args.remove_unused_columns = removes
-    if not removes or args.vllm_server_pass_dataset or args.multi_turn_scheduler or args.use_gym_env:
+    if not removes or args.vllm_server_pass_dataset or args.multi_turn_scheduler or args.use_gym_env or args.reward_funcs:
         return datasets
     used = {*RowPreprocessor.standard_keys, *RESPONSE_COLUMNS, args.teacher_tag_key}
     return tuple(_selected(dataset, used) for dataset in datasets)
@@ -92,6 +93,7 @@ class Sample:
         scores: What the teacher's server said about each token of the response while it answered.
         question: What it is asked about the trained tokens; None without a server.
         asked: What it will say about them, where the question is on its way.
+        reward: What the response is worth, of the student's where there are reward functions.
         attempt: 0 for the row's own content, n for that of the n-th row that was drawn in its place.
         unfit: Why the row's own content cannot be encoded; None if it can.
     """
@@ -110,6 +112,7 @@ class Sample:
     scores: Scores | None = field(default=None, repr=False)
     question: Question | None = field(default=None, repr=False)
     asked: Future | None = field(default=None, repr=False)
+    reward: Reward | None = None
     attempt: int = 0
     unfit: str | None = None
 
@@ -301,6 +304,7 @@ class MicroBatch:
         imitated: [n] float32, 1 where the cross-entropy applies: the student didn't generate the token.
         lengths: How many of the n tokens each sample has.
         signal: What the teacher says about the n tokens, once it is known.
+        advantages: [n] float32, of the response that the token is in, 0 where it has none; None without rewards.
     """
 
     samples: list[Sample]
@@ -313,6 +317,7 @@ class MicroBatch:
     imitated: torch.Tensor = field(repr=False)
     lengths: list[int] = field(repr=False)
     signal: Signal | None = field(default=None, repr=False)
+    advantages: torch.Tensor | None = field(default=None, repr=False)
 
     @property
     def num_tokens(self) -> int:
@@ -365,10 +370,14 @@ class SampleEncoder:
         teacher_view: How the teacher's view differs.
         needs_teacher: Whether any teacher looks at the samples.
         tag_key: The column that tells which of several teacher servers a row belongs to; None without a server.
+        with_rewards: Whether rewards are in the loss.
     """
 
-    def __init__(self, template, teacher_view: TeacherView, needs_teacher: bool = True, tag_key: str | None = None):
+    def __init__(
+        self, template, teacher_view: TeacherView, needs_teacher: bool = True, tag_key: str | None = None, with_rewards: bool = False
+    ):
         self.template, self.teacher_view, self.needs_teacher, self.tag_key = template, teacher_view, needs_teacher, tag_key
+        self.with_rewards = with_rewards
         self._continue = Continuation(template)
 
     @contextmanager
@@ -572,7 +581,20 @@ class SampleEncoder:
             torch.tensor(weights, dtype=torch.float32),
             torch.tensor(imitated, dtype=torch.float32),
             lengths,
+            advantages=_advantages(samples, lengths) if self.with_rewards else None,
         )
+
+    def for_reward(self, sample: Sample) -> GKDSample:
+        """ms-swift's sample with the response as a reward function reads it: without the token that ends it."""
+        answered = copy.copy(self._answered(sample))
+        if sample.generated is None:
+            ids = sample.response.token_ids
+            text = self.template.safe_decode(ids if sample.response.cut_off else ids[:-1])
+            answered.messages = [*answered.messages[:-1], {'role': 'assistant', 'content': text}]
+            answered.finish_reason = sample.response.finish_reason
+        answered.prompt_id = f'{sample.row.epoch}-{sample.row.number}'
+        answered.request_id = f'{answered.prompt_id}-{sample.row.repeat}'
+        return answered
 
     def teacher_length(self, sample: Sample) -> int:
         """Tokens of the teacher's view."""
@@ -652,3 +674,11 @@ class SampleEncoder:
                 'please report the model type and this line.'
             )
         return inputs, index
+
+
+def _advantages(samples: list[Sample], lengths: list[int]) -> torch.Tensor | None:
+    """[n] float32, of the samples' tokens; None if no sample has any."""
+    if not any(sample.reward for sample in samples):
+        return None
+    of_samples = torch.tensor([sample.reward.advantage if sample.reward else 0.0 for sample in samples])
+    return of_samples.repeat_interleave(torch.tensor(lengths))

@@ -7,9 +7,8 @@ import json
 import logging
 
 import pytest
-from datasets import Dataset
 from fake_backend import FakeRun, arguments
-from rank_cases import tiny_template
+from rank_cases import tiny_template, with_columns
 
 
 @pytest.fixture(scope='session')
@@ -24,7 +23,7 @@ def rows(tiny_models):
 
 @pytest.fixture(scope='session')
 def dataset(rows):
-    return Dataset.from_list(rows[:10])
+    return with_columns(rows[:10])
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ would show in every step that follows.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import itertools
 import json
@@ -20,10 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from swift.rewards import ORM, AsyncORM, orms
 
 from swift_gkd_plugin.arguments import GKDOptions
 from swift_gkd_plugin.divergence import Divergence, TokenStats
 from swift_gkd_plugin.responses import Response
+from swift_gkd_plugin.rewards import Rewards
 from swift_gkd_plugin.sources import STUDENT, Draw, engine_seed
 from swift_gkd_plugin.step.ahead import Ahead
 from swift_gkd_plugin.step.backend import Backend
@@ -71,6 +74,10 @@ def arguments(output_dir: Path, **changed: Any) -> SimpleNamespace:
         'steps_per_generation': 2,  # micro-batches, as in ms-swift
         'max_steps': 4,
         'save_steps': 0,
+        'reward_funcs': [],
+        'reward_weights': None,
+        'scale_rewards': None,
+        'advantage_estimator': 'grpo',
     }
     assert not changed.keys() - defaults.keys()
     return SimpleNamespace(**{**defaults, **changed})
@@ -79,6 +86,30 @@ def arguments(output_dir: Path, **changed: Any) -> SimpleNamespace:
 def opinion(tokens: torch.Tensor) -> torch.Tensor:
     """What the teacher says about tokens; a log-probability, as far as anybody can tell."""
     return -(tokens * 37 % 101) / 101
+
+
+def _ids(turns: list) -> list[int]:
+    """Of a response, which an engine has in turns."""
+    return list(itertools.chain.from_iterable(turns)) if isinstance(turns[0], list) else turns
+
+
+class Length(ORM):
+    """The longer, the better; the dataset says by how much."""
+
+    def __call__(self, completions, response_token_ids, bonus, **kwargs):
+        return [len(_ids(turns)) * one / 10 for turns, one in zip(response_token_ids, bonus, strict=True)]
+
+
+class Even(AsyncORM):
+    """Of responses that begin with an even id; of others nothing is said in the second half of the dataset."""
+
+    async def __call__(self, completions, response_token_ids, half, **kwargs):
+        await asyncio.sleep(0)
+        return [1.0 if _ids(turns)[0] % 2 == 0 else None if of else 0.0 for turns, of in zip(response_token_ids, half, strict=True)]
+
+
+orms.update(length=Length, even=Even)
+REWARDS = {'reward_funcs': ['length', 'even'], 'reward_weights': [1.0, 0.5]}
 
 
 class FakeServer(TeacherServer):
@@ -177,6 +208,10 @@ class FakeBackend(Backend):
     def is_last_step(self) -> bool:
         return self.step + 1 >= self.args.max_steps
 
+    @property
+    def state(self) -> SimpleNamespace:
+        return SimpleNamespace(global_step=self.step)
+
     def ending_ids(self) -> list[int]:
         return [self.template.tokenizer.eos_token_id]
 
@@ -254,7 +289,10 @@ class FakeBackend(Backend):
         labels = self.part(batch.labels)
         weights = self.weights[labels].requires_grad_()
         cross_entropy = (weights - 1) ** 2
-        loss = self.args.sft_alpha * self.part(batch.imitated) * cross_entropy
+        weight = self.args.sft_alpha * self.part(batch.imitated)
+        if batch.advantages is not None:
+            weight = weight + self.args.gkd_rl_weight * self.part(batch.advantages)
+        loss = weight * cross_entropy
         stats = TokenStats(cross_entropy=cross_entropy.detach().float())
         if batch.signal is not None:
             divergence = (weights - self.part(batch.signal.logprobs)[:, 0]) ** 2
@@ -339,8 +377,10 @@ class FakeRun:
         self.backend = FakeBackend(args, ranks or Ranks(CPU), template)
         remote = None if server is None else remote_teacher(server)
         who = {None: None, 'local': SimpleNamespace(description='a table', host_copy=None), 'server': remote}[teacher]
-        options = LossOptions(Divergence(), args.gkd_loss_weight, args.sft_alpha, 'bucket', None)
-        self.conductor = self.backend.conductor = Conductor(self.backend, template, options, who, remote)
+        weighs = args.gkd_rl_weight if args.reward_funcs else 0.0
+        options = LossOptions(Divergence(), args.gkd_loss_weight, args.sft_alpha, 'bucket', None, weighs, args.temperature)
+        rewards = Rewards(args) if args.reward_funcs else None
+        self.conductor = self.backend.conductor = Conductor(self.backend, template, options, who, remote, rewards=rewards)
         self.steps: list[list[list[dict[str, Any]]]] = []
         self.counted: list[list[Counted]] = []
         self.losses: list[float] = []
@@ -425,6 +465,7 @@ def seen(sample) -> dict[str, Any]:
         'question': sample.content['messages'][0]['content'],
         'response': None if response is None else [response.token_ids, response.finish_reason],
         'generated_at': sample.generated_at,
+        'reward': sample.reward and dataclasses.asdict(sample.reward),
     }
 
 

@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from fake_backend import CPU, FakeRun, FakeServer, arguments, flat
+from fake_backend import CPU, REWARDS, FakeRun, FakeServer, arguments, flat
 
 from swift_gkd_plugin import sources
 from swift_gkd_plugin.step.balance import Balancing
@@ -38,6 +38,11 @@ def tiny_template(student: Path):
     template = get_template(processor, template_type='qwen3', max_length=128, truncation_strategy='raise')
     template.set_mode('train')
     return template
+
+
+def with_columns(rows: list[dict[str, Any]]) -> Dataset:
+    """With those that reward functions read."""
+    return Dataset.from_list([{**row, 'bonus': 1 + i % 3, 'half': 2 * i >= len(rows)} for i, row in enumerate(rows)])
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -80,7 +85,7 @@ class Rank:
         return FakeRun(self.template, args, rows, self.ranks, who, server, self.owner, self.owners)
 
     def dataset(self, rows: list[dict[str, Any]] | None = None):
-        return Dataset.from_list(self.rows[:14] if rows is None else rows)
+        return with_columns(self.rows[:14] if rows is None else rows)
 
     def leaves(self, call: Callable[[], Any]) -> str:
         """The error with which ``call`` ends."""
@@ -109,6 +114,12 @@ def training(rank: Rank) -> dict[str, Any]:
 def local_teacher(rank: Rank) -> dict[str, Any]:
     run = rank.run('local', sft_alpha=0.3, max_steps=4).train()
     return {**summary(run), 'looked_at': run.backend.looked_at}
+
+
+def rewarded(rank: Rank) -> dict[str, Any]:
+    """The four responses to a prompt are on several ranks; some rows learn from the dataset."""
+    run = rank.run('rewarded', gkd_num_samples=4, lmbda=0.7, steps_per_generation=3, max_steps=7, **REWARDS).train()
+    return summary(run)
 
 
 def balanced(rank: Rank) -> dict[str, Any]:
@@ -271,6 +282,7 @@ def another_encoding(rank: Rank) -> dict[str, Any] | None:
 CASES = [
     training,
     local_teacher,
+    rewarded,
     balanced,
     stream,
     speed,

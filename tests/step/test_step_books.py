@@ -42,7 +42,7 @@ def test_no_float64_on_the_device(make):
     lost = torch.rand(50, 7) + 1e-6
     with Places():
         for row in lost:
-            batch = SimpleNamespace(imitated=torch.ones(7).to(device), lengths=[7], samples=[SimpleNamespace()])
+            batch = SimpleNamespace(imitated=torch.ones(7).to(device), lengths=[7], samples=[SimpleNamespace()], advantages=None)
             stats = TokenStats(True, *([row.to(device)] * 9))
             books.add_loss(batch, row.to(device).sum(), stats)
         books.metrics.total('tokens/generated', 2**40 + 1)

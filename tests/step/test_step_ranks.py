@@ -65,7 +65,7 @@ def same_training(ranks: list[dict], alone: dict) -> None:
 
 
 @pytest.mark.parametrize('layout', SEVERAL)
-@pytest.mark.parametrize('case', ['training', 'local_teacher'])
+@pytest.mark.parametrize('case', ['training', 'local_teacher', 'rewarded'])
 def test_any_layout_is_one_training(found, layout, case):
     alone = found.alone(case)
     assert {sample['source'] for sample in alone['samples']} >= {'student', 'teacher' if case == 'training' else 'dataset'}

@@ -1,0 +1,197 @@
+"""What responses are worth: ms-swift's reward functions, and the advantage of a response over the others to its prompt."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from swift.rewards import orms
+from swift.rl_core.advantage import RewardMetrics, compute_advantages, compute_reward_metrics
+from swift.rl_core.grpo_algorithm import score_completions
+from swift.rlhf_trainers.utils import make_reward_weights, resolve_reward_funcs
+
+from .arguments import OptionError, learns_from_rewards
+
+# Beside the dataset's columns, what ms-swift gives a reward function (4.6.0, rl_core/data.py: to_reward_row).
+GIVEN = (
+    *('completions', 'trainer_state', 'messages', 'prompt_id', 'request_id', 'finish_reason', 'is_truncated', 'rollout_infos'),
+    *('response_token_ids', 'images', 'videos', 'audios', 'tools', 'objects'),
+)
+
+
+class RewardError(RuntimeError):
+    """A reward function has failed, or returned what is no reward.
+
+    Attributes:
+        place: Of the response that it is about, among those that were scored; None for all of them.
+    """
+
+    def __init__(self, message: str, place: int | None = None):
+        super().__init__(message)
+        self.place = place
+
+
+@dataclass(frozen=True)
+class Reward:
+    """Of one response.
+
+    Attributes:
+        parts: By reward function; None where it has no opinion.
+        total: Their weighted sum.
+        advantage: What the log-probability of each of its tokens is weighted with.
+    """
+
+    parts: tuple[float | None, ...]
+    total: float
+    advantage: float
+
+
+class Rewards:
+    """The reward functions of a run, with ms-swift's names and meaning: ``--reward_funcs``, ``--reward_weights``, ``--scale_rewards``,
+    ``--advantage_estimator``.
+
+    Args:
+        args: ms-swift's arguments; ``--external_plugins`` are loaded.
+
+    Attributes:
+        names: Of the functions, as ms-swift logs them.
+        group: Responses to a prompt.
+
+    Raises:
+        OptionError: A function that does not exist or cannot be made, or another number of weights.
+    """
+
+    def __init__(self, args: Any):
+        unknown = [name for name in args.reward_funcs if name not in orms]
+        if unknown:
+            raise OptionError(
+                f'--reward_funcs {unknown[0]}: not a reward function; there are {", ".join(sorted(orms))}, and what a file of '
+                '--external_plugins puts into swift.rewards.orms.'
+            )
+        if 'soft_overlong' in args.reward_funcs:  # as ms-swift does it for grpo alone (4.6.0, arguments/rlhf_args.py: _init_grpo)
+            if args.soft_cache_length is None:
+                raise OptionError(
+                    '--reward_funcs soft_overlong without --soft_cache_length: say how many of the last tokens cost something.'
+                )
+            args.soft_max_length = args.soft_max_length or args.max_completion_length
+        try:
+            self.functions, self.names = resolve_reward_funcs(args.reward_funcs, args=args)
+        except Exception as error:
+            raise OptionError(f'--reward_funcs {" ".join(args.reward_funcs)}: {error}') from error
+        count = len(args.reward_weights or self.names)
+        if count != len(self.names):
+            raise OptionError(f'--reward_weights has {count} numbers for {len(self.names)} reward functions ({", ".join(self.names)}).')
+        self.weights = make_reward_weights(args.reward_weights, count, torch.device('cpu'))
+        self.group, self.estimator = args.gkd_num_samples, args.advantage_estimator
+        self.scale = args.scale_rewards or {'grpo': 'group', 'rloo': 'none', 'reinforce_plus_plus': 'batch'}[self.estimator]
+
+    def missing_columns(self, columns: Sequence[str]) -> list[tuple[str, str]]:
+        """(function, column) for each column that a function has no value for without the dataset's."""
+        known = {*GIVEN, *columns}
+        return [
+            (name, parameter.name)
+            for name, function in zip(self.names, self.functions, strict=True)
+            for parameter in inspect.signature(function).parameters.values()
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+            and parameter.default is parameter.empty
+            and parameter.name not in known
+        ]
+
+    def of(self, samples: Sequence[Any], state: Any) -> list[tuple[float | None, ...]]:
+        """What each function says about each sample.
+
+        Args:
+            samples: ms-swift's, with the response as the last message.
+            state: The trainer's, which functions are given as ``trainer_state``.
+
+        Raises:
+            RewardError: A function raised, or returned another number of values, or a value that is neither finite nor None.
+        """
+        if not samples:
+            return []
+        functions = [_checked(function, name) for name, function in zip(self.names, self.functions, strict=True)]
+        found = score_completions(samples, functions, [None] * len(functions), False, torch.device('cpu'), trainer_state=state)
+        return [tuple(None if math.isnan(value) else value for value in row) for row in found.tolist()]
+
+    def judged(self, parts: Sequence[tuple[float | None, ...]]) -> tuple[list[Reward], RewardMetrics]:
+        """The advantages of whole groups, one after the other, and what there is to log of them.
+
+        Args:
+            parts: Of each response, as :meth:`of` returns them.
+        """
+        table = torch.tensor([[math.nan if value is None else value for value in row] for row in parts], dtype=torch.float32)
+        advantages, totals = compute_advantages(table, self.weights, self.group, self.estimator, self.scale)
+        if self.scale != 'gdpo':  # which standardises over all groups in the end
+            # The mean of equal numbers may be off by a rounding, which would be divided by a standard deviation of none.
+            groups = totals.view(-1, self.group)
+            advantages = advantages.masked_fill((groups == groups[:, :1]).all(1).repeat_interleave(self.group), 0)
+        metrics = compute_reward_metrics(totals, table, self.names, self.group, self.scale)
+        return [Reward(*one) for one in zip(parts, totals.tolist(), advantages.tolist(), strict=True)], metrics
+
+    def total(self, parts: tuple[float | None, ...]) -> float:
+        """The weighted sum of what the functions say about one response."""
+        return sum(weight * value for weight, value in zip(self.weights.tolist(), parts, strict=True) if value is not None)
+
+
+def rewards_of(args: Any, unit: int, explained: str, *datasets: Any) -> Rewards | None:
+    """The reward functions of a run, checked against its data; None if it has none.
+
+    Args:
+        unit: Rows of which the responses to a prompt must not be in two.
+        explained: What those rows are.
+        datasets: Of ms-swift, or None.
+
+    Raises:
+        OptionError: A function cannot be used, or a column that one needs is in no dataset, or the responses to a prompt do not fit.
+    """
+    if not args.reward_funcs:
+        return None
+    rewards = Rewards(args)
+    if learns_from_rewards(args) and args.lmbda > 0 and unit % rewards.group:
+        raise OptionError(
+            f'--gkd_num_samples {rewards.group}: rewards compare the responses to a prompt, and {explained} {unit} are no multiple of it; '
+            'change the batch sizes, or the number of responses.'
+        )
+    for dataset in datasets:
+        columns = getattr(dataset, 'column_names', None)
+        for name, column in rewards.missing_columns(columns) if columns else ():
+            raise OptionError(
+                f'--reward_funcs: {name} needs the column {column}, the dataset has {", ".join(sorted(columns))}; add it to the dataset.'
+            )
+    return rewards
+
+
+def _checked(function: Callable, name: str) -> Callable:
+    """The function, with what is wrong with it or its values as a :class:`RewardError`; ms-swift would take a NaN for no opinion."""
+
+    def values_of(found: Any, count: int) -> list[float | None]:
+        values = list(found)
+        if len(values) != count:
+            raise RewardError(f'Reward function {name} returned {len(values)} values for {count} responses.')
+        values = [None if value is None else float(value) for value in values]
+        for place, value in enumerate(values):
+            if value is not None and not math.isfinite(value):
+                raise RewardError(f'Reward function {name} returned {value}; return None for what it has no opinion about.', place)
+        return values
+
+    def failed(error: Exception) -> RewardError:
+        return error if isinstance(error, RewardError) else RewardError(f'Reward function {name} failed: {type(error).__name__}: {error}')
+
+    def call(completions: list[str], **columns: Any) -> list[float | None]:
+        try:
+            return values_of(function(completions, **columns), len(completions))
+        except Exception as error:
+            raise failed(error) from error
+
+    async def call_async(completions: list[str], **columns: Any) -> list[float | None]:
+        try:
+            return values_of(await function(completions, **columns), len(completions))
+        except Exception as error:
+            raise failed(error) from error
+
+    return call_async if any(map(asyncio.iscoroutinefunction, (function, type(function).__call__))) else call

@@ -1,0 +1,197 @@
+"""Rewards: which responses are compared, with what result, in every order and split; and what happens when a function fails."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from fake_backend import REWARDS, flat
+from swift.rewards import ORM, orms
+
+from swift_gkd_plugin.arguments import OptionError
+from swift_gkd_plugin.rewards import RewardError, Rewards, rewards_of
+
+GROUPED = {'lmbda': 1, 'gkd_num_samples': 4, 'steps_per_generation': 2, **REWARDS}
+
+
+def groups(run) -> dict[tuple[int, int], list[dict]]:
+    """The student's samples by prompt."""
+    found: dict[tuple[int, int], list[dict]] = {}
+    for one in flat(run):
+        if one['source'] == 'student':
+            number, epoch, _ = one['key']
+            found.setdefault((epoch, number), []).append(one)
+    return found
+
+
+def expected(parts: list[list[float | None]], weights=(1.0, 0.5)) -> list[float]:
+    """(r - mean) / (std + 1e-4) of a prompt's responses (GRPO, Shao et al., 2024, arXiv 2402.03300)."""
+    totals = [sum(w * (p or 0) for w, p in zip(weights, of, strict=True)) for of in parts]
+    mean = sum(totals) / len(totals)
+    std = math.sqrt(sum((r - mean) ** 2 for r in totals) / (len(totals) - 1))
+    return [(r - mean) / (std + 1e-4) for r in totals]
+
+
+@pytest.mark.parametrize(
+    ('size', 'parts', 'cycle'), [(2, 2, 2), (4, 1, 1), (1, 4, 4), (2, 2, 4), (4, 2, 1), (2, 2, 6)], ids=lambda value: str(value)
+)
+def test_an_advantage_is_that_over_the_responses_to_one_prompt(make, size, parts, cycle):
+    """However the step is split, and whether a generation batch is longer or shorter than it."""
+    options = {**GROUPED, 'per_device_train_batch_size': size, 'gradient_accumulation_steps': parts, 'steps_per_generation': cycle}
+    run = make(**options, max_steps=6).train()
+    whole = {place: of for place, of in groups(run).items() if len(of) == 4}
+    assert len(whole) >= 5
+    for of in groups(run).values():  # the run may end in the middle of one
+        for one in of:
+            length, even = one['reward']['parts']
+            assert length > 0 and even in (0.0, 1.0, None)
+            assert one['reward']['total'] == pytest.approx(length + 0.5 * (even or 0))
+    for of in whole.values():
+        assert [one['reward']['advantage'] for one in of] == pytest.approx(
+            expected([one['reward']['parts'] for one in of]), rel=1e-4, abs=1e-5
+        )
+    assert any(None in one['reward']['parts'] for of in whole.values() for one in of)
+
+
+def test_groups_stay_whole_beside_responses_of_the_dataset(make):
+    """A row of the dataset is there once, in the places that its prompt's responses would have had."""
+    run = make(**{**GROUPED, 'lmbda': 0.5, 'max_steps': 20}).train()
+    assert {len(of) for of in groups(run).values()} == {4}
+    dataset = [one for one in flat(run) if one['source'] == 'dataset']
+    assert dataset and all(one['key'][2] == 0 and one['reward'] is None for one in dataset)
+    assert len(dataset) + len(groups(run)) == 20  # of four places each
+
+
+def test_equal_rewards_teach_nothing(make, monkeypatch):
+    """0.1 is not the mean of three times 0.1 in float32; divided by a standard deviation of 0 that would be something."""
+
+    class Same(ORM):
+        def __call__(self, completions, **kwargs):
+            return [0.1] * len(completions)
+
+    monkeypatch.setitem(orms, 'same', Same)
+    for scale, estimator in itertools.product(('group', 'batch', 'none'), ('grpo', 'rloo', 'reinforce_plus_plus')):
+        options = {'reward_funcs': ['same'], 'scale_rewards': scale, 'advantage_estimator': estimator, 'gkd_num_samples': 3}
+        run = make(None, lmbda=1, gkd_loss_weight=0.0, steps_per_generation=3, gradient_accumulation_steps=3, max_steps=2, **options)
+        run.train()
+        assert not run.backend.weights.any() and run.losses == [0, 0]
+        assert run.logs[0]['frac_reward_zero_std'] == 1 and run.logs[0]['reward'] == pytest.approx(0.1)
+
+
+def test_rewards_are_what_is_learnt(make):
+    """Of the fake student: each token's weight moves by its response's advantage, times what its cross-entropy says."""
+    run = make(None, **{**GROUPED, 'gkd_loss_weight': 0.0, 'gkd_rl_weight': 0.3, 'max_steps': 1}).train()
+    samples = flat(run)
+    tokens = sum(len(one['response'][0]) for one in samples)
+    weights = torch.zeros(512, dtype=torch.float64)
+    for one in samples:
+        for token in one['response'][0]:  # of (weight - 1)², at 0
+            weights[token] += 0.5 * 0.3 * one['reward']['advantage'] * 2 / tokens
+    assert run.backend.weights.tolist() == pytest.approx(weights.tolist(), rel=1e-6, abs=1e-9)
+    loss = sum(0.3 * one['reward']['advantage'] * len(one['response'][0]) for one in samples) / tokens
+    assert run.losses == pytest.approx([loss], rel=1e-5) and run.logs[0]['pg_loss'] == pytest.approx(loss / 0.3, rel=1e-5)
+
+
+def test_at_weight_0_rewards_are_measured_only(make):
+    plain = make(**{**GROUPED, 'reward_funcs': []}).train()
+    measured = make(**GROUPED, gkd_rl_weight=0.0).train()
+    assert measured.losses == plain.losses and torch.equal(measured.backend.weights, plain.backend.weights)
+    assert 'reward' in measured.logs[0] and 'pg_loss' not in measured.logs[0] and 'reward' not in plain.logs[0]
+
+
+def test_what_is_logged(make):
+    run = make(**GROUPED, max_steps=1).train()
+    (log,), of = run.logs, [one['reward'] for one in flat(run)]
+    assert log['reward'] == pytest.approx(sum(one['total'] for one in of) / len(of))
+    assert log['advantage/abs'] == pytest.approx(sum(abs(one['advantage']) for one in of) / len(of))
+    assert log['rewards/Length/mean'] == pytest.approx(sum(one['parts'][0] for one in of) / len(of))
+    assert {'reward_std', 'frac_reward_zero_std', 'rewards/Length/std', 'rewards/Even/mean', 'seconds/rewards'} <= set(log)
+    for line, reward in zip(run.completions, of, strict=True):
+        assert [line['reward'], line['rewards/Length'], line['rewards/Even'], line['advantage']] == [
+            reward['total'],
+            *reward['parts'],
+            reward['advantage'],
+        ]
+
+
+@pytest.mark.parametrize('weight', [0.0, 1.0])
+def test_an_evaluation_measures_rewards(make, dataset, weight):
+    run = make(**{**GROUPED, 'gkd_eval_source': 'student', 'gkd_rl_weight': weight})
+    found = [run.evaluate(dataset, *way) for way in ((1, 1), (3, 2), (10, 1))]
+    for one in found:
+        assert one == pytest.approx(found[0], rel=1e-9) and one['reward'] > 0 and {'rewards/Length', 'rewards/Even'} <= set(one)
+    assert 'reward' not in make(**{**GROUPED, 'gkd_eval_source': 'dataset'}).evaluate(dataset)
+
+
+class Failing(ORM):
+    """Does as it is told."""
+
+    how = None
+
+    def __call__(self, completions, messages, **kwargs):
+        if self.how == 'raises':
+            raise KeyError('solution')
+        values = [1.0] * len(completions)
+        if self.how == 'too few':
+            return values[1:]
+        if self.how == 'not a number':
+            values[2] = float('nan')
+        return values
+
+
+@pytest.mark.parametrize(
+    ('how', 'says'),
+    [
+        ('raises', 'Reward function Failing failed: KeyError'),
+        ('too few', 'returned 3 values for 4 responses'),
+        ('not a number', 'Failing returned nan; return None'),
+    ],
+)
+def test_a_function_that_fails_costs_no_response(make, monkeypatch, how, says):
+    """One line with function and row; the responses are in the checkpoint, and are scored when the run goes on."""
+    monkeypatch.setitem(orms, 'failing', Failing)
+    options = {**GROUPED, 'reward_funcs': ['failing'], 'reward_weights': None}
+    whole = make(**options).train()
+    run = make(**options)
+    step = run.one_step
+
+    def then_fail(*args) -> None:
+        step(*args)
+        monkeypatch.setattr(Failing, 'how', how)
+
+    run.one_step = then_fail
+    with pytest.raises(RewardError, match=says) as error:
+        run.train()
+    assert '\n' not in str(error.value) and 'Step 2' in str(error.value) and 'of epoch 0 (student)' in str(error.value)
+    assert str(error.value).count('(student)') == (1 if how == 'not a number' else 4)
+    kept = json.loads(Path(run.backend.checkpoint, 'gkd_cycle_rank0.json').read_text())
+    assert all('token_ids' in one and 'reward' not in one for samples in kept['micro_batches'] for one in samples)
+    monkeypatch.setattr(Failing, 'how', None)
+    resumed = make(**options).train(run.backend.checkpoint)
+    assert resumed.steps == whole.steps[1:] and resumed.losses == whole.losses[1:]
+
+
+@pytest.mark.parametrize(
+    ('options', 'says'),
+    [
+        ({'reward_funcs': ['lenght']}, '--reward_funcs lenght: not a reward function; there are .*length'),
+        ({'reward_weights': [1.0]}, '--reward_weights has 1 numbers for 2 reward functions .Length, Even.'),
+    ],
+)
+def test_what_cannot_be_scored_with(make, options, says):
+    with pytest.raises(OptionError, match=says):
+        make(**{**GROUPED, **options})
+
+
+def test_what_the_data_must_have(make, rows):
+    args = make(**GROUPED).args
+    with pytest.raises(OptionError, match='Length needs the column bonus, the dataset has messages'):
+        rewards_of(args, 4, 'the rows of a step,', Dataset.from_list(rows[:2]), None)
+    with pytest.raises(OptionError, match=r'--gkd_num_samples 4: .* the rows of a step, 6 are no multiple'):
+        rewards_of(args, 6, 'the rows of a step,', None)
+    assert isinstance(rewards_of(args, 8, 'the rows of a step,', None), Rewards)
