@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TrainerState
 
 from ..responses import Prompt, Response, SamplingOptions
-from ..responses.local import LocalGenerator, stand_in
+from ..responses.local import LocalGenerator, evaluation_mode, stand_in
 from ..sources import STUDENT, Source
 from ..step.backend import Backend
 from ..step.ranks import Ranks
@@ -121,6 +121,9 @@ class TransformersBackend(Backend):
             batch = trainer._prepare_inputs(batch)
             with trainer.template.forward_context(trainer.model, batch.student_inputs):
                 trainer.sum_over_tokens(trainer.model_wrapped, batch)
+
+    def before_training(self) -> AbstractContextManager:
+        return evaluation_mode(self.trainer.bare)
 
     def whole(self, parts: torch.Tensor) -> torch.Tensor:
         return parts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig
 
 from ..responses import Prompt, Response, SamplingOptions
+from ..responses.local import evaluation_mode
 from ..sources import STUDENT, Source
 from ..step.backend import Backend
 from ..step.balance import Balancing
@@ -165,7 +166,15 @@ class MegatronBackend(Backend):
             micro_batch_size=self.args.micro_batch_size,
             forward_only=True,
         )
-        trainer.call_event('on_eval_step')
+        if trainer.conductor.books.evaluating:
+            trainer.call_event('on_eval_step')
+
+    @contextmanager
+    def before_training(self) -> Iterator[None]:
+        with self.trainer.gathered_weights(), ExitStack() as stack:
+            for model in self.trainer.wrapped_models:
+                stack.enter_context(evaluation_mode(model))
+            yield
 
     def whole(self, parts: torch.Tensor) -> torch.Tensor:
         if mpu.get_context_parallel_world_size() > 1:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -101,7 +102,11 @@ class Backend(ABC):
 
     @abstractmethod
     def run(self, batches: InTurn) -> None:
-        """Forwards without gradient, for an evaluation; each is booked with ``add_loss``."""
+        """Forwards without gradient; each is booked with ``add_loss``."""
+
+    @abstractmethod
+    def before_training(self) -> AbstractContextManager:
+        """The student as :meth:`run` wants it, in eval mode, in front of a step."""
 
     @abstractmethod
     def whole(self, parts: torch.Tensor) -> torch.Tensor:

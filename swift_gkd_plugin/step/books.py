@@ -42,6 +42,8 @@ class Books:
     Attributes:
         metrics: What is logged next; of an evaluation, while there is one.
         evaluating: Whether there is one.
+        looked_up: Of each micro-batch that :meth:`looking_up` runs, [n] log-probabilities of its tokens, 0 of those elsewhere; None else,
+            when everything is booked.
     """
 
     def __init__(
@@ -51,7 +53,13 @@ class Books:
         self.logs_completions = backend.args.log_completions
         self.metrics, self.evaluating = Metrics(self.ranks.device), False
         self.completions = Completions(backend.args, write_on_rank)
+        self.looked_up: list[torch.Tensor] | None = None
         self._losses: list[tuple[torch.Tensor, list[Sample]]] = []  # of the step under way
+
+    @property
+    def training(self) -> bool:
+        """Whether what runs is a step."""
+        return not self.evaluating and self.looked_up is None
 
     @contextmanager
     def of_evaluation(self) -> Iterator[Metrics]:
@@ -61,6 +69,15 @@ class Books:
             yield self.metrics
         finally:
             self.metrics, self.evaluating = training, False
+
+    @contextmanager
+    def looking_up(self) -> Iterator[list[torch.Tensor]]:
+        """Nothing is booked; what the tokens' log-probabilities are is noted."""
+        self.looked_up = []
+        try:
+            yield self.looked_up
+        finally:
+            self.looked_up = None
 
     def begin_step(self, samples: list[Sample], tokens: int) -> None:
         """Of a training step.
@@ -90,6 +107,11 @@ class Books:
             part: Takes out of a per-token tensor what belongs to these tokens.
         """
         device = self.ranks.device
+        if self.looked_up is not None:
+            logprobs = torch.zeros(len(batch.labels), device=device)
+            logprobs[part(torch.arange(len(batch.labels))).to(device)] = -stats.cross_entropy.to(device)
+            self.looked_up.append(logprobs)
+            return
         imitated = part(batch.imitated).to(device)
         count = len(imitated)
         self.metrics.add('loss', total.detach(), count)
@@ -101,7 +123,10 @@ class Books:
             if self.evaluating:
                 self.metrics.add('all_cross_entropy', _sum(cross_entropy), count)
             elif batch.advantages is not None:
-                self.metrics.add('pg_loss', _sum(cross_entropy * part(batch.advantages).to(device)), count)
+                advantages = part(batch.advantages).to(device)
+                self.metrics.add('pg_loss', _sum(cross_entropy * advantages), count)
+                if stats.clipped is not None:
+                    self.metrics.add('clip_ratio', _sum(stats.clipped), (advantages != 0).sum())
         for name in DETAILS if stats.detail else ():
             values = getattr(stats, name)
             if values is not None:

@@ -147,11 +147,16 @@ class Conductor:
 
     @property
     def scored_by_server(self) -> bool:
-        return isinstance(self.teacher, RemoteTeacher) and self.args.gkd_loss_weight > 0
+        return isinstance(self.teacher, RemoteTeacher) and self._scores
 
     @property
     def scored_locally(self) -> bool:
-        return self.teacher is not None and not isinstance(self.teacher, RemoteTeacher) and self.args.gkd_loss_weight > 0
+        return self.teacher is not None and not isinstance(self.teacher, RemoteTeacher) and self._scores
+
+    @property
+    def _scores(self) -> bool:
+        """Whether a teacher looks at what is run."""
+        return self.args.gkd_loss_weight > 0 and self.books.looked_up is None
 
     # -- rows to micro-batches -----------------------------------------------------------------------------------------------------
 
@@ -184,6 +189,7 @@ class Conductor:
                 break
             self._ready.extend(cycle)
         self._step = [self._ready.popleft() for _ in range(min(num_batches, len(self._ready)))]
+        self._remember()
         for sample in itertools.chain.from_iterable(self._ready):
             sample.prompts = None  # their images would wait for a step of their own
         if self.args.gkd_prefetch and len(self._ready) < num_batches and not self.backend.is_last_step:
@@ -199,6 +205,30 @@ class Conductor:
         self._count(batches)
         self._ask_ahead(rows, num_batches, cycle_length)
         return InTurn(batches, self._in_turn)
+
+    def _remember(self) -> None:
+        """The log-probabilities of rewarded responses that later steps will learn from, under the weights that gave them. A collective
+        call."""
+        waiting = [samples for samples in self._ready if any(s.reward is not None and s.old_logprobs is None for s in samples)]
+        if not self.encoder.with_rewards or not self.ranks.anywhere(len(waiting)):
+            return
+        count = self.ranks.at_most(len(waiting))
+        spare = self._step[0] if self._step else waiting[0]
+        batches = [*waiting, *([Sample(spare[0].row.filler(), spare[0].content)] for _ in range(count - len(waiting)))]
+        with (
+            self.metrics.seconds('seconds/old_logprobs'),
+            self.backend.before_training(),
+            self.books.looking_up() as found,
+            torch.no_grad(),
+        ):
+            self.backend.run(InTurn(batches, self.encoder.micro_batch))
+        mine = [self.backend.whole(logprobs).cpu() for logprobs in found]  # none on a rank without the head
+        known = next(filter(None, self.ranks.among_sharers(mine)), mine)
+        for samples, logprobs in zip(batches, known, strict=True):
+            parts = logprobs.split([self.encoder.trained_tokens(sample) for sample in samples])
+            for sample, part in zip(samples, parts, strict=True):
+                if sample.reward is not None:
+                    sample.old_logprobs = part.clone()
 
     def _new_cycle(self, rows: Iterator[list[Row]], length: int) -> list[list[Sample]]:
         """A cycle's samples with their responses. Empty where the rows end."""

@@ -17,6 +17,7 @@ from dataclasses import astuple, replace
 from typing import Any
 
 import numpy
+import torch
 
 from .. import sources
 from ..arguments import OptionError
@@ -252,6 +253,8 @@ def state_of(ready: list[list[Sample]], drawn: int) -> dict[str, Any]:
             state['generated_at'] = sample.generated_at
         if sample.reward is not None:
             state['reward'] = astuple(sample.reward)
+        if sample.old_logprobs is not None:
+            state['old_logprobs'] = sample.old_logprobs.tolist()
         if sample.scores is not None:
             state['scores'] = _packed(sample.scores)
         if sample.generated is not None:
@@ -311,6 +314,8 @@ def restored(cycle: Cycle, state: dict[str, Any], micro_batches: list[list[Row]]
             if 'reward' in one:
                 parts, *rest = one['reward']
                 sample.reward = Reward(tuple(parts), *rest)
+            if 'old_logprobs' in one:
+                sample.old_logprobs = torch.tensor(one['old_logprobs'])
             if 'generated' in one:
                 sample.generated = cycle.encoder.inner(sample)
                 for name, value in one['generated'].items():

@@ -11,7 +11,7 @@ from swift.utils import get_logger
 
 from .. import checks
 from ..arguments import OptionError
-from ..divergence import Divergence, TokenStats, topk_divergence
+from ..divergence import Clipping, Divergence, TokenStats, topk_divergence
 from ..teachers import Signal, TopK
 from .samples import MicroBatch
 
@@ -32,6 +32,8 @@ class LossOptions:
         vocab_size: Number of token ids that both models have; None for all columns of a head.
         reward_weight: Of the rewards (``--gkd_rl_weight``).
         sampling_temperature: The student's.
+        clip: How far the ratio of a token's probability to that under the student that sampled it may fall below 1, and rise above, before
+            its reward teaches nothing more (``--epsilon``, ``--epsilon_high``).
     """
 
     divergence: Divergence
@@ -41,6 +43,7 @@ class LossOptions:
     vocab_size: int | None
     reward_weight: float = 0.0
     sampling_temperature: float = 1.0
+    clip: tuple[float, float] = (0.2, 0.2)
 
     @classmethod
     def of(cls, args, student: int | None, teacher: int | None = None, tokens: tuple[int, int] | None = None) -> LossOptions:
@@ -70,6 +73,7 @@ class LossOptions:
             columns,
             args.gkd_rl_weight if args.reward_funcs else 0.0,
             args.temperature,
+            (args.epsilon, args.epsilon if args.epsilon_high is None else args.epsilon_high),
         )
 
 
@@ -101,6 +105,8 @@ class LossInForward:
         if batch.advantages is not None:
             found['label_weights'] += here(batch.advantages) * options.reward_weight
             found['label_temperature'] = torch.where(imitated > 0, 1.0, options.sampling_temperature)
+            if batch.old_logprobs is not None:
+                found['clipping'] = Clipping(here(batch.old_logprobs), *options.clip)
         return found
 
     def _from_topk(self, chosen: torch.Tensor, weight: torch.Tensor | None, signal: TopK, **common: Any) -> torch.Tensor:

@@ -94,6 +94,7 @@ class Sample:
         question: What it is asked about the trained tokens; None without a server.
         asked: What it will say about them, where the question is on its way.
         reward: What the response is worth, of the student's where there are reward functions.
+        old_logprobs: [n] float32, of its trained tokens under the student that gave it, if a later one learns from it.
         attempt: 0 for the row's own content, n for that of the n-th row that was drawn in its place.
         unfit: Why the row's own content cannot be encoded; None if it can.
     """
@@ -113,6 +114,7 @@ class Sample:
     question: Question | None = field(default=None, repr=False)
     asked: Future | None = field(default=None, repr=False)
     reward: Reward | None = None
+    old_logprobs: torch.Tensor | None = field(default=None, repr=False)
     attempt: int = 0
     unfit: str | None = None
 
@@ -305,6 +307,8 @@ class MicroBatch:
         lengths: How many of the n tokens each sample has.
         signal: What the teacher says about the n tokens, once it is known.
         advantages: [n] float32, of the response that the token is in, 0 where it has none; None without rewards.
+        old_logprobs: [n] float32, log-probabilities under the student that sampled the tokens, NaN where it is the student of now; None if
+            it always is.
     """
 
     samples: list[Sample]
@@ -318,6 +322,7 @@ class MicroBatch:
     lengths: list[int] = field(repr=False)
     signal: Signal | None = field(default=None, repr=False)
     advantages: torch.Tensor | None = field(default=None, repr=False)
+    old_logprobs: torch.Tensor | None = field(default=None, repr=False)
 
     @property
     def num_tokens(self) -> int:
@@ -549,9 +554,12 @@ class SampleEncoder:
         encoded = [self.views(sample)[0] for sample in samples]
         if self.needs_teacher:
             self.ask(samples)
-        trained = [sum(t != IGNORED for t in one['labels'][1:]) for one in encoded]
+        trained = list(map(self.trained_tokens, samples))
         rows = [len(one['input_ids']) for one in encoded]
         return Counted(samples, trained, sum(rows) if self.template.padding_free else len(rows) * max(rows, default=0))
+
+    def trained_tokens(self, sample: Sample) -> int:
+        return sum(token != IGNORED for token in self.views(sample)[0]['labels'][1:])
 
     def micro_batch(self, samples: list[Sample]) -> MicroBatch:
         """Encode and collate, on the CPU. A teacher's view for one sample means one for all of them."""
@@ -582,6 +590,7 @@ class SampleEncoder:
             torch.tensor(imitated, dtype=torch.float32),
             lengths,
             advantages=_advantages(samples, lengths) if self.with_rewards else None,
+            old_logprobs=_old_logprobs(samples, lengths),
         )
 
     def for_reward(self, sample: Sample) -> GKDSample:
@@ -682,3 +691,11 @@ def _advantages(samples: list[Sample], lengths: list[int]) -> torch.Tensor | Non
         return None
     of_samples = torch.tensor([sample.reward.advantage if sample.reward else 0.0 for sample in samples])
     return of_samples.repeat_interleave(torch.tensor(lengths))
+
+
+def _old_logprobs(samples: list[Sample], lengths: list[int]) -> torch.Tensor | None:
+    """[n] float32, of the samples' tokens; None if no sample has any."""
+    if all(sample.old_logprobs is None for sample in samples):
+        return None
+    unknown = torch.tensor(torch.nan)
+    return torch.cat([unknown.expand(n) if s.old_logprobs is None else s.old_logprobs for s, n in zip(samples, lengths, strict=True)])

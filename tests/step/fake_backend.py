@@ -8,6 +8,7 @@ would show in every step that follows.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -290,10 +291,10 @@ class FakeBackend(Backend):
         weights = self.weights[labels].requires_grad_()
         cross_entropy = (weights - 1) ** 2
         weight = self.args.sft_alpha * self.part(batch.imitated)
-        if batch.advantages is not None:
-            weight = weight + self.args.gkd_rl_weight * self.part(batch.advantages)
         loss = weight * cross_entropy
         stats = TokenStats(cross_entropy=cross_entropy.detach().float())
+        if batch.advantages is not None:
+            loss = loss + self._of_rewards(batch, cross_entropy, stats)
         if batch.signal is not None:
             divergence = (weights - self.part(batch.signal.logprobs)[:, 0]) ** 2
             loss, stats.divergence = loss + self.args.gkd_loss_weight * divergence, divergence.detach().float()
@@ -306,6 +307,20 @@ class FakeBackend(Backend):
             gradient.index_add_(0, labels, torch.autograd.grad(total, weights)[0])
         self.conductor.add_loss(batch, total.detach(), stats, self.part)
         return gradient
+
+    def _of_rewards(self, batch, cross_entropy: torch.Tensor, stats: TokenStats) -> torch.Tensor:
+        """Clipped (PPO, Schulman et al., 2017, arXiv 1707.06347) where it was another student that sampled the token."""
+        advantages = self.args.gkd_rl_weight * self.part(batch.advantages)
+        if batch.old_logprobs is None:
+            return advantages * cross_entropy
+        old = self.part(batch.old_logprobs)
+        ratio = (-cross_entropy - old.nan_to_num()).exp()
+        clipped = torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+        stats.clipped = (~old.isnan() & (clipped != ratio * advantages)).float()
+        return torch.where(old.isnan(), advantages * cross_entropy, -clipped)
+
+    def before_training(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
 
     def run(self, batches) -> None:
         for batch in batches:

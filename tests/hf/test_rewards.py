@@ -1,0 +1,94 @@
+"""Rewards through the real command line: ms-swift's own GRPO on the same responses, layouts, checkpoints, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import job_runs
+import pytest
+import reward_functions
+
+FUNCTIONS = {'external_plugins': reward_functions.__file__, 'reward_funcs': ['ids', 'short'], 'reward_weights': [1, 0.5]}
+STEP = {
+    **job_runs.ONE_STEP,
+    **FUNCTIONS,
+    **job_runs.IN_ORDER,
+    'tuner_type': 'full',
+    'max_steps': 2,
+    'lmbda': 1,
+    'gkd_num_samples': 4,
+    'per_device_train_batch_size': 4,
+    'temperature': 0.7,
+    'max_completion_length': 12,
+    'logging_steps': 1,
+}
+GRPO = {
+    'rlhf_type': 'grpo',
+    'num_generations': 4,
+    'loss_type': 'dapo',
+    'beta': 0,
+    'teacher_model': None,
+    'teacher_model_type': None,
+    'lmbda': None,
+    'gkd_num_samples': None,
+}
+
+
+@pytest.fixture(scope='module')
+def dataset(tiny_models, tmp_path_factory) -> Path:
+    """With a column for the reward functions."""
+    path = tmp_path_factory.mktemp('rewarded') / 'rows.jsonl'
+    rows = [json.loads(line) for line in tiny_models.train.read_text().splitlines()]
+    path.write_text(''.join(json.dumps({**row, 'worth': 1 + i % 3}) + '\n' for i, row in enumerate(rows)))
+    return path
+
+
+@pytest.fixture(scope='module')
+def runs(run_jobs, dataset):
+    alone = {**STEP, 'dataset': dataset, 'gkd_loss_weight': 0}
+    both = {**STEP, 'dataset': dataset, 'gkd_rl_weight': 0.3}
+    return run_jobs(
+        {
+            'gkd': {**alone, 'log_completions': 'true'},
+            'grpo': {**alone, **GRPO, 'gkd_loss_weight': None},
+            'both': {**both, 'gkd_detailed_metrics': 'true'},
+            'split': {**both, 'per_device_train_batch_size': 2, 'gradient_accumulation_steps': 4},
+        }
+    )
+
+
+@pytest.mark.e2e
+def test_without_a_divergence_it_is_grpo(runs):
+    """One update per generation, loss_type dapo, no reference model; of ms-swift's own trainer on the same responses."""
+    ours, stock = runs['gkd'].ok(), runs['grpo'].ok()
+    assert ours.loaded == stock.loaded == 1  # no teacher
+    for step in (1, 2):
+        assert job_runs.relative(ours.gradients(step), stock.gradients(step)) < 1e-5
+    for name in ('reward', 'reward_std', 'frac_reward_zero_std', 'rewards/Ids/mean', 'rewards/Short/std'):
+        assert ours.values(name) == pytest.approx(stock.values(name), rel=1e-5)
+
+
+@pytest.mark.e2e
+def test_the_same_however_it_is_split(runs):
+    whole, split = runs['both'].ok(), runs['split'].ok()
+    assert split.losses == pytest.approx(whole.losses, rel=1e-6)
+    assert job_runs.relative(split.gradients(2), whole.gradients(2)) < 1e-5
+    assert split.values('pg_loss') == pytest.approx(whole.values('pg_loss'), rel=1e-5)
+
+
+@pytest.mark.e2e
+def test_the_loss_is_the_divergence_and_the_rewards(runs):
+    run = runs['both'].ok()
+    parts = [d + 0.3 * p for d, p in zip(run.values('divergence'), run.values('pg_loss'), strict=True)]
+    assert run.losses == pytest.approx(parts, rel=1e-5)
+
+
+@pytest.mark.e2e
+def test_completions_have_their_rewards(runs):
+    lines = runs['gkd'].ok().completions
+    assert len(lines) == 16
+    for line in lines:
+        assert line['reward'] == pytest.approx(line['rewards/Ids'] + 0.5 * line['rewards/Short'])
+    for start in range(0, 16, 4):
+        assert sum(line['advantage'] for line in lines[start : start + 4]) == pytest.approx(0, abs=1e-5)
