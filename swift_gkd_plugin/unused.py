@@ -40,7 +40,7 @@ def nobody_generates(args: Any) -> bool:
     return not student and (teacher_is_silent(args) or args.teacher_model_server is not None or args.gkd_teacher_engine == 'vllm')
 
 
-OF_REWARDS = ('reward_weights', 'scale_rewards', 'advantage_estimator', 'gkd_rl_weight')
+OF_REWARDS = ('reward_weights', 'scale_rewards', 'advantage_estimator', 'gkd_rl_weight', 'epsilon', 'epsilon_high')
 BLIND = 'at --gkd_loss_weight 0 no teacher looks at the responses'
 IDLE = f'{BLIND}, and without --seq_kd or --gkd_eval_source teacher it answers nothing'
 ELSEWHERE = 'it belongs to --teacher_model_server and --gkd_teacher_engine vllm'
@@ -50,7 +50,7 @@ ONLY_IN_ENGINE = 'the engine has the only copy of the teacher; see --gkd_teacher
 OF_OTHERS: dict[str, tuple[str, ...]] = {
     'GRPO': (
         *('reward_model_plugin', 'overlong_filter', 'dynamic_sample'),
-        *('epsilon', 'epsilon_high', 'delta', 'advantage_reweight', 'importance_sampling_level', 'kl_in_reward'),
+        *('delta', 'advantage_reweight', 'importance_sampling_level', 'kl_in_reward'),
         *('num_iterations', 'num_generations_eval', 'teacher_kl_coef', 'sdar_loss_coef', 'top_entropy_quantile', 'log_entropy'),
         *('rollout_importance_sampling_mode', 'log_rollout_offpolicy_metrics', 'off_policy_sequence_mask_delta', 'sync_ref_model'),
         *('chord_sft_dataset', 'chord_enable_phi_function', 'soft_max_length', 'soft_cache_length'),
