@@ -22,16 +22,17 @@ logger = logging.getLogger(__name__)
 
 class Compiled(Sweeps):
     def normalise(self, logits: Logits, tokens: Tokens) -> None:
-        temperature, detail = self.setting.to_one, tokens.best is not None
+        detail = tokens.best is not None
         for side, z in enumerate((logits.student, logits.teacher)):
             if z is None:
                 continue
-            at_one = temperature if not side and tokens.label_lse is not None and temperature != 1 else None
-            base = (logits.student,) if side and logits.difference else ()
-            top, log_total, log_at_one, best, entropy = _normaliser(at_one, detail)(z, *base)
+            labels = not side and tokens.label_lse is not None
+            scale = _own(tokens.label_scale) if labels and self.setting.label_scale != 1 else None
+            base = logits.student if side and logits.difference else None
+            top, log_total, log_of_labels, best, entropy = _normaliser(scale is not None, detail)(z, base, scale)
             tokens.lse[side] = top.double() + log_total
-            if not side and tokens.label_lse is not None:
-                tokens.label_lse.copy_(top.double() * temperature + log_at_one)
+            if labels:
+                tokens.label_lse.copy_(top.double() * tokens.label_scale.double() + log_of_labels)
             if detail:
                 tokens.top[side], tokens.best[side] = top, best + self.setting.vocabulary.first_id
                 tokens.entropy[side] = entropy
@@ -42,12 +43,12 @@ class Compiled(Sweeps):
             into.copy_(sums)
 
     def gradient(self, logits: Logits, tokens: Tokens, out: Tensor) -> None:
-        sweep = _differentiating(self.setting.divergence, logits.difference, self.setting.to_one, self.setting.softcap)
+        sweep = _differentiating(self.setting.divergence, logits.difference, self._over_softcap)
         inputs = logits.student, logits.teacher, *_norms(tokens), _own(tokens.sums[1]), _own(tokens.weight), self._label(tokens)
         sweep(*inputs, None if out is logits.student else out)
 
     def tail_gradient(self, logits: Logits, tokens: Tokens, tail_weight: Tensor | None, out: Tensor) -> None:
-        sweep = _tail(tail_weight is not None, self.setting.to_one, self.setting.softcap)
+        sweep = _tail(tail_weight is not None, self._over_softcap)
         sweep(
             logits.student,
             _own(tokens.lse[0]),
@@ -56,10 +57,16 @@ class Compiled(Sweeps):
             None if out is logits.student else out,
         )
 
-    def _label(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor] | None:
+    def _label(self, tokens: Tokens) -> tuple[Tensor, ...] | None:
         if tokens.label_weight is None:
             return None
-        return _own(tokens.label_lse), _own(tokens.label_weight), tokens.label - self.setting.vocabulary.first_id
+        numbers = (_own(x) for x in (tokens.label_lse, tokens.label_scale, tokens.label_weight))
+        return *numbers, tokens.label - self.setting.vocabulary.first_id
+
+    @property
+    def _over_softcap(self) -> float | None:
+        """What makes logits the softcap's tanh."""
+        return self.setting.temperature / self.setting.softcap if self.setting.softcap else None
 
 
 def _norms(tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,17 +112,17 @@ def works() -> bool:
 
 
 @functools.cache
-def _normaliser(label_temperature: float | None, detail: bool):
-    def sweep(z, base=None):
+def _normaliser(scaled: bool, detail: bool):
+    def sweep(z, base, scale):
         z = z if base is None else base + z
         top = z.amax(-1)
         below = z - top[:, None]
         total = below.exp().sum(-1, dtype=torch.float64)
-        at_one = total if label_temperature is None else (below * label_temperature).exp().sum(-1, dtype=torch.float64)
+        of_labels = (below * scale[:, None]).exp().sum(-1, dtype=torch.float64) if scaled else total
         if not detail:
-            return top, total.log(), at_one.log(), None, None
+            return top, total.log(), of_labels.log(), None, None
         entropy = total.log() - (below.exp() * below).sum(-1, dtype=torch.float64) / total
-        return top, total.log(), at_one.log(), z.argmax(-1), entropy
+        return top, total.log(), of_labels.log(), z.argmax(-1), entropy
 
     return _compile(sweep)
 
@@ -130,32 +137,32 @@ def _summing(divergence: Divergence, difference: bool):
 
 
 @functools.cache
-def _differentiating(divergence: Divergence, difference: bool, temperature: float, softcap: float | None):
+def _differentiating(divergence: Divergence, difference: bool, over_softcap: float | None):
     def sweep(zs, zt, norm_s, norm_t, shift, centre, weight, label, out):
         found, student = _columns(divergence, difference, zs, zt, norm_s, norm_t, shift)
         gradient = found.gradient(student, centre) * (found.factor * weight)[:, None]
-        (zs if out is None else out).copy_(_finished(gradient, zs, label, temperature, softcap))
+        (zs if out is None else out).copy_(_finished(gradient, zs, label, over_softcap))
 
     return _compile(sweep)
 
 
 @functools.cache
-def _tail(any_tail: bool, temperature: float, softcap: float | None):
+def _tail(any_tail: bool, over_softcap: float | None):
     def sweep(zs, norm, weight, label, out):
         gradient = (zs - norm[:, None]).exp() * weight[:, None] if any_tail else torch.zeros_like(zs)
-        (zs if out is None else out).copy_(_finished(gradient, zs, label, temperature, softcap))
+        (zs if out is None else out).copy_(_finished(gradient, zs, label, over_softcap))
 
     return _compile(sweep)
 
 
-def _finished(gradient, zs, label, temperature: float, softcap: float | None) -> Tensor:
+def _finished(gradient, zs, label, over_softcap: float | None) -> Tensor:
     """The cross-entropy's gradient and the softcap's derivative."""
     if label is not None:
-        norm, weight, column = (x[:, None] for x in label)
+        norm, scale, weight, column = (x[:, None] for x in label)
         one_hot = (torch.arange(zs.shape[1]) == column).to(zs.dtype)
-        gradient = gradient + ((zs * temperature - norm).exp() - one_hot) * weight
-    if softcap:
-        gradient = gradient * (1 - (zs * (temperature / softcap)).square())
+        gradient = gradient + ((zs * scale - norm).exp() - one_hot) * weight
+    if over_softcap is not None:
+        gradient = gradient * (1 - (zs * over_softcap).square())
     return gradient
 
 

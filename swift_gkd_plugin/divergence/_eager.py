@@ -41,14 +41,15 @@ class Eager(Sweeps):
                 tokens.entropy[side] = -torch.sub(z, self.local[side][:, None].to(z.dtype), out=self._buffer('e', len(z))).mul_(p).sum(-1)
         tokens.lse.copy_(self.local)
         if tokens.label_lse is not None:
-            tokens.label_lse.copy_(self.local[0] if self.setting.temperature == 1 else self._normalise_at_one(logits.student))
+            same = self.setting.label_scale == 1
+            tokens.label_lse.copy_(self.local[0] if same else self._normalise_for_labels(logits.student, tokens.label_scale))
 
-    def _normalise_at_one(self, z: Tensor) -> Tensor:
+    def _normalise_for_labels(self, z: Tensor, scale: Tensor) -> Tensor:
         top = z.amax(-1)
-        p = torch.sub(z, top[:, None], out=self._buffer('p at one', len(z)))
-        total = p.mul_(self.setting.to_one).exp_().sum(-1, dtype=torch.float64)
-        self.top_at_one = top.double() * self.setting.to_one
-        return self.top_at_one + total.log()
+        p = torch.sub(z, top[:, None], out=self._buffer('p of labels', len(z)))
+        total = p.mul_(scale[:, None]).exp_().sum(-1, dtype=torch.float64)
+        self.label_top = top.double() * scale.double()
+        return self.label_top + total.log()
 
     def sums(self, divergence: Divergence, logits: Logits, tokens: Tokens, out: Tensor) -> None:
         n = len(logits.student)
@@ -85,8 +86,8 @@ class Eager(Sweeps):
         else:
             torch.mul(gradient, weight[:, None], out=total)
         if tokens.label_weight is not None:
-            at_one = setting.temperature != 1
-            p, norm = (self._buffer('p at one', n), self.top_at_one) if at_one else (self._buffer('p0', n), tokens.lse[0])
+            same = setting.label_scale == 1
+            p, norm = (self._buffer('p0', n), tokens.lse[0]) if same else (self._buffer('p of labels', n), self.label_top)
             factor = (norm - tokens.label_lse).exp().to(p.dtype) * tokens.label_weight
             total.addcmul_(p, factor[:, None])
             column, here = setting.vocabulary.find(tokens.label[:, None])

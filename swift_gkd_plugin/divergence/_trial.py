@@ -22,11 +22,12 @@ _POWER = 1.25  # of a teacher's log-probabilities: at another temperature there 
 _BOUND = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # relative, of numbers in this dtype
 
 
-def wrong(sweeps: type[Sweeps], divergence: Divergence, device: torch.device) -> str | None:
-    """The first number of a call that `sweeps` have wrong, in words, or None. Raises what they raise."""
+def wrong(sweeps: type[Sweeps], divergence: Divergence, device: torch.device, label_temperatures: bool = False) -> str | None:
+    """The first number of a call that `sweeps` have wrong, in words, or None. Raises what they raise. label_temperatures: Whether
+    labels have a temperature each."""
     temperature = 1.0 if divergence.temperature == 1 else 0.9  # its size makes no other kernel
     divergence = Divergence(divergence.kind, divergence.beta, temperature, divergence.skew)
-    for name, call, dtype in _calls(divergence, device):
+    for name, call, dtype in _calls(divergence, device, label_temperatures):
         found, right = (_numbers(call, dtype, one) for one in (sweeps, Eager))
         for what, expected in right.items():
             bound = _BOUND[dtype] if what == 'gradient' else _BOUND[torch.float32]
@@ -38,7 +39,7 @@ def wrong(sweeps: type[Sweeps], divergence: Divergence, device: torch.device) ->
     return None if torch.allclose(norms, gathered.logsumexp(0)) else 'log-sum-exp over ranks'
 
 
-def _calls(divergence: Divergence, device: torch.device) -> list[tuple[str, Call, torch.dtype]]:
+def _calls(divergence: Divergence, device: torch.device, label_temperatures: bool) -> list[tuple[str, Call, torch.dtype]]:
     """What each is called, and the dtype that its gradient is written in. Together they start every kernel."""
     generator = torch.Generator().manual_seed(0)
 
@@ -52,7 +53,9 @@ def _calls(divergence: Divergence, device: torch.device) -> list[tuple[str, Call
     logprobs, ids = torch.log_softmax(teacher / (_POWER * divergence.temperature), -1).topk(9)
     labels = torch.tensor([_COLUMNS - 1, -100, 5], device=device)
     labels[2] = ids[2, 1]
-    plain, labelled = Weights(drawn(_TOKENS)), Weights(drawn(_TOKENS), labels, drawn(_TOKENS))
+    plain = Weights(drawn(_TOKENS))
+    at = torch.linspace(0.5, 1.5, _TOKENS, device=device) if label_temperatures else 1.0
+    labelled = Weights(drawn(_TOKENS), labels, drawn(_TOKENS), at)
     vocabulary = Vocabulary.whole(_COLUMNS)
 
     def call(other, weights: Weights, detail: bool = False) -> Call:

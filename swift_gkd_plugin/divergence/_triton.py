@@ -46,6 +46,7 @@ class Triton(Sweeps):
             if z is None:
                 continue
             labels = not side and tokens.label_lse is not None
+            scale, per_row = self._label_scale(tokens if labels else None)
             with torch.cuda.device_of(z):
                 kernels.normalise_kernel[(len(z),)](
                     z,
@@ -57,10 +58,11 @@ class Triton(Sweeps):
                     tokens.entropy[side] if detail else nothing,
                     z.shape[1],
                     z.stride(0),
-                    self.setting.to_one,
+                    scale,
                     ADD=bool(side and logits.difference),
                     LABELS=labels,
-                    AT_ONE=labels and self.setting.temperature != 1,
+                    SCALED=labels and self.setting.label_scale != 1,
+                    PER_ROW=per_row,
                     DETAIL=detail,
                     BLOCK=_BLOCK,
                     **(_OPTIONS | dict(num_warps=16) if detail else _OPTIONS),  # its sums need more registers
@@ -88,6 +90,7 @@ class Triton(Sweeps):
 
     def gradient(self, logits: Logits, tokens: Tokens, out: Tensor) -> None:
         zs, zt = logits.student, logits.teacher
+        scale, per_row = self._label_scale(tokens)
         with torch.cuda.device_of(zs):
             kernels.gradient_kernel[self._grid(zs)](
                 zs,
@@ -99,20 +102,24 @@ class Triton(Sweeps):
                 out,
                 zs.stride(0),
                 self.setting.vocabulary.first_id,
-                self.setting.to_one,
+                scale,
+                self.setting.temperature,
                 self.setting.softcap or 1.0,
                 **_form(self.setting.divergence),
                 DIFFERENCE=logits.difference,
                 LABELS=tokens.label_weight is not None,
+                PER_ROW=per_row,
                 SOFTCAP=bool(self.setting.softcap),
                 BLOCK=_BLOCK,
                 **_OPTIONS,
             )
 
     def at_once(self, logits: Logits, tokens: Tokens, out: Tensor) -> bool:
-        if os.environ.get(ONE_LOAD) != '1' or tokens.best is not None:
+        labels = tokens.label_lse is not None
+        # The one kernel knows one temperature of all labels.
+        if os.environ.get(ONE_LOAD) != '1' or tokens.best is not None or (labels and self.setting.label_scale is None):
             return False
-        if not _one_load_works(self.setting, logits.difference, tokens.label_lse is not None, tokens.label_weight is not None, out.dtype):
+        if not _one_load_works(self.setting, logits.difference, labels, tokens.label_weight is not None, out.dtype):
             return False
         self.one_load(logits, tokens, out)
         return True
@@ -140,13 +147,14 @@ class Triton(Sweeps):
                     zs.shape[1],
                     zs.stride(0),
                     setting.vocabulary.first_id,
-                    setting.to_one,
+                    1.0 if setting.label_scale is None else setting.label_scale,
+                    setting.temperature,
                     setting.softcap or 1.0,
                     **_form(setting.divergence),
                     DIFFERENCE=logits.difference,
                     LABELS=labels,
                     TRAINED=tokens.label_weight is not None,
-                    AT_ONE=labels and setting.temperature != 1,
+                    SCALED=labels and setting.label_scale != 1,
                     SOFTCAP=bool(setting.softcap),
                     SWEEP=sweep,
                     SLICES=slices,
@@ -157,6 +165,7 @@ class Triton(Sweeps):
 
     def tail_gradient(self, logits: Logits, tokens: Tokens, tail_weight: Tensor | None, out: Tensor) -> None:
         z, norm = logits.student, tokens.lse[0]
+        scale, per_row = self._label_scale(tokens)
         with torch.cuda.device_of(z):
             kernels.tail_gradient_kernel[self._grid(z)](
                 z,
@@ -166,10 +175,12 @@ class Triton(Sweeps):
                 out,
                 z.stride(0),
                 self.setting.vocabulary.first_id,
-                self.setting.to_one,
+                scale,
+                self.setting.temperature,
                 self.setting.softcap or 1.0,
                 TAIL=tail_weight is not None,
                 LABELS=tokens.label_weight is not None,
+                PER_ROW=per_row,
                 SOFTCAP=bool(self.setting.softcap),
                 BLOCK=_BLOCK,
                 **_OPTIONS,
@@ -200,7 +211,7 @@ class Triton(Sweeps):
             return super().compare(listed, tokens)
         teacher, ids, weight, setting = listed.teacher, listed.ids, tokens.weight, self.setting
         tail_weight, per_id = torch.empty_like(weight), torch.empty_like(listed.logits)
-        form = _form(setting.divergence)
+        form, (scale, per_row) = _form(setting.divergence), self._label_scale(tokens)
         with torch.cuda.device_of(ids):
             kernels.buckets_kernel[(len(ids),)](
                 listed.logits,
@@ -215,7 +226,8 @@ class Triton(Sweeps):
                 per_id,
                 ids.shape[1],
                 setting.vocabulary.size,
-                setting.to_one,
+                scale,
+                setting.temperature,
                 setting.softcap or 1.0,
                 KIND=form['KIND'],
                 W=form['W'],
@@ -229,6 +241,7 @@ class Triton(Sweeps):
                 STILL=tails.STILL,
                 LABELS=tokens.label_lse is not None,
                 TRAINED=tokens.label_weight is not None,
+                PER_ROW=per_row,
                 SOFTCAP=bool(setting.softcap),
                 **_few_options(ids),
             )
@@ -252,6 +265,13 @@ class Triton(Sweeps):
             return (tokens.lse[0],) * 3
         return tokens.label_lse, tokens.label_weight, tokens.label
 
+    def _label_scale(self, tokens: Tokens | None) -> tuple[float | Tensor, bool]:
+        """A number, or one for each row and True. None: tokens without labels."""
+        scale = self.setting.label_scale
+        if scale is not None:
+            return scale, False
+        return (1.0, False) if tokens is None or tokens.label_scale is None else (tokens.label_scale, True)
+
 
 def _few_options(ids: Tensor) -> dict:
     k = triton.next_power_of_2(max(ids.shape[1], 2))
@@ -259,11 +279,11 @@ def _few_options(ids: Tensor) -> dict:
 
 
 @functools.cache
-def works(device: torch.device, divergence: Divergence) -> bool:
+def works(device: torch.device, divergence: Divergence, label_temperatures: bool) -> bool:
     """Whether the kernels of a divergence can be compiled and started on a device, and do there what torch operations do; a
-    warning, once, where they don't."""
+    warning, once, where they don't. label_temperatures: Whether labels have a temperature each, for which there are other kernels."""
     try:
-        wrong = _trial.wrong(Triton, divergence, device)
+        wrong = _trial.wrong(Triton, divergence, device, label_temperatures)
         if wrong is None:
             return True
         reason = f'a kernel gives wrong numbers: {wrong}'

@@ -225,17 +225,26 @@ def _block_of(z, base, place, limit, other, ADD: tl.constexpr, MASKED: tl.conste
 
 
 @triton.jit
-def _take_in(x, first, offsets, m, s, at_one, mean, index, temperature, AT_ONE: tl.constexpr, DETAIL: tl.constexpr):
+def _take_in(x, first, offsets, m, s, of_labels, mean, index, scale, SCALED: tl.constexpr, DETAIL: tl.constexpr):
     """A block's logits into each lane's running maximum m and sum s."""
     new = tl.maximum(m, x)
-    if AT_ONE:
-        at_one = at_one * _exp((m - new) * temperature) + _exp((x - new) * temperature)
+    if SCALED:
+        of_labels = of_labels * _exp((m - new) * scale) + _exp((x - new) * scale)
     if DETAIL:
         index = tl.where(x > m, first + offsets, index)
     shrunk, p = _exp(m - new), _exp(x - new)
     if DETAIL:  # Σ p·(x - m); a lane's first maximum is infinitely higher than none
         mean = shrunk * (mean + tl.maximum(m - new, -1000.0) * s) + p * tl.maximum(x - new, -1000.0)
-    return new, s * shrunk + p, at_one, mean, index
+    return new, s * shrunk + p, of_labels, mean, index
+
+
+@triton.jit
+def _scale_of(label_scale, row, PER_ROW: tl.constexpr):
+    """What brings a row's logits to its label's temperature: of all rows the same, or one of a tensor's."""
+    if PER_ROW:
+        return tl.load(label_scale + row)
+    else:
+        return label_scale
 
 
 # Rows of logits always start at a multiple of 16 bytes, and kernels are compiled for that; `out` is such rows in the sweeps.
@@ -267,28 +276,30 @@ def normalise_kernel(
     entropy,
     columns,
     stride,
-    temperature,
+    label_scale,
     ADD: tl.constexpr,
     LABELS: tl.constexpr,
-    AT_ONE: tl.constexpr,
+    SCALED: tl.constexpr,
+    PER_ROW: tl.constexpr,
     DETAIL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """LABELS: label_lse too, AT_ONE: which is another sum than lse."""
+    """LABELS: label_lse too, SCALED: which is another sum than lse, PER_ROW: of each row at a temperature of its own."""
     row = tl.program_id(0)
     start = row.to(tl.int64) * stride
     offsets = tl.arange(0, BLOCK)
     m = tl.full((BLOCK,), _NOTHING, tl.float32)
-    s, at_one, mean = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    s, of_labels, mean = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     index = tl.zeros((BLOCK,), tl.int32)
+    scale = _scale_of(label_scale, row, PER_ROW)
     whole = columns // BLOCK * BLOCK
     for first in range(0, whole, BLOCK):
         x = _block_of(z, base, start + first + offsets, None, None, ADD, False)
-        m, s, at_one, mean, index = _take_in(x, first, offsets, m, s, at_one, mean, index, temperature, AT_ONE, DETAIL)
+        m, s, of_labels, mean, index = _take_in(x, first, offsets, m, s, of_labels, mean, index, scale, SCALED, DETAIL)
     place = whole + offsets
     x = _block_of(z, base, start + place, place < stride, 0.0, ADD, True)
     x = tl.where(place < columns, x, _NOTHING)
-    m, s, at_one, mean, index = _take_in(x, whole, offsets, m, s, at_one, mean, index, temperature, AT_ONE, DETAIL)
+    m, s, of_labels, mean, index = _take_in(x, whole, offsets, m, s, of_labels, mean, index, scale, SCALED, DETAIL)
 
     highest = tl.max(m, 0)
     counts = m > _NOTHING
@@ -296,11 +307,11 @@ def normalise_kernel(
     total = tl.sum(s * shrunk, 0)
     norm = highest.to(tl.float64) + tl.log(total.to(tl.float64))
     tl.store(lse + row, norm)
-    if LABELS and not AT_ONE:
+    if LABELS and not SCALED:
         tl.store(label_lse + row, norm)
-    if AT_ONE:
-        at_one = tl.sum(tl.where(counts, at_one * _exp((m - highest) * temperature), 0.0), 0)
-        tl.store(label_lse + row, highest.to(tl.float64) * temperature + tl.log(at_one.to(tl.float64)))
+    if SCALED:
+        of_labels = tl.sum(tl.where(counts, of_labels * _exp((m - highest) * scale), 0.0), 0)
+        tl.store(label_lse + row, highest.to(tl.float64) * scale + tl.log(of_labels.to(tl.float64)))
     if DETAIL:
         tl.store(top + row, highest)
         tl.store(best + row, tl.min(tl.where(m == highest, index, 2147483647), 0))
@@ -379,9 +390,11 @@ def _with_labels_and_softcap(
     label_weight,
     label,
     first_id,
+    label_scale,
     temperature,
     softcap,
     LABELS: tl.constexpr,
+    PER_ROW: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
     """The gradient of the cross-entropy added, times the softcap's derivative."""
@@ -389,7 +402,8 @@ def _with_labels_and_softcap(
         # Loaded in this order: with the norm first the compiler needs 1.3 instructions more per logit of a top-k teacher's.
         one_hot = _one_hot(place, row, label, first_id)
         norm = tl.load(label_lse + row).to(tl.float32)
-        gradient += _cross_entropy_slope(s, one_hot, norm, temperature) * tl.load(label_weight + row)
+        scale = _scale_of(label_scale, row, PER_ROW)
+        gradient += _cross_entropy_slope(s, one_hot, norm, scale) * tl.load(label_weight + row)
     return gradient * _softcap_slope(s, temperature, softcap) if SOFTCAP else gradient
 
 
@@ -399,8 +413,8 @@ def _one_hot(place, row, label, first_id):
 
 
 @triton.jit
-def _cross_entropy_slope(s, one_hot, norm, temperature):
-    return _exp(s * temperature - norm) - one_hot
+def _cross_entropy_slope(s, one_hot, norm, scale):
+    return _exp(s * scale - norm) - one_hot
 
 
 @triton.jit
@@ -423,6 +437,7 @@ def gradient_kernel(
     out,
     stride,
     first_id,
+    label_scale,
     temperature,
     softcap,
     KIND: tl.constexpr,
@@ -432,6 +447,7 @@ def gradient_kernel(
     A: tl.constexpr,
     DIFFERENCE: tl.constexpr,
     LABELS: tl.constexpr,
+    PER_ROW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -446,7 +462,7 @@ def gradient_kernel(
     c, weight = tl.load(centre + row), tl.load(weight + row)
     gradient = (slope - student * c if KIND == 'forward_kl' else student * (slope - c)) * weight
     gradient = _with_labels_and_softcap(
-        gradient, s, place, row, label_lse, label_weight, label, first_id, temperature, softcap, LABELS, SOFTCAP
+        gradient, s, place, row, label_lse, label_weight, label, first_id, label_scale, temperature, softcap, LABELS, PER_ROW, SOFTCAP
     )
     tl.store(out + start + place, gradient.to(out.dtype.element_ty), mask=inside)
 
@@ -462,10 +478,12 @@ def tail_gradient_kernel(
     out,
     stride,
     first_id,
+    label_scale,
     temperature,
     softcap,
     TAIL: tl.constexpr,
     LABELS: tl.constexpr,
+    PER_ROW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -479,7 +497,7 @@ def tail_gradient_kernel(
     if TAIL:
         gradient = _exp(s - tl.load(norm + row).to(tl.float32)) * tl.load(weight + row)
     gradient = _with_labels_and_softcap(
-        gradient, s, place, row, label_lse, label_weight, label, first_id, temperature, softcap, LABELS, SOFTCAP
+        gradient, s, place, row, label_lse, label_weight, label, first_id, label_scale, temperature, softcap, LABELS, PER_ROW, SOFTCAP
     )
     tl.store(out + start + place, gradient.to(out.dtype.element_ty), mask=inside)
 
@@ -531,6 +549,7 @@ def one_load_kernel(
     columns,
     stride,
     first_id,
+    label_scale,
     temperature,
     softcap,
     KIND: tl.constexpr,
@@ -541,7 +560,7 @@ def one_load_kernel(
     DIFFERENCE: tl.constexpr,
     LABELS: tl.constexpr,
     TRAINED: tl.constexpr,
-    AT_ONE: tl.constexpr,
+    SCALED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SWEEP: tl.constexpr,
     SLICES: tl.constexpr,
@@ -549,7 +568,7 @@ def one_load_kernel(
     BLOCK: tl.constexpr,
 ):
     """`normalise_kernel` of both sides, `value_kernel` and `gradient_kernel`. LABELS: label_lse too, TRAINED: and the gradient of
-    the cross-entropy.
+    the cross-entropy; SCALED: at another temperature than the logits', of all rows the same.
 
     SWEEP: 0, or 1, 2 or 3 for what stands before the first meeting, between the two and after the second, in a launch of its own,
     for programs that run one after the other can't meet.
@@ -576,8 +595,8 @@ def one_load_kernel(
         tl.store(notes + SLICES + slice, m_t)
         tl.store(notes + 2 * SLICES + slice, total_s)
         tl.store(notes + 3 * SLICES + slice, total_t)
-        if AT_ONE:
-            tl.store(notes + 4 * SLICES + slice, tl.sum(_exp((s - m_s) * temperature), 0))
+        if SCALED:
+            tl.store(notes + 4 * SLICES + slice, tl.sum(_exp((s - m_s) * label_scale), 0))
     all_came = True
     if SWEEP == 0:
         all_came = _meet(arrived, SLICES)
@@ -587,15 +606,15 @@ def one_load_kernel(
         totals_s, totals_t = _note(notes, 2, 0.0, SLICES, PLACES), _note(notes, 3, 0.0, SLICES, PLACES)
         m_s, m_t = _maxima(tops_s, tops_t)
         total_s, total_t = _totals(totals_s * _exp(tops_s - m_s), totals_t * _exp(tops_t - m_t))
-        total_one, to_one = total_s, 1.0
-        if AT_ONE:
-            to_one = temperature
-            total_one = tl.sum(_note(notes, 4, 0.0, SLICES, PLACES) * _exp((tops_s - m_s) * temperature), 0)
+        total_of_labels, scale = total_s, 1.0
+        if SCALED:
+            scale = label_scale
+            total_of_labels = tl.sum(_note(notes, 4, 0.0, SLICES, PLACES) * _exp((tops_s - m_s) * label_scale), 0)
         if slice == 0:
             tl.store(norm_s + row, m_s.to(tl.float64) + tl.log(total_s.to(tl.float64)))
             tl.store(norm_t + row, m_t.to(tl.float64) + tl.log(total_t.to(tl.float64)))
             if LABELS:
-                tl.store(label_lse + row, m_s.to(tl.float64) * to_one + tl.log(total_one.to(tl.float64)))
+                tl.store(label_lse + row, m_s.to(tl.float64) * scale + tl.log(total_of_labels.to(tl.float64)))
         d -= (m_t - m_s) + tl.log(total_t / total_s)
         student, column, slope = _column(s - (m_s + tl.log(total_s)), t - (m_t + tl.log(total_t)), d, KIND, W, REST, V, A)
         if KIND != 'forward_kl':
@@ -608,9 +627,9 @@ def one_load_kernel(
         factor = tl.load(weight + row)
         slope, student = slope * factor, student * factor
         if TRAINED:
-            norm = m_s * to_one + tl.log(total_one)
+            norm = m_s * scale + tl.log(total_of_labels)
             one_hot = _one_hot(place, row, label, first_id)
-            slope += _cross_entropy_slope(s, one_hot, norm, temperature) * tl.load(label_weight + row)
+            slope += _cross_entropy_slope(s, one_hot, norm, label_scale) * tl.load(label_weight + row)
         if SOFTCAP:
             steepness = _softcap_slope(s, temperature, softcap)
             slope, student = slope * steepness, student * steepness
@@ -823,6 +842,7 @@ def buckets_kernel(
     per_id,
     k,
     columns,
+    label_scale,
     temperature,
     softcap,
     KIND: tl.constexpr,
@@ -837,6 +857,7 @@ def buckets_kernel(
     STILL: tl.constexpr,
     LABELS: tl.constexpr,
     TRAINED: tl.constexpr,
+    PER_ROW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     K: tl.constexpr,
 ):
@@ -883,12 +904,12 @@ def buckets_kernel(
         gradient_tail = tl.where(student_tail < _LOWEST / 2, 0.0, gradient_tail) * scale
         tl.store(tail_weight + row, gradient_tail.to(tl.float32))
     if LABELS:
-        at_one = z * temperature
-        label_total = _logsumexp(at_one, tl.load(label_lse + row))
+        for_labels = z * _scale_of(label_scale, row, PER_ROW)
+        label_total = _logsumexp(for_labels, tl.load(label_lse + row))
         tl.store(label_lse + row, label_total)
         if TRAINED:
             one_hot = tl.where(id == tl.load(label + row), 1.0, 0.0)
-            gradient += (tl.exp(at_one - label_total) - one_hot) * tl.load(label_weight + row).to(tl.float64)
+            gradient += (tl.exp(for_labels - label_total) - one_hot) * tl.load(label_weight + row).to(tl.float64)
     if SOFTCAP:
         tanh = z * (temperature / softcap)
         gradient = gradient * (1 - tanh * tanh)

@@ -7,7 +7,7 @@ for each chunk of tokens      logits of both sides (matrix products, fp32)
 What is known of the tokens is left in memory of their own, and made into losses and statistics once, after the last chunk.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,10 +44,11 @@ class Weights:
 
     divergence: Tensor
     labels: Tensor | None = None  # ids; those outside the vocabulary count for nothing
-    cross_entropy: Tensor | None = None  # None: it is not part of the loss
+    cross_entropy: Tensor | None = None  # of any sign; None: it is not part of the loss
+    label_temperature: float | Tensor = 1.0  # of the cross-entropy, of all tokens or of each
 
     def scaled(self, by: Tensor) -> 'Weights':
-        return Weights(self.divergence * by, self.labels, None if self.cross_entropy is None else self.cross_entropy * by)
+        return replace(self, divergence=self.divergence * by, cross_entropy=None if self.cross_entropy is None else self.cross_entropy * by)
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,9 @@ class Call:
 
     @property
     def setting(self) -> Setting:
-        student = self.student
-        return Setting(self.divergence, self.vocabulary, student.temperature, student.softcap, student.dtype, self.device)
+        student, at = self.student, self.weights.label_temperature
+        at = None if isinstance(at, Tensor) else float(at)
+        return Setting(self.divergence, self.vocabulary, float(student.temperature), student.softcap, student.dtype, self.device, at)
 
 
 def chunk_tokens(columns: int, itemsize: int, device: str, buffers: bool = False) -> int:
@@ -130,9 +132,12 @@ def _tokens(call: Call) -> Tokens:
     norms = new(sides + (weights.labels is not None), dtype=torch.float64)
     tokens = Tokens(weights.labels, None, None, norms, norms[:sides])
     if weights.labels is not None:
+        at, scale = weights.label_temperature, call.setting.label_scale
         tokens.label_lse, tokens.label_logit = norms[sides], new()
+        tokens.label_scale = (student.temperature / at.double()).to(student.dtype) if scale is None else new().fill_(scale)
         if weights.cross_entropy is not None:
-            tokens.label_weight = weights.cross_entropy.to(student.dtype) * _counts(call) * student.slope
+            at = at.to(student.dtype) if scale is None else at
+            tokens.label_weight = weights.cross_entropy.to(student.dtype) * _counts(call) * (student.slope / at)
     if call.teacher is not None:
         tokens.weight = weights.divergence.to(student.dtype) * (student.slope / student.temperature)
         tokens.sums = new(2)
@@ -221,7 +226,7 @@ def _losses(call: Call, tokens: Tokens) -> Tensor:
     found = {}
     if tokens.label is not None:
         logit = call.vocabulary.reduce.sum(tokens.label_logit)
-        found['cross_entropy'] = (tokens.label_lse - logit.double() * call.setting.to_one).to(dtype) * _counts(call)
+        found['cross_entropy'] = (tokens.label_lse - logit.double() * tokens.label_scale.double()).to(dtype) * _counts(call)
         if weights.cross_entropy is not None:
             loss += weights.cross_entropy.to(dtype) * found['cross_entropy']
     if tokens.sums is not None:

@@ -28,7 +28,7 @@ def choose(call: Call) -> type[Sweeps]:
     if call.student.dtype != torch.float32:
         return Eager
     if call.student.hidden.is_cuda:
-        return _on_gpu(call.device, group, call.divergence)
+        return _on_gpu(call.device, group, call.divergence, call.setting.label_temperature is None)
     # Not over a group: its ranks must agree, and only some of them might have a compiler.
     if call.device.type == 'cpu' and call.vocabulary.size >= _COMPILED_VOCABULARY and group is None:
         return _on_cpu(call.tokens * call.vocabulary.size)
@@ -36,7 +36,7 @@ def choose(call: Call) -> type[Sweeps]:
 
 
 @functools.cache
-def _on_gpu(device: torch.device, group, divergence: Divergence) -> type[Sweeps]:
+def _on_gpu(device: torch.device, group, divergence: Divergence, label_temperatures: bool) -> type[Sweeps]:
     """Triton's, where its kernels do as they should: on every rank of the group, for the ranks must make the same reductions."""
     works = False
     if _HAS_TRITON:
@@ -45,7 +45,7 @@ def _on_gpu(device: torch.device, group, divergence: Divergence) -> type[Sweeps]
         except Exception as error:  # of another version than those that are known
             logger.warning('Triton cannot be used (%s): the divergence is computed without it, right but slower', error)
         else:
-            works = divergence.form[0] in _triton.Triton.kinds and _triton.works(device, divergence)
+            works = divergence.form[0] in _triton.Triton.kinds and _triton.works(device, divergence, label_temperatures)
     return _triton.Triton if on_all_ranks(group, works, device) else Eager
 
 

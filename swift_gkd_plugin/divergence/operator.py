@@ -88,6 +88,7 @@ def linear_divergence(
     teacher_lora: Lora | None = None,
     labels: Tensor | None = None,
     label_weights: Tensor | None = None,
+    label_temperature: float | Tensor = 1.0,
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
     vocab_group=None,
@@ -112,8 +113,11 @@ def linear_divergence(
         student_transform, teacher_transform: what the model does to its logits after the head.
         student_lora, teacher_lora: (A [rank, dim], B [vocab, rank], scaling), a low-rank term of the head.
         labels: [tokens] long; those outside [0, vocab_size), -100 for instance, have no cross-entropy.
-        label_weights: [tokens] weight of the cross-entropy, which is taken at temperature 1. None: labels are for
-            `stats` only, or weighted by ones where there is no teacher.
+        label_weights: [tokens] weight of the cross-entropy, a constant of any sign: a policy gradient's are the advantages of
+            sampled tokens. None: labels are for `stats` only, or weighted by ones where there is no teacher.
+        label_temperature: what the logits are divided by for the cross-entropy, -log softmax(z / label_temperature)[label];
+            one positive number for all tokens, or [tokens] of them, which are not looked at. Where one for all is the
+            divergence's own, there is one exponential per logit less.
         vocab_size: number of leading ids over which both sides are normalised; default: the smaller vocabulary. Columns
             from there on are masked on both sides, with gradient 0.
         chunk_tokens: tokens whose logits exist at a time; chosen from the shape and the device by default.
@@ -134,7 +138,7 @@ def linear_divergence(
         the graph.
 
     Raises:
-        ValueError: shapes that do not fit one another, naming both sizes.
+        ValueError: shapes that do not fit one another, naming both sizes; a label_temperature that is not positive and finite.
     """
     _check_head('student', student_hidden, student_weight, student_bias, student_lora)
     if (teacher_hidden is None) != (teacher_weight is None):
@@ -171,7 +175,7 @@ def linear_divergence(
             lora = None if b_rows is None else (a, b_rows, scaling)
             heads.append((column, LinearHead(teacher_hidden, weight, bias, lora, teacher_transform, len(weight), temperature)))
         teacher = LogitsTeacher(heads, difference)
-    weights = _weights(student, teacher, token_weights, labels, label_weights)
+    weights = _weights(student, teacher, token_weights, labels, label_weights, label_temperature)
     return _apply(Call(divergence, student, teacher, weights, vocabulary, chunk_tokens, stats), reduction)
 
 
@@ -192,6 +196,7 @@ def topk_divergence(
     student_lora: Lora | None = None,
     labels: Tensor | None = None,
     label_weights: Tensor | None = None,
+    label_temperature: float | Tensor = 1.0,
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
     vocab_group=None,
@@ -255,7 +260,7 @@ def topk_divergence(
     else:
         student = LinearHead(student_hidden, student_weight, student_bias, student_lora, student_transform, columns, temperature)
     teacher = TopKTeacher.of(topk_logprobs, topk_ids, tail, tail_logprobs, vocabulary.size, topk_temperature / temperature)
-    weights = _weights(student, teacher, token_weights, labels, label_weights)
+    weights = _weights(student, teacher, token_weights, labels, label_weights, label_temperature)
     return _apply(Call(divergence, student, teacher, weights, vocabulary, chunk_tokens, stats), reduction)
 
 
@@ -268,6 +273,7 @@ def logits_divergence(
     reduction: str = 'none',
     labels: Tensor | None = None,
     label_weights: Tensor | None = None,
+    label_temperature: float | Tensor = 1.0,
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
     stats: TokenStats | None = None,
@@ -288,7 +294,7 @@ def logits_divergence(
     student, teacher = ReadyLogits(student_logits, size, divergence.temperature), None
     if teacher_logits is not None:
         teacher = LogitsTeacher([(0, ReadyLogits(teacher_logits, size, divergence.temperature))])
-    weights = _weights(student, teacher, token_weights, labels, label_weights)
+    weights = _weights(student, teacher, token_weights, labels, label_weights, label_temperature)
     return _apply(Call(divergence, student, teacher, weights, Vocabulary.whole(size), chunk_tokens, stats), reduction)
 
 
@@ -301,11 +307,23 @@ def _teacher_pieces(rows: tuple[Tensor | None, ...], columns_here: int, have, wa
     return [(start - first, tuple(None if x is None else x[i][1] for x in pieces)) for i, (start, _) in enumerate(pieces[0])]
 
 
-def _weights(student, teacher, token_weights: Tensor | None, labels: Tensor | None, label_weights: Tensor | None) -> Weights:
+def _weights(
+    student,
+    teacher,
+    token_weights: Tensor | None,
+    labels: Tensor | None,
+    label_weights: Tensor | None,
+    label_temperature: float | Tensor,
+) -> Weights:
     tokens = len(student.hidden)
-    for name, x in (('token_weights', token_weights), ('labels', labels), ('label_weights', label_weights)):
-        if x is not None and x.shape != (tokens,):
+    given = dict(token_weights=token_weights, labels=labels, label_weights=label_weights, label_temperature=label_temperature)
+    for name, x in given.items():
+        if isinstance(x, Tensor) and x.shape != (tokens,):
             raise ValueError(f'{name} must have shape [{tokens}] like the tokens, got {list(x.shape)}')
+    if isinstance(label_temperature, Tensor):
+        label_temperature = label_temperature.detach()
+    elif not 0 < label_temperature < float('inf'):
+        raise ValueError(f'label_temperature must be positive and finite, got {label_temperature}')
     if label_weights is not None and labels is None:
         raise ValueError('label_weights were given without labels')
     if teacher is None and labels is None:
@@ -314,8 +332,10 @@ def _weights(student, teacher, token_weights: Tensor | None, labels: Tensor | No
     if label_weights is None and teacher is None:
         label_weights = ones
     divergence = ones if token_weights is None else token_weights.detach()
-    labels = None if labels is None else labels.contiguous()  # kernels read them one after the other
-    return Weights(divergence, labels, None if label_weights is None else label_weights.detach())
+    if labels is None:
+        return Weights(divergence)
+    labels = labels.contiguous()  # kernels read them one after the other
+    return Weights(divergence, labels, None if label_weights is None else label_weights.detach(), label_temperature)
 
 
 def _apply(call: Call, reduction: str) -> Tensor:

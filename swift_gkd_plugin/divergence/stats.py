@@ -9,7 +9,7 @@ from torch import Tensor
 class TokenStats:
     """Pass one to an operator and read it afterwards. Every field is a detached fp32 tensor [tokens], or None.
 
-    Filled always: `divergence`; `cross_entropy` where labels are given (temperature 1; 0 where the label is -100).
+    Filled always: `divergence`; `cross_entropy` where labels are given, at the label_temperature (0 where the label is -100).
     Filled with `detail=True`, at the divergence's temperature, in nats:
 
     * `forward_kl` KL(teacher‖student) and `reverse_kl` KL(student‖teacher), whatever kind is trained on; of the buckets

@@ -1,6 +1,6 @@
 """The elementwise work on a block of logits: what an implementation of it must do, and what it reads and fills.
 
-    normalise       one sweep over either side: its log-sum-exp, and that of the student at temperature 1
+    normalise       one sweep over either side: its log-sum-exp, and that of the student at its labels' temperature
     sums            one sweep over both: D, and the slope's centre Σ S·a
     gradient        one sweep over both: S·(a - Σ S·a)
     tail_gradient   one sweep over the student's: the gradient against a top-k teacher's tail, and of the cross-entropy
@@ -46,8 +46,9 @@ class Tokens:
     label_weight: Tensor | None  # of the cross-entropy's gradient; None where it is not part of the loss
     norms: Tensor  # [1 to 3, tokens] fp64, what follows, one after the other
     lse: Tensor  # [1 or 2, tokens], log Σ exp of the student's logits and the teacher's; of the student's tail for top-k
-    label_lse: Tensor | None = None  # the student's at temperature 1
+    label_lse: Tensor | None = None  # the student's at the label's temperature
     label_logit: Tensor | None = None
+    label_scale: Tensor | None = None  # what brings logits to the label's temperature
     sums: Tensor | None = None  # [2, tokens], D and Σ S·a
     kls: Tensor | None = None  # [2, tokens], forward and reverse
     top: Tensor | None = None  # [1 or 2, tokens], the largest logit
@@ -71,12 +72,17 @@ class Setting:
     softcap: float | None
     dtype: torch.dtype  # of the logits
     device: torch.device
+    label_temperature: float | None = 1.0  # of the cross-entropy; None: each token has its own
 
     @property
-    def to_one(self) -> float:
-        """What brings logits to temperature 1: `temperature`, rounded to their dtype as a kernel's argument is. A label's logit and
-        the sum over all of them must be multiplied by the same number, or their difference is off by what it rounds of them."""
-        return self.temperature if self.dtype == torch.float64 else ctypes.c_float(self.temperature).value
+    def label_scale(self) -> float | None:
+        """What brings logits to the labels' temperature, rounded to their dtype as a kernel's argument is; None: what
+        `Tokens.label_scale` says of each token. A label's logit and the sum over all of them must be multiplied by the same number,
+        or their difference is off by what it rounds of them."""
+        if self.label_temperature is None:
+            return None
+        scale = self.temperature / self.label_temperature
+        return scale if self.dtype == torch.float64 else ctypes.c_float(scale).value
 
 
 class Sweeps(ABC):

@@ -126,6 +126,10 @@ class Listed:
     def ids(self) -> Tensor:
         return self.teacher.ids[self.rows]
 
+    @property
+    def _student(self) -> Tensor:
+        return self.logits.double().masked_fill(self.ids < 0, LOWEST_LOGIT)
+
     def compare(self, setting: Setting, tokens: Tokens) -> tuple[Tensor | None, Tensor]:
         """D into `tokens.sums`, and the statistics. `tokens` know of the student's tail so far, and are told of the whole.
 
@@ -134,7 +138,7 @@ class Listed:
         """
         ids = self.ids
         present = ids >= 0
-        z = self.logits.double().masked_fill(~present, LOWEST_LOGIT)
+        z = self._student
         tail = tokens.lse[0][:, None]
         total = torch.cat([z, tail], -1).logsumexp(-1, keepdim=True)
         student = (z - total).masked_fill(~present, LOWEST_LOGIT)
@@ -151,10 +155,10 @@ class Listed:
         gradient = gradient * tokens.weight[:, None].double()
         per_id = gradient[:, : z.shape[1]]
         if tokens.label_lse is not None:
-            at_one = z * setting.to_one
-            tokens.label_lse.copy_(torch.logaddexp(tokens.label_lse, at_one.logsumexp(-1)))
+            for_labels = z * tokens.label_scale[:, None].double()
+            tokens.label_lse.copy_(torch.logaddexp(tokens.label_lse, for_labels.logsumexp(-1)))
             if tokens.label_weight is not None:
-                softmax = (at_one - tokens.label_lse[:, None]).exp()
+                softmax = (for_labels - tokens.label_lse[:, None]).exp()
                 one_hot = ids == tokens.label[:, None]
                 per_id = per_id + (softmax - one_hot.double()) * tokens.label_weight[:, None]
         if setting.softcap:

@@ -85,8 +85,10 @@ def divergence_of_logits(divergence, student, teacher, vocab_size=None):
     return from_log_probs(divergence, log_s, log_t)
 
 
-def cross_entropy(student, labels, vocab_size=None):
-    return torch.nn.functional.cross_entropy(student[:, :vocab_size], labels, ignore_index=-100, reduction='none')
+def cross_entropy(student, labels, vocab_size=None, temperature=1.0):
+    """temperature: One of all tokens or [tokens]."""
+    z = student[:, :vocab_size] / torch.as_tensor(temperature, dtype=student.dtype, device=student.device)[..., None]
+    return torch.nn.functional.cross_entropy(z, labels, ignore_index=-100, reduction='none')
 
 
 def divergence_of_buckets(divergence, student, logprobs, ids, tail, temperature, vocab_size=None, at=None, slack=0.0):

@@ -68,4 +68,4 @@ for places in itertools.product(*(range(len(some)) for some in choices)):
 dist.destroy_process_group()
 works = sys.modules['swift_gkd_plugin.divergence._triton'].works
 assert works.cache_info().currsize == 1, 'the kernels of a GPU were not used'
-assert works(torch.device('cuda', 0), Divergence(temperature=0.9)), 'they were found wrong'
+assert works(torch.device('cuda', 0), Divergence(temperature=0.9), False), 'they were found wrong'

@@ -40,6 +40,8 @@ SMALL = [
     Divergence(beta=1 - 1e-5),
     Divergence('skew_forward_kl', skew=1e-6),
 ]
+# Of the labels of five tokens, some the divergence's own.
+TEMPERATURES = torch.tensor([0.3, 1.0, 0.9, 2.5, 0.7])
 
 
 def close(found, expected, bound, what):
@@ -47,7 +49,12 @@ def close(found, expected, bound, what):
     assert error < bound, f'{what} is off by {error}'
 
 
-def run(sweeps, divergence, x, other, head, transform, labels, weights, detail, chunk=3):
+def of_labels(labels, weights, temperature):
+    """Arguments: the weights have both signs."""
+    return {} if labels is None else dict(labels=labels, label_weights=weights - 0.5, label_temperature=temperature)
+
+
+def run(sweeps, divergence, x, other, head, transform, labels, weights, detail, chunk=3, temperature=1.0):
     implementations.choose = lambda call: sweeps
     x = {n: t.clone().requires_grad_() for n, t in x.items()}
     stats = TokenStats(detail=detail)
@@ -60,10 +67,9 @@ def run(sweeps, divergence, x, other, head, transform, labels, weights, detail, 
         reduction='sum',
         token_weights=weights,
         student_transform=transform,
-        labels=labels,
-        label_weights=None if labels is None else weights,
         stats=stats,
         chunk_tokens=chunk,
+        **of_labels(labels, weights, temperature),
     )
     return loss, torch.autograd.grad(loss, list(x.values())), stats
 
@@ -84,13 +90,17 @@ def dense(kinds=KINDS + SMALL, distances=(1e-3, 1.0, 4.0)):
         for distance in distances:
             x, other, labels, weights = inputs(distance)
             # One head for both sides gives the difference of their logits; with a softcap, or another head, both are made.
-            variants = [(None, None, labels, False), (None, None, None, True), (x['weight'], LogitTransform(0.7, 9.0), labels, True)]
+            variants = [
+                (None, None, labels, False, 1.0),
+                (None, None, None, True, 1.0),
+                (x['weight'], LogitTransform(0.7, 9.0), labels, True, TEMPERATURES),
+            ]
             if divergence in SMALL or (divergence is not KINDS[0] and compiled):
-                variants = [(None, None, None, False)]  # each variant takes seconds; this one is needed below
+                variants = [(None, None, None, False, 1.0)]  # each variant takes seconds; this one is needed below
             if distance != 1:
                 variants = variants[:1]  # other numbers for the same code
-            for head, transform, wanted, detail in variants:
-                args = (divergence, x, other, head, transform, wanted, weights, detail)
+            for head, transform, wanted, detail, temperature in variants:
+                args = (divergence, x, other, head, transform, wanted, weights, detail, 3, temperature)
                 (loss, gradients, stats), (right, right_gradients, right_stats) = run(sweeps, *args), run(Eager, *args)
                 close(loss, right, 1e-4 if distance == 1e-3 else 1e-5, f'{divergence.kind} at {distance}')
                 for one, other_one in zip(gradients, right_gradients, strict=True):
@@ -106,11 +116,11 @@ def dense(kinds=KINDS + SMALL, distances=(1e-3, 1.0, 4.0)):
         assert equal[0] == 0 and not any(g.any() for g in equal[1]), divergence.kind
 
 
-def run_few(sweeps, divergence, x, topk, tail, transform, labels, weights, detail):
+def run_few(sweeps, divergence, x, topk, tail, transform, labels, weights, detail, temperature=1.0):
     implementations.choose = lambda call: sweeps
     x = {n: t.clone().requires_grad_() for n, t in x.items()}
     stats = TokenStats(detail=detail)
-    common = dict(labels=labels, label_weights=None if labels is None else weights, stats=stats, chunk_tokens=3, reduction='sum')
+    common = of_labels(labels, weights, temperature) | dict(stats=stats, chunk_tokens=3, reduction='sum')
     common |= dict(student_transform=transform, vocab_size=5001)
     if topk is None:
         loss = linear_divergence(x['hidden'], x['weight'], None, None, divergence, **common)
@@ -128,20 +138,20 @@ def few():
     values[1, 4:], values[4], ids[2, 3] = -torch.inf, -torch.inf, -1
     listed_label = torch.where(labels < 0, labels, ids[:, 1])
     rest_of_mass = torch.log1p(-values.exp().sum(-1))
-    for wide, tail, transform, wanted, detail, kinds in (
-        (True, 'bucket', None, None, False, KINDS + SMALL),
-        (True, 'bucket', LogitTransform(0.7, 9.0), listed_label, False, KINDS[:4]),
-        (True, 'bucket', None, listed_label, True, KINDS[:2]),
-        (False, 'bucket', None, labels, False, KINDS[:2]),
-        (True, 'renormalize', None, labels, False, KINDS[:4]),
-        (False, None, None, labels, True, KINDS[:1]),
-        (True, None, LogitTransform(0.7, 9.0), labels, False, KINDS[:1]),
+    for wide, tail, transform, wanted, detail, kinds, temperature in (
+        (True, 'bucket', None, None, False, KINDS + SMALL, 1.0),
+        (True, 'bucket', LogitTransform(0.7, 9.0), listed_label, False, KINDS[:4], TEMPERATURES),
+        (True, 'bucket', None, listed_label, True, KINDS[:2], 0.6),
+        (False, 'bucket', None, labels, False, KINDS[:2], 1.0),
+        (True, 'renormalize', None, labels, False, KINDS[:4], TEMPERATURES),
+        (False, None, None, labels, True, KINDS[:1], TEMPERATURES),
+        (True, None, LogitTransform(0.7, 9.0), labels, False, KINDS[:1], 0.9),
     ):
         for number, divergence in enumerate(kinds[:2] if compiled else kinds):
             given = dict(tail_logprobs=rest_of_mass if number % 2 else None)
             same = x if wide else {name: t.bfloat16() for name, t in x.items()}
             right_x = {name: t.float() for name, t in same.items()}
-            rest = (None if tail is None else (values, ids, given), tail, transform, wanted, weights, detail)
+            rest = (None if tail is None else (values, ids, given), tail, transform, wanted, weights, detail, temperature)
             (loss, gradients, stats), right = (
                 run_few(one, divergence, with_x, *rest) for one, with_x in ((sweeps, same), (Eager, right_x))
             )
@@ -225,11 +235,15 @@ def half():
         wide = {name: t.float() for name, t in rounded.items()}
         teacher, head, transform = other.bfloat16(), torch.randn(5003, 8).bfloat16(), LogitTransform(0.7, 9.0)
         # On a CPU a chunk's: the kernel compiled for 5 tokens has to do for chunks of 3 and 2.
-        for chunk, tokens in ((5, 5), (3, 3)) if compiled else ((3, 3), (3, 6), (3, 5)):
+        # So has what is compiled for some label temperatures for others.
+        for (chunk, tokens), temperatures in zip(
+            ((5, 5), (3, 3)) if compiled else ((3, 3), (3, 6), (3, 5)), (TEMPERATURES, TEMPERATURES.flip(0), 0.5), strict=False
+        ):
             torch._dynamo.config.error_on_recompile = compiled and chunk == 3
             products.tokens_per_product = lambda *args, tokens=tokens: tokens
-            found = run(sweeps, divergence, rounded, teacher, head, transform, labels, weights, False, chunk)
-            right = run(Eager, divergence, wide, teacher.float(), head.float(), transform, labels, weights, False)
+            rest = transform, labels, weights, False, chunk, temperatures
+            found = run(sweeps, divergence, rounded, teacher, head, *rest)
+            right = run(Eager, divergence, wide, teacher.float(), head.float(), *rest)
             close(found[0], right[0], 1e-5, f'{divergence.kind} of bf16')
             for one, other_one in zip(found[1], right[1], strict=True):
                 assert one.dtype == torch.bfloat16
@@ -279,6 +293,13 @@ def one_load():
     dense([KINDS[0], KINDS[2]], (1.0,))
     extremes(14)
     assert len(launches) > 14
+    x, other, labels, weights = inputs()
+    for temperature, known in ((0.6, True), (0.9, True), (TEMPERATURES, False)):  # other than its own, its own, and those of each
+        launches.clear()
+        found, right = (run(one, KINDS[0], x, other, None, None, labels, weights, False, 3, temperature) for one in (sweeps, Eager))
+        assert bool(launches) == known
+        for one, other_one in zip([found[0], *found[1]], [right[0], *right[1]], strict=True):
+            close(one, other_one, 1e-4, f'one load at {temperature}')
     warnings = []
     triton.logger.warning = lambda *args: warnings.append(args[0] % args[1:])
     triton._one_load_works.cache_clear()

@@ -54,7 +54,8 @@ def compare(divergence, student_vocab, teacher_vocab, uneven, detail, tokens=TOK
     common = dict(
         token_weights=torch.rand(tokens),
         labels=labels,
-        label_weights=torch.rand(tokens),
+        label_weights=torch.randn(tokens),
+        label_temperature=0.1 * 40 ** torch.rand(tokens) if uneven else 0.9,
         chunk_tokens=chunk,
         vocab_size=vocab_size,
         student_transform=LogitTransform(softcap=20.0),
@@ -185,9 +186,9 @@ def kernels_of_some_ranks():
     device, of_all, of_some = torch.device('cpu'), Divergence(), Divergence('tvd')
     if RANK == 0:
         assert _trial.wrong(Eager, of_all, device) is None
-    _triton.works = lambda device, divergence: divergence == of_all or RANK == 0
+    _triton.works = lambda device, divergence, label_temperatures: divergence == of_all or RANK == 0
     for divergence in (of_all, of_some, of_all):
-        sweeps = implementations._on_gpu(device, dist.group.WORLD, divergence)
+        sweeps = implementations._on_gpu(device, dist.group.WORLD, divergence, False)
         assert sweeps is (_triton.Triton if divergence == of_all else Eager), (RANK, divergence, sweeps)
 
 
