@@ -17,7 +17,7 @@ from ..step.remote import check_servers
 from ..step.samples import with_used_columns
 from ..teachers.adapters import add_frozen_adapter
 from ..teachers.average import average_of
-from ..unused import ONLY_IN_ENGINE, Entry, say_unused
+from ..unused import ONLY_IN_ENGINE, Entry, say_unused, teacher_is_idle
 from .loading import TeacherLoading
 from .memory import foretell
 from .teachers import TEACHER_ADAPTER
@@ -147,6 +147,8 @@ class GKDPipeline(SwiftRLHF):
         checks.check_teacher_engine(args)
         checks.check_topk(args)
         say_unused(args, NOT_USED)
+        if teacher_is_idle(args):
+            args.teacher_model = self._teacher_loading = None
 
     def _checked_rewards(self) -> Rewards | None:
         training = self.args.training_args

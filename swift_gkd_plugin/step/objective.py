@@ -11,7 +11,7 @@ from swift.utils import get_logger
 
 from .. import checks
 from ..arguments import OptionError
-from ..divergence import Clipping, Divergence, TokenStats, topk_divergence
+from ..divergence import Divergence, TokenStats, topk_divergence
 from ..teachers import Signal, TopK
 from .samples import MicroBatch
 
@@ -106,6 +106,7 @@ class LossInForward:
             found['label_weights'] += here(batch.advantages) * options.reward_weight
             found['label_temperature'] = torch.where(imitated > 0, 1.0, options.sampling_temperature)
             if batch.old_logprobs is not None:
+                from ..divergence import Clipping
                 found['clipping'] = Clipping(here(batch.old_logprobs), *options.clip)
         return found
 
