@@ -50,6 +50,7 @@ class MegatronBackend(Backend):
     def __init__(self, trainer):
         self.trainer, self.args = trainer, trainer.args
         self.ranks = Ranks(torch.device(self.args.device), mpu.get_data_parallel_group(), trainer._get_rollout_group())
+        self.multiple = schedule_multiple(self.args)
 
     @property
     def step(self) -> int:

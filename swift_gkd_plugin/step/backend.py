@@ -33,12 +33,14 @@ class Backend(ABC):
         ranks: Who works on which rows.
         learning_rate: The option to lower when a loss is not finite.
         saves_only_weights: A checkpoint keeps nothing that a resumed run needs.
+        multiple: :meth:`run` takes a multiple of so many micro-batches.
     """
 
     args: Any
     ranks: Ranks
     learning_rate = '--learning_rate'
     saves_only_weights = False
+    multiple = 1
 
     @property
     @abstractmethod

@@ -212,7 +212,8 @@ class Conductor:
         waiting = [samples for samples in self._ready if any(s.reward is not None and s.old_logprobs is None for s in samples)]
         if not self.encoder.with_rewards or not self.ranks.anywhere(len(waiting)):
             return
-        count = self.ranks.at_most(len(waiting))
+        multiple = self.backend.multiple
+        count = -(-self.ranks.at_most(len(waiting)) // multiple) * multiple
         spare = self._step[0] if self._step else waiting[0]
         batches = [*waiting, *([Sample(spare[0].row.filler(), spare[0].content)] for _ in range(count - len(waiting)))]
         with (

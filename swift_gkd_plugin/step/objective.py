@@ -107,6 +107,7 @@ class LossInForward:
             found['label_temperature'] = torch.where(imitated > 0, 1.0, options.sampling_temperature)
             if batch.old_logprobs is not None:
                 from ..divergence import Clipping
+
                 found['clipping'] = Clipping(here(batch.old_logprobs), *options.clip)
         return found
 

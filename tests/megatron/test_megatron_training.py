@@ -7,6 +7,7 @@ from collections import Counter
 
 import helpers
 import pytest
+import reward_functions
 from cases import LORA, MOE, make_datasets, plain
 from runs import Run, compare_memory, relative
 from teacher_cases import layout
@@ -36,6 +37,24 @@ FRESH = {**STEPS, 'tuner_type': 'lora', 'target_modules': 'all-linear'}
 BALANCED = {**IN_ORDER, 'dataset': 'ten', 'global_batch_size': 8, 'train_iters': 2}
 RECOMPUTED = {'recompute_granularity': 'full', 'recompute_method': 'uniform', 'recompute_num_layers': 1}
 SHARDED = {'use_distributed_optimizer': 'true', 'overlap_grad_reduce': 'true', 'overlap_param_gather': 'true', 'export': True}
+
+# Groups cross a step's micro-batches, and the second step of a cycle learns from responses of the first one's student.
+REWARDED = {
+    **STEPS,
+    'train_iters': 4,
+    'lmbda': 0.6,
+    'gkd_num_samples': 4,
+    'steps_per_generation': 2,
+    'max_completion_length': 6,
+    'temperature': 0.7,
+    'log_completions': 'true',
+    'external_plugins': reward_functions.__file__,
+    'reward_funcs': ['ids'],
+    'gkd_rl_weight': 2.0,
+    'epsilon': 0.001,
+}
+
+MEGATRON_ONLY = ('train_iters', 'adam_eps', 'dataset')
 
 # Without a state of the optimizer, so that a run goes on in any layout, and as transformers trains.
 SGD = {'optimizer': 'sgd', 'sgd_momentum': 0, 'weight_decay': 0, 'clip_grad': 0, 'lr': 0.2}
@@ -90,6 +109,9 @@ def alone(run_jobs, data, tmp_path_factory) -> dict[str, Run]:
             streamed={**STREAMED, 'save': True, 'output_dir': streamed},
             streamed_resumed={**STREAMED, 'mcore_model': streamed / 'checkpoint-3', 'finetune': 'false'},
             endless={**STREAMED, 'train_iters': None},
+            rewarded={**REWARDED, **SGD},
+            broken_reward={**REWARDED, 'reward_funcs': ['broken']},
+            cut_groups={**REWARDED, 'gkd_num_samples': 3},
             passes={**PASSES, 'save': True, 'output_dir': passes},
             passes_resumed={**PASSES, 'mcore_model': passes / 'checkpoint-9', 'finetune': 'false'},
             base={**LORA, **STEPS, 'teacher_model': 'student', 'export': True},
@@ -128,6 +150,8 @@ def parallel(run_jobs, data) -> dict[str, Run]:
             steps={**STEPS, **SHARDED},
             on_policy={**ON_POLICY, **SHARDED},
             streamed=STREAMED,
+            rewarded={**REWARDED, **SGD},
+            rewarded_sharded={**REWARDED, **SHARDED},
             evaluated=EVALUATED,
             evaluated_offloaded={**EVALUATED, 'offload_teacher_model': 'true'},
             base={**LORA, **STEPS, **SHARDED, 'teacher_model': 'student'},
@@ -147,6 +171,7 @@ def split(run_jobs, data, alone, tmp_path_factory) -> dict[str, Run]:
             on_policy=ON_POLICY,
             on_policy_lora={**LORA, **ON_POLICY, 'lmbda': 1},
             streamed=STREAMED,
+            rewarded={**REWARDED, **SGD},
             averaged={**AVERAGED, 'save_steps': 2, 'save': True, 'save_safetensors': 'true', 'output_dir': averaged},
             averaged_by_weights={**GOES_ON, 'model': averaged / 'checkpoint-2'},
             averaged_elsewhere={**GOES_ON, 'mcore_model': alone['averaged'].output_dir / 'checkpoint-2'},
@@ -169,6 +194,34 @@ def test_student_answers_the_same_in_every_layout(alone, parallel, split):
     assert 0 < sum(alone['on_policy'].values('source/student')) < 4
     assert alone['on_policy_lora'].values('source/student') == [1, 1, 1, 1]
     assert alone['on_policy'].values('response/length')
+
+
+@pytest.fixture(scope='module')
+def in_context_parallel(run_jobs, data) -> dict[str, Run]:
+    return run_jobs(jobs(data, rewarded={**REWARDED, **SGD}), 'CP2')
+
+
+def test_rewards_are_the_same_in_every_layout(alone, parallel, split, in_context_parallel):
+    """Scores, advantages, and what is left of them where they are clipped."""
+    run = alone['rewarded'].ok()
+    assert len(run.values('reward')) == 4 and min(map(abs, run.values('pg_loss'))) > 1e-3
+    clipped = run.values('clip_ratio')
+    assert len(clipped) == 2 and min(clipped) > 0  # in every second step
+    for others in (parallel, split, in_context_parallel):
+        other = others['rewarded'].ok()
+        assert completions(other) == completions(run)
+        for name in ('loss', 'divergence', 'reward', 'reward_std', 'frac_reward_zero_std', 'advantage/abs', 'pg_loss'):
+            assert other.values(name) == pytest.approx(run.values(name), rel=1e-4, abs=1e-6), name
+        assert other.values('clip_ratio') == pytest.approx(clipped, abs=0.05)
+    assert parallel['rewarded_sharded'].ok().values('reward')
+
+
+def test_rewards_that_cannot_be(alone):
+    error = alone['broken_reward'].error
+    assert error.startswith('RewardError: Step 3: Reward function Broken failed: ValueError: no judge is there')
+    assert (alone['broken_reward'].output_dir / 'checkpoint-2' / 'latest_checkpointed_iteration.txt').exists()
+    error, loaded = alone['cut_groups'].error, alone['cut_groups'].loaded
+    assert '--gkd_num_samples 3' in error and 'the rows of a step, 4 are no multiple' in error and loaded == 0
 
 
 def test_a_rank_holds_what_was_foretold(alone, parallel, split):
@@ -353,13 +406,12 @@ def test_average_of_the_start_is_a_copy_of_it(alone):
     assert kept.loaded == copy.loaded - 1
 
 
-@pytest.mark.parametrize('name', ['evaluated', 'averaged'])
+@pytest.mark.parametrize('name', ['evaluated', 'averaged', 'rewarded'])
 def test_same_numbers_as_swift_rlhf(alone, models, data, tmp_path, name):
-    averaged = {'gkd_self_teacher': 'ema', 'gkd_ema_decay': 0.5, 'sft_alpha': 1, 'learning_rate': 0.2, 'optim': 'sgd'}
-    constant = {'lr_scheduler_type': 'constant', 'warmup_ratio': 0, 'weight_decay': 0, 'max_grad_norm': 0}
-    teacher = {'teacher_model': models['teacher'], 'teacher_model_type': 'qwen3', 'learning_rate': 0}
+    sgd = {'learning_rate': 0.2, 'optim': 'sgd', 'lr_scheduler_type': 'constant', 'warmup_ratio': 0, 'weight_decay': 0, 'max_grad_norm': 0}
+    teacher = {'teacher_model': models['teacher'], 'teacher_model_type': 'qwen3'}
+    rewarded = {name: value for name, value in REWARDED.items() if name not in MEGATRON_ONLY}
     options = {
-        **({**averaged, **constant} if name == 'averaged' else teacher),
         'rlhf_type': 'gkd',
         'model': models['student'],
         'model_type': 'qwen3',
@@ -371,6 +423,11 @@ def test_same_numbers_as_swift_rlhf(alone, models, data, tmp_path, name):
         'per_device_train_batch_size': 1,
         'gradient_accumulation_steps': 4,
         'max_steps': 3,
+        **{
+            'evaluated': {**teacher, 'learning_rate': 0},
+            'averaged': {**sgd, 'gkd_self_teacher': 'ema', 'gkd_ema_decay': 0.5, 'sft_alpha': 1},
+            'rewarded': {**sgd, **teacher, **rewarded, 'steps_per_generation': 8},  # in micro-batches
+        }[name],
     }
     other = helpers.run_swift(options, output_dir=tmp_path).ok()
     assert other.values('loss') == pytest.approx(alone[name].ok().losses[:3], abs=1e-6)
