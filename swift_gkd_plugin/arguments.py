@@ -13,6 +13,8 @@ from typing import Any, Literal, Optional
 
 DIVERGENCES = ('jsd', 'forward_kl', 'reverse_kl', 'skew_forward_kl', 'skew_reverse_kl', 'tvd')
 SOURCES = ('dataset', 'student', 'teacher')
+RL_SCHEDULES = ('constant', 'linear', 'switch')
+DISTILLED = ('all', 'failed', 'passed')
 # transformers' quantisers that ms-swift knows, and the bits that each takes.
 QUANTISERS = {'bnb': (4, 8), 'hqq': (1, 2, 3, 4, 8), 'eetq': (8,), 'quanto': (2, 4, 8, 'float8'), 'fp8': (None,)}
 
@@ -185,6 +187,20 @@ class GKDOptions:
         'Weight of the rewards (--reward_funcs) in the loss, >= 0: of -advantage * log S(token) on responses of the student, at '
         '--temperature. 0: rewards are measured only.',
     )
+    gkd_rl_schedule: Literal[RL_SCHEDULES] = option(
+        'constant',
+        'How the weights of divergence and rewards change over the run. linear: the one falls to 0 while the other rises from 0; switch: '
+        'the divergence alone up to --gkd_rl_switch of the run, then the rewards alone, without a teacher forward.',
+    )
+    gkd_rl_switch: float = option(0.5, 'With --gkd_rl_schedule switch: the share of the run that distils, in (0, 1).')
+    gkd_on: Literal[DISTILLED] = option(
+        'all',
+        'Which responses of the student are compared with the teacher: all of them, or those whose reward is below --gkd_passing_reward '
+        '(failed) or not (passed).',
+    )
+    gkd_passing_reward: float = option(
+        1.0, 'With --gkd_on failed or passed: the weighted sum of the rewards from which a response has passed.'
+    )
     gkd_detailed_metrics: bool = option(
         False, 'Log forward and reverse KL, entropies and agreement of the two models as well; about 5 % more work per step.'
     )
@@ -221,7 +237,14 @@ def _check_rewards(args: Any) -> None:
         f'--reward_model {args.reward_model}: it does not run in the training processes; ask it on a server, in one of --reward_funcs.',
     )
     if not functions:
+        _require(args.gkd_on == 'all', f'--gkd_on {args.gkd_on} without --reward_funcs: nothing says which responses have passed.')
         return
+    _require(0 < args.gkd_rl_switch < 1, f'--gkd_rl_switch {args.gkd_rl_switch}: must be in (0, 1), a share of the run.')
+    _require(
+        args.gkd_rl_schedule == 'constant' or (weight > 0 and args.gkd_loss_weight > 0),
+        f'--gkd_rl_schedule {args.gkd_rl_schedule} with --gkd_loss_weight {args.gkd_loss_weight} and --gkd_rl_weight {weight}: it goes '
+        'from the one to the other; both must be > 0.',
+    )
     _require(
         args.lmbda > 0 or args.gkd_eval_source == 'student',
         f'--reward_funcs {functions} with --lmbda 0: rewards are for responses of the student, and it gives none; raise --lmbda, or '
@@ -294,6 +317,8 @@ def check_values(args: Any) -> None:
         ('gkd_eval_source', SOURCES),
         ('gkd_teacher_engine', ('transformers', 'vllm')),
         ('gkd_routing', ('own', 'teacher')),
+        ('gkd_rl_schedule', RL_SCHEDULES),
+        ('gkd_on', DISTILLED),
     ):
         _require(getattr(args, name) in allowed, f'--{name} {getattr(args, name)}: must be one of {", ".join(allowed)}.')
     _require(0 <= args.gkd_ema_decay <= 1, f'--gkd_ema_decay {args.gkd_ema_decay}: must be in [0, 1].')

@@ -40,7 +40,10 @@ def nobody_generates(args: Any) -> bool:
     return not student and (teacher_is_silent(args) or args.teacher_model_server is not None or args.gkd_teacher_engine == 'vllm')
 
 
-OF_REWARDS = ('reward_weights', 'scale_rewards', 'advantage_estimator', 'gkd_rl_weight', 'epsilon', 'epsilon_high')
+OF_REWARDS = (
+    *('reward_weights', 'scale_rewards', 'advantage_estimator', 'epsilon', 'epsilon_high'),
+    *('gkd_rl_weight', 'gkd_rl_schedule', 'gkd_rl_switch', 'gkd_passing_reward'),
+)
 BLIND = 'at --gkd_loss_weight 0 no teacher looks at the responses'
 IDLE = f'{BLIND}, and without --seq_kd or --gkd_eval_source teacher it answers nothing'
 ELSEWHERE = 'it belongs to --teacher_model_server and --gkd_teacher_engine vllm'
@@ -114,6 +117,8 @@ NOT_USED: tuple[Entry, ...] = (
     ('gkd_server_timeout', asks_nobody, ELSEWHERE),
     ('gkd_server_retry_seconds', asks_nobody, ELSEWHERE),
     ('gkd_server_in_flight', asks_nobody, ELSEWHERE),
+    ('gkd_rl_switch', lambda a: a.reward_funcs and a.gkd_rl_schedule != 'switch', 'it belongs to --gkd_rl_schedule switch'),
+    ('gkd_passing_reward', lambda a: a.reward_funcs and a.gkd_on == 'all', 'it belongs to --gkd_on failed or passed'),
     *((name, lambda a: not a.reward_funcs, 'it belongs to --reward_funcs') for name in OF_REWARDS),
     ('loss_type', lambda a: True, '--gkd_divergence chooses the loss'),
     ('enable_dft_loss', lambda a: True, 'it belongs to SFT'),

@@ -43,8 +43,8 @@ class TransformersBackend(Backend):
         return self.trainer.state.global_step
 
     @property
-    def is_last_step(self) -> bool:
-        return self.step + 1 >= self.trainer.state.max_steps
+    def num_steps(self) -> int:
+        return self.trainer.state.max_steps
 
     def ending_ids(self) -> list[int]:
         eos = self.trainer.bare.generation_config.eos_token_id

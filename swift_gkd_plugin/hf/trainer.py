@@ -113,6 +113,7 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         self.loss = DistillationLoss(self._loss_options(), OutputHead(self.bare), self.teacher.adapter if self.teacher else True)
         self.heads_verified = False
         self.conductor = Conductor(backend, self.template, self.loss.options, self.teacher, self.answering, rewards=rewards)
+        self.loss.shares = self.conductor.shares
         if args.gkd_routing == 'teacher' and self.conductor.scored_locally:
             self.teacher.routing = RoutingReplay(self.bare, self.teacher.bare)
         if args.use_vllm:

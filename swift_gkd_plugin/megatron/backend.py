@@ -61,8 +61,8 @@ class MegatronBackend(Backend):
         return self.trainer.state
 
     @property
-    def is_last_step(self) -> bool:
-        return self.step + 1 >= self.args.train_iters
+    def num_steps(self) -> int:
+        return self.args.train_iters
 
     def random_state(self) -> TrackedRandomState:
         return TrackedRandomState()  # megatron-core has generators of its own

@@ -49,13 +49,18 @@ class Backend(ABC):
 
     @property
     @abstractmethod
-    def state(self) -> Any:
-        """The host's own account of the run, which reward functions are given."""
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+
+    @property
+    def is_last_step(self) -> bool:
+        """Whether the run ends with the step that is under way."""
+        return self.step + 1 >= self.num_steps
 
     @property
     @abstractmethod
-    def is_last_step(self) -> bool:
-        """Whether the run ends with the step that is under way."""
+    def state(self) -> Any:
+        """The host's own account of the run, which reward functions are given."""
 
     def random_state(self) -> RandomState:
         """The random numbers of a training step, as they are now, with a method ``restore``."""

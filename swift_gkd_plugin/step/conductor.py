@@ -81,7 +81,8 @@ class Conductor:
         view = TeacherView(args.gkd_teacher_system, args.gkd_teacher_enable_thinking)
         tag_key = args.teacher_tag_key if isinstance(teacher, RemoteTeacher) else None
         scored = teacher is not None and args.gkd_loss_weight > 0
-        self.encoder = SampleEncoder(template, view, scored, tag_key, with_rewards=options.reward_weight > 0)
+        self.encoder = SampleEncoder(template, view, scored, tag_key, options.reward_weight > 0, options.distilled)
+        self.options = options
         self.books = Books(backend, self.encoder, write_on_rank, rewards.names if rewards else ())
         self.rewarding = Rewarding(rewards, backend, self.encoder, self.books) if rewards else None
         self.answers = Answers(backend, self.encoder, self.books, answering, options.vocab_size, write_on_rank)
@@ -156,7 +157,11 @@ class Conductor:
     @property
     def _scores(self) -> bool:
         """Whether a teacher looks at what is run."""
-        return self.args.gkd_loss_weight > 0 and self.books.looked_up is None
+        return self.args.gkd_loss_weight > 0 and self.books.looked_up is None and self.shares()[0] > 0
+
+    def shares(self) -> tuple[float, float]:
+        """Of the weights of divergence and rewards, as they are in this step; an evaluation measures with the whole ones."""
+        return (1.0, 1.0) if self.books.evaluating else self.options.shares(self.backend.step, self.backend.num_steps)
 
     # -- rows to micro-batches -----------------------------------------------------------------------------------------------------
 

@@ -32,6 +32,8 @@ class LossOptions:
         vocab_size: Number of token ids that both models have; None for all columns of a head.
         reward_weight: Of the rewards (``--gkd_rl_weight``).
         sampling_temperature: The student's.
+        schedule: How the two weights change over the run (``--gkd_rl_schedule``), and the share of it after which they are switched.
+        distilled: Which of the student's responses are compared with the teacher (``--gkd_on``), and the reward from which one has passed.
         clip: How far the ratio of a token's probability to that under the student that sampled it may fall below 1, and rise above, before
             its reward teaches nothing more (``--epsilon``, ``--epsilon_high``).
     """
@@ -44,6 +46,8 @@ class LossOptions:
     reward_weight: float = 0.0
     sampling_temperature: float = 1.0
     clip: tuple[float, float] = (0.2, 0.2)
+    schedule: tuple[str, float] = ('constant', 0.5)
+    distilled: tuple[str, float] = ('all', 1.0)
 
     @classmethod
     def of(cls, args, student: int | None, teacher: int | None = None, tokens: tuple[int, int] | None = None) -> LossOptions:
@@ -74,7 +78,24 @@ class LossOptions:
             args.gkd_rl_weight if args.reward_funcs else 0.0,
             args.temperature,
             (args.epsilon, args.epsilon if args.epsilon_high is None else args.epsilon_high),
+            (args.gkd_rl_schedule, args.gkd_rl_switch),
+            (args.gkd_on, args.gkd_passing_reward),
         )
+
+    def shares(self, step: int, steps: int) -> tuple[float, float]:
+        """Of the weights of divergence and rewards in a step.
+
+        Args:
+            step: Of the run, from 0.
+            steps: Of the run; 0 before it is known.
+        """
+        kind, switch = self.schedule
+        if kind == 'linear' and self.reward_weight:
+            done = step / max(steps - 1, 1)
+            return 1 - done, done
+        if kind == 'switch' and self.reward_weight:
+            return (1.0, 0.0) if step < switch * max(steps, 1) else (0.0, 1.0)
+        return 1.0, 1.0
 
 
 class LossInForward:
@@ -84,10 +105,13 @@ class LossInForward:
         options: What is minimised.
         head: The student's output head.
         teacher_adapter: Whether the teacher's head is read with its adapter on.
+
+    Attributes:
+        shares: Tells those of the weights of divergence and rewards in the step under way.
     """
 
     def __init__(self, options: LossOptions, head: Any, teacher_adapter: bool = True):
-        self.options, self.head, self.teacher_adapter = options, head, teacher_adapter
+        self.options, self.head, self.teacher_adapter, self.shares = options, head, teacher_adapter, lambda: (1.0, 1.0)
 
     def _of_tokens(
         self, batch: MicroBatch, here: Callable[[torch.Tensor], torch.Tensor], signal: Signal | None, stats: TokenStats
@@ -98,12 +122,15 @@ class LossInForward:
             here: Takes out of a per-token tensor what belongs to the tokens of this call, to their device.
         """
         options, weights, imitated = self.options, here(batch.weights), here(batch.imitated)
-        found = dict(token_weights=weights * options.weight, labels=here(batch.labels), reduction='sum', stats=stats)
+        of_divergence, of_rewards = self.shares()
+        compared = 1 if batch.compared is None else here(batch.compared)
+        token_weights = weights * compared * (options.weight * of_divergence)
+        found = dict(token_weights=token_weights, labels=here(batch.labels), reduction='sum', stats=stats)
         # Labels without weights are for the logged cross-entropy; without a teacher they would weigh 1.
         weighs = options.alpha or signal is None or batch.advantages is not None
         found['label_weights'] = weights * imitated * options.alpha if weighs else None
         if batch.advantages is not None:
-            found['label_weights'] += here(batch.advantages) * options.reward_weight
+            found['label_weights'] += here(batch.advantages) * (options.reward_weight * of_rewards)
             found['label_temperature'] = torch.where(imitated > 0, 1.0, options.sampling_temperature)
             if batch.old_logprobs is not None:
                 from ..divergence import Clipping

@@ -307,6 +307,7 @@ class MicroBatch:
         lengths: How many of the n tokens each sample has.
         signal: What the teacher says about the n tokens, once it is known.
         advantages: [n] float32, of the response that the token is in, 0 where it has none; None without rewards.
+        compared: [n] float32, 1 where the teacher's opinion counts, 0 where it does not; None if it always does.
         old_logprobs: [n] float32, log-probabilities under the student that sampled the tokens, NaN where it is the student of now; None if
             it always is.
     """
@@ -322,6 +323,7 @@ class MicroBatch:
     lengths: list[int] = field(repr=False)
     signal: Signal | None = field(default=None, repr=False)
     advantages: torch.Tensor | None = field(default=None, repr=False)
+    compared: torch.Tensor | None = field(default=None, repr=False)
     old_logprobs: torch.Tensor | None = field(default=None, repr=False)
 
     @property
@@ -376,13 +378,20 @@ class SampleEncoder:
         needs_teacher: Whether any teacher looks at the samples.
         tag_key: The column that tells which of several teacher servers a row belongs to; None without a server.
         with_rewards: Whether rewards are in the loss.
+        distilled: Which rewarded responses are compared with the teacher, as ``LossOptions`` has it.
     """
 
     def __init__(
-        self, template, teacher_view: TeacherView, needs_teacher: bool = True, tag_key: str | None = None, with_rewards: bool = False
+        self,
+        template,
+        teacher_view: TeacherView,
+        needs_teacher: bool = True,
+        tag_key: str | None = None,
+        with_rewards: bool = False,
+        distilled: tuple[str, float] = ('all', 1.0),
     ):
         self.template, self.teacher_view, self.needs_teacher, self.tag_key = template, teacher_view, needs_teacher, tag_key
-        self.with_rewards = with_rewards
+        self.with_rewards, self.distilled = with_rewards, distilled
         self._continue = Continuation(template)
 
     @contextmanager
@@ -590,8 +599,17 @@ class SampleEncoder:
             torch.tensor(imitated, dtype=torch.float32),
             lengths,
             advantages=_advantages(samples, lengths) if self.with_rewards else None,
+            compared=self._compared(samples, lengths),
             old_logprobs=_old_logprobs(samples, lengths),
         )
+
+    def _compared(self, samples: list[Sample], lengths: list[int]) -> torch.Tensor | None:
+        which, passing = self.distilled
+        if which == 'all' or not any(sample.reward for sample in samples):
+            return None
+        passed = [None if sample.reward is None else sample.reward.total >= passing for sample in samples]
+        counts = torch.tensor([float(one is None or one == (which == 'passed')) for one in passed])
+        return counts.repeat_interleave(torch.tensor(lengths))
 
     def for_reward(self, sample: Sample) -> GKDSample:
         """ms-swift's sample with the response as a reward function reads it: without the token that ends it."""

@@ -206,8 +206,8 @@ class FakeBackend(Backend):
         self.conductor: Conductor | None = None
 
     @property
-    def is_last_step(self) -> bool:
-        return self.step + 1 >= self.args.max_steps
+    def num_steps(self) -> int:
+        return self.args.max_steps
 
     @property
     def state(self) -> SimpleNamespace:
@@ -297,7 +297,9 @@ class FakeBackend(Backend):
             loss = loss + self._of_rewards(batch, cross_entropy, stats)
         if batch.signal is not None:
             divergence = (weights - self.part(batch.signal.logprobs)[:, 0]) ** 2
-            loss, stats.divergence = loss + self.args.gkd_loss_weight * divergence, divergence.detach().float()
+            counts = 1 if batch.compared is None else self.part(batch.compared)
+            loss = loss + self.args.gkd_loss_weight * self.conductor.shares()[0] * counts * divergence
+            stats.divergence = divergence.detach().float()
         total = (loss * self.part(batch.weights)).sum()
         if any(sample.row.number in self.nan for sample in batch.samples):
             total = total * torch.nan
@@ -310,7 +312,7 @@ class FakeBackend(Backend):
 
     def _of_rewards(self, batch, cross_entropy: torch.Tensor, stats: TokenStats) -> torch.Tensor:
         """Clipped (PPO, Schulman et al., 2017, arXiv 1707.06347) where it was another student that sampled the token."""
-        advantages = self.args.gkd_rl_weight * self.part(batch.advantages)
+        advantages = self.args.gkd_rl_weight * self.conductor.shares()[1] * self.part(batch.advantages)
         if batch.old_logprobs is None:
             return advantages * cross_entropy
         old = self.part(batch.old_logprobs)
@@ -393,7 +395,8 @@ class FakeRun:
         remote = None if server is None else remote_teacher(server)
         who = {None: None, 'local': SimpleNamespace(description='a table', host_copy=None), 'server': remote}[teacher]
         weighs = args.gkd_rl_weight if args.reward_funcs else 0.0
-        options = LossOptions(Divergence(), args.gkd_loss_weight, args.sft_alpha, 'bucket', None, weighs, args.temperature)
+        how = {'schedule': (args.gkd_rl_schedule, args.gkd_rl_switch), 'distilled': (args.gkd_on, args.gkd_passing_reward)}
+        options = LossOptions(Divergence(), args.gkd_loss_weight, args.sft_alpha, 'bucket', None, weighs, args.temperature, **how)
         rewards = Rewards(args) if args.reward_funcs else None
         self.conductor = self.backend.conductor = Conductor(self.backend, template, options, who, remote, rewards=rewards)
         self.steps: list[list[list[dict[str, Any]]]] = []

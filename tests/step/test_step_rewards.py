@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -10,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from fake_backend import REWARDS, flat
+from fake_backend import REWARDS, flat, opinion
 from swift.rewards import ORM, orms
 
 from swift_gkd_plugin.arguments import OptionError
+from swift_gkd_plugin.divergence import Divergence
 from swift_gkd_plugin.rewards import RewardError, Rewards, rewards_of
+from swift_gkd_plugin.step.objective import LossOptions
 
 GROUPED = {'lmbda': 1, 'gkd_num_samples': 4, 'steps_per_generation': 2, **REWARDS}
 
@@ -102,6 +105,45 @@ def test_at_weight_0_rewards_are_measured_only(make):
     measured = make(**GROUPED, gkd_rl_weight=0.0).train()
     assert measured.losses == plain.losses and torch.equal(measured.backend.weights, plain.backend.weights)
     assert 'reward' in measured.logs[0] and 'pg_loss' not in measured.logs[0] and 'reward' not in plain.logs[0]
+
+
+def test_from_distillation_to_rewards(make):
+    """In both schedules the first step is the divergence's, and the last the rewards'; without a divergence nobody asks the teacher."""
+    for schedule, asked in (('linear', [0, 1, 2]), ('switch', [0, 1])):
+        options = {**GROUPED, 'max_steps': 4}
+        run = make(**options, gkd_rl_schedule=schedule).train()
+        assert len(run.backend.looked_at) == len(asked) and ['divergence' in log for log in run.logs] == [i in asked for i in range(4)]
+        distilled = make(**{**options, 'gkd_rl_weight': 0.0, 'max_steps': 1}).train()
+        assert run.losses[0] == distilled.losses[0] and run.losses[-1] == pytest.approx(run.logs[-1]['pg_loss'], rel=1e-5)
+
+
+@pytest.mark.parametrize('schedule', [('constant', 0.5), ('linear', 0.5), ('switch', 0.25)])
+def test_weights_over_a_run(schedule):
+    options = LossOptions(Divergence(), 1.0, 0.0, 'bucket', None, reward_weight=1.0, schedule=schedule)
+    found = [options.shares(step, 5) for step in range(5)]
+    expected = {
+        'constant': [(1, 1)] * 5,
+        'linear': [(1, 0), (0.75, 0.25), (0.5, 0.5), (0.25, 0.75), (0, 1)],
+        'switch': [(1, 0), (1, 0), (0, 1), (0, 1), (0, 1)],
+    }
+    assert found == expected[schedule[0]]
+    assert dataclasses.replace(options, reward_weight=0.0).shares(4, 5) == (1, 1)
+
+
+@pytest.mark.parametrize('which', ['failed', 'passed'])
+def test_only_some_responses_are_compared_with_the_teacher(make, which):
+    """The others keep their reward, and their tokens keep counting."""
+    options = {**GROUPED, 'gkd_rl_weight': 1e-9, 'max_steps': 1}
+    whole = make(**options).train()
+    first = flat(whole)
+    passing = sorted(one['reward']['total'] for one in first)[2]
+    run = make(**options, gkd_on=which, gkd_passing_reward=passing).train()
+    counts = [(one['reward']['total'] >= passing) == (which == 'passed') for one in first]
+    assert 0 < sum(counts) < len(counts)
+    opinions = [sum(float(opinion(torch.tensor(token))) ** 2 for token in one['response'][0]) for one in first]
+    total = sum(len(one['response'][0]) for one in first)  # weights are 0: a token's divergence is the square of what the teacher says
+    assert run.losses[0] == pytest.approx(sum(o for o, c in zip(opinions, counts, strict=True) if c) / total, rel=1e-5)
+    assert whole.losses[0] == pytest.approx(sum(opinions) / total, rel=1e-5)
 
 
 def test_what_is_logged(make):
