@@ -10,7 +10,7 @@ from swift.megatron.pipelines.train.rlhf import MegatronRLHF
 from transformers import AutoConfig
 
 from .. import checks
-from ..arguments import OptionError
+from ..arguments import OptionError, teacher_offload
 from ..memory.verdict import Card
 from ..step.remote import check_servers
 from ..step.samples import with_used_columns
@@ -47,6 +47,11 @@ NOT_USED: tuple[Entry, ...] = (
         for name in ('offload_teacher_model', 'gkd_teacher_offload', *(f'teacher_{size}' for size in SIZES))
     ),
     (
+        'gkd_optimizer_offload',
+        lambda a: a.gkd_optimizer_offload and (teacher_offload(a) is None or not loads_teacher(a)),
+        'no teacher comes from the host; see --gkd_teacher_offload',
+    ),
+    (
         'gkd_teacher_batch_size',
         lambda a: a.context_parallel_size > 1,
         "with --context_parallel_size the teacher takes the student's micro-batches",
@@ -63,7 +68,7 @@ class GKDPipeline(MegatronRLHF):
         with said_once():
             self._check_options()
             self._tokens = checks.tokenizer_lengths(self.args, self.processor)
-            foretell(self.args, Card.of_this_rank())
+            self._optimizer_leaves = foretell(self.args, Card.of_this_rank())
         return super().run()
 
     def prepare_trainer(self) -> GKDTrainer:
@@ -73,6 +78,7 @@ class GKDPipeline(MegatronRLHF):
             vllm_client=self._prepare_vllm_client(),
             tokenizer_lengths=self._tokens,
             teacher_is_start=self._adapter_is_start() or checks.teacher_is_start(self.args),
+            optimizer_leaves=self._optimizer_leaves,
         )
 
     def _adapter_is_start(self) -> bool:
