@@ -128,6 +128,11 @@ class GKDOptions:
         'Keep a separate --teacher_model on the host. model, the same as --offload_teacher_model true: it comes to the device once per '
         'optimizer step. layer: two of its layers at a time, for every micro-batch.',
     )
+    gkd_optimizer_offload: Optional[bool] = option(
+        None,
+        "megatron rlhf: the optimizer's state is on the host while a --teacher_model that lives there (--gkd_teacher_offload model) is on "
+        'the device. Default: if the memory that is foretold of the run says that the device cannot hold both.',
+    )
     teacher_quant_method: Optional[Literal[('none', *QUANTISERS)]] = option(
         None,
         "Quantise a separate --teacher_model while it loads, by transformers' own quantiser of this name; none leaves it as it is. "

@@ -179,6 +179,7 @@ def run(tmp_path):
 @pytest.mark.parametrize(
     ('judge', 'right', 'wrong'),
     [
+        (judging.moves_the_optimizer, {'optimizer/moved_gib': [0, 0.1, 0.1]}, {'optimizer/moved_gib': [0.1, 0, 0.1]}),
         (judging.moves_the_teacher, {'teacher/moved_gib': [0.1, 0.1, 0.2]}, {'teacher/moved_gib': [0.1, 0, 0.1]}),
         (judging.teaches_nothing, {'loss': [1e-9, 0.1, 0.1]}, {'loss': [1e-5, 0.1, 0.1]}),
         (judging.teacher_answers, {'source/teacher': [1.0, 1.0, 1.0]}, {'source/teacher': [1.0, 0.5, 1.0]}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from swift_gkd_plugin.arguments import OptionError
 from swift_gkd_plugin.hf import memory as hf
+from swift_gkd_plugin.megatron import memory as megatron
+from swift_gkd_plugin.megatron.options import SIZES
 from swift_gkd_plugin.memory import verdict
 from swift_gkd_plugin.memory.estimates import Rows, activation_bytes, cache_bytes
 from swift_gkd_plugin.memory.layout import Layout, parameters
@@ -92,37 +95,52 @@ def test_an_embedding_is_no_layer(sizes):
 ROWS = Rows(rows=2, length=2048, trained=1024, micro_batches=4, answers=0, answers_of_teacher=False, budget=None)
 
 
+# Full training of 8B on 8 ranks by a teacher of 32B: what both back ends know of it, and what each of them does.
+COMMON = dict(rows=ROWS, averaged=False, scores=True, offload=None, topk=None, engines=Engines(), card=None)
+TRANSFORMERS = COMMON | dict(
+    world=8,
+    sharding=hf.DDP,
+    zero={},
+    moments=2,
+    mixed=True,
+    checkpointing=True,
+    bits=None,
+    teacher_bits=None,
+    adapter=None,
+    teacher_sharded=False,
+    teacher_on_host=False,
+    placed=False,
+    teacher_rows=None,
+    gathers=True,
+    away=(),
+    sure=True,
+)
+MEGATRON = COMMON | dict(
+    layout=Layout(8),
+    own=Layout(8),
+    gradient=4,
+    state=12,
+    distributed=True,
+    rank=None,
+    recomputed=(1.0, 1),
+    sequence_parallel=False,
+    offload=True,
+    lends=True,
+    moves=None,
+    away=(False, False),
+    even=True,
+    sure_trained=True,
+    sure_state=True,
+)
+
+
 def setup(sizes, teacher='Qwen3-32B', **given) -> hf.Setup:
-    plain = dict(
-        student=sizes['Qwen3-8B'],
-        teacher=teacher and sizes[teacher],
-        rows=ROWS,
-        world=8,
-        sharding=hf.DDP,
-        zero={},
-        moments=2,
-        mixed=True,
-        checkpointing=True,
-        bits=None,
-        teacher_bits=None,
-        adapter=None,
-        averaged=False,
-        in_student=teacher is None,
-        scores=True,
-        each_micro_batch=teacher is None,
-        teacher_sharded=False,
-        teacher_on_host=False,
-        offload=None,
-        placed=False,
-        teacher_rows=None,
-        topk=None,
-        gathers=True,
-        engines=Engines(),
-        away=(),
-        card=None,
-        sure=True,
-    )
-    return hf.Setup(**plain | given)
+    alone = dict(in_student=teacher is None, each_micro_batch=teacher is None)
+    return hf.Setup(**TRANSFORMERS | dict(student=sizes['Qwen3-8B'], teacher=teacher and sizes[teacher]) | alone | given)
+
+
+def megatron_setup(sizes, **given) -> megatron.Setup:
+    return megatron.Setup(**MEGATRON | dict(student=sizes['Qwen3-8B'], teacher=sizes['Qwen3-32B']) | given)
 
 
 def exact(table: Table) -> dict[str, int]:
@@ -178,6 +196,40 @@ def test_an_offloaded_teacher_is_there_when_it_looks(sizes):
     assert whole.held(STUDENT, True) - offloaded.held(STUDENT, True) == away
     assert whole.held(TEACHER, True) == offloaded.held(TEACHER, True)
     assert offloaded.held(TEACHER, True) - layers.held(TEACHER, True) == pytest.approx(2 * T * 62 / 64, rel=0.1)
+
+
+def test_gradients_and_optimizer_make_room_for_a_visit(sizes):
+    there = megatron.table(megatron_setup(sizes, lends=False, moves=True))  # as with --optimizer_cuda_graph
+    lent, both = (megatron.table(megatron_setup(sizes, moves=moves)) for moves in (False, True))
+    assert there.held(TEACHER, True) - lent.held(TEACHER, True) == 4 * P
+    assert lent.held(TEACHER, True) - both.held(TEACHER, True) == 12 * P / 8
+    assert there.held(STUDENT) == lent.held(STUDENT) == both.held(STUDENT)
+
+
+def test_the_optimizer_leaves_if_it_has_to(sizes):
+    full = megatron.table(megatron_setup(sizes)).held(TEACHER)  # no card, nothing to compare it with
+    for size, leaves in ((full, False), (full - 1, True)):
+        found = megatron_setup(sizes, card=Card('cuda:0', size))
+        assert megatron.optimizer_leaves(found) == leaves
+        assert megatron.table(found).held(TEACHER) == full - leaves * 12 * P / 8
+        assert not megatron.optimizer_leaves(replace(found, moves=False))
+        assert not megatron.optimizer_leaves(replace(found, lends=False, moves=True))
+
+
+def test_an_answering_teacher_has_their_room_too(sizes):
+    """What it takes of the card beyond that is all that is added to what there is while the student answers."""
+    answering = megatron_setup(sizes, scores=False, rows=replace(ROWS, answers=4, answers_of_teacher=True))
+    visits = [
+        {part.name: part.bytes for part in megatron.table(replace(answering, moves=moves)).parts}['teacher weights, visiting to answer']
+        for moves in (False, True)
+    ]
+    head = 2 * 151936 * 5120
+    assert visits == [2 * T - head - 4 * P, 2 * T - head - 4 * P - 12 * P / 8]
+    full = megatron.table(answering).held(GENERATION)
+    assert megatron.optimizer_leaves(replace(answering, card=Card('cuda:0', full - 1)))
+    # Keys and values of the student's alone: nothing would be gained.
+    alone = replace(answering, rows=replace(answering.rows, answers_of_teacher=False), card=Card('cuda:0', 1))
+    assert not megatron.optimizer_leaves(alone)
 
 
 def test_the_peak_is_no_sum():
@@ -284,6 +336,13 @@ def test_what_cannot_fit_is_refused_with_what_would(sizes, said):
     held = 2 * T + 10 * P
     assert f'a rank holds {held / GIB:.1f} GiB at least (teacher weights 61.0 GiB, optimizer 30.5 GiB' in message
     assert 'and cuda:0 has 80.0 GiB; it fits with --deepspeed zero3 (' in message
+
+
+def test_a_kept_optimizer_is_named_where_it_would_help(sizes, said):
+    given = dict.fromkeys((f'teacher_{name}' for name in SIZES), None) | dict(tuner_type='full', lora_rank=8, optimizer_cuda_graph=False)
+    kept = megatron_setup(sizes, moves=False, card=Card('cuda:0', 80 * GIB))
+    with pytest.raises(OptionError, match=r'; it fits with --gkd_optimizer_offload true \(78.1 GiB\) or '):
+        verdict.announce(kept, megatron.table, megatron.changes(kept, SimpleNamespace(**given)), kept.card)
 
 
 def test_options_that_only_help_together(sizes, said):

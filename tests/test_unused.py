@@ -72,6 +72,7 @@ SEQ_KD = {'seq_kd': True, 'lmbda': 0.0}
         ({'gkd_teacher_batch_size': 2}, SERVER, 'or elsewhere'),
         ({'gkd_teacher_batch_size': 2}, MODEL, None),
         ({'gkd_micro_batch_tokens': 64}, MODEL, 'it belongs to `megatron rlhf`'),
+        ({'gkd_optimizer_offload': True}, MODEL, 'it belongs to `megatron rlhf`'),
         ({'gkd_teacher_offload': 'model'}, {**MODEL, **ENGINE, 'gkd_logits_topk': 5}, 'the only copy'),
         ({'gkd_teacher_offload': 'model'}, MODEL, None),
         # An engine is asked like a server.

@@ -118,6 +118,12 @@ def moves_the_teacher(run: Run, other: Optional[Run]) -> Optional[str]:
     return None if len(moved) == STEPS and min(moved) > 0 else f'teacher/moved_gib {moved}'
 
 
+def moves_the_optimizer(run: Run, other: Optional[Run]) -> Optional[str]:
+    """Its moments are there from the second step on."""
+    moved = run.values('optimizer/moved_gib')
+    return None if len(moved) == STEPS and min(moved[1:]) > 0 else f'optimizer/moved_gib {moved}'
+
+
 def teaches_nothing(run: Run, other: Optional[Run]) -> Optional[str]:
     """The first loss of a teacher that is a copy of the student."""
     return None if run.losses[0] < 1e-6 else f'a first loss of {run.losses[0]:.3g} between a model and its copy'

@@ -15,6 +15,7 @@ from judging import (
     engine_sleeps,
     few_batches_of_the_teacher,
     frugal,
+    moves_the_optimizer,
     moves_the_teacher,
     runs_ahead,
     spares_half_the_teacher,
@@ -345,10 +346,10 @@ MATRIX = (
     megatron(
         'deep teacher on the host, TP 2',
         {'TP': 2},
-        {**DEEP, 'offload_teacher_model': 'true'},
+        {**DEEP, 'offload_teacher_model': 'true', 'gkd_optimizer_offload': 'true'},
         gpus=2,
         like='deep teacher, TP 2',
-        checks=(moves_the_teacher, frugal),
+        checks=(moves_the_teacher, moves_the_optimizer, frugal),
     ),
     megatron(
         'student answers, TP 2',

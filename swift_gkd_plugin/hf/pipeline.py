@@ -55,6 +55,7 @@ NOT_USED: tuple[Entry, ...] = (
     ),
     ('router_aux_loss_coef', lambda a: not a.model_info.is_moe_model, 'the student has no router'),
     *((name, lambda a: True, 'it belongs to `megatron rlhf`') for name in OPTION_NAMES if name.endswith('_parallel_size')),
+    ('gkd_optimizer_offload', lambda a: True, "it belongs to `megatron rlhf`; DeepSpeed's offload_optimizer keeps it on the host"),
     (
         'gkd_micro_batch_tokens',
         lambda a: True,

@@ -33,7 +33,7 @@ def local_teacher(trainer) -> LocalTeacher:
 def _self_teacher(trainer) -> LocalTeacher:
     bare = trainer.bare
     if trainer.args.gkd_self_teacher == 'ema':
-        teacher = AveragedStudent(trainer.model, bare, AverageInOneFile(trainer.args.gkd_ema_decay))
+        teacher = AveragedStudent(trainer.model, bare, average=AverageInOneFile(trainer.args.gkd_ema_decay))
     elif not trainer._teacher_use_disable_adapter:
         teacher = LiveStudent(trainer.model, bare)
     else:

@@ -19,7 +19,7 @@ from ..responses.local import evaluation_mode
 from ..step.samples import MicroBatch
 from ..teachers import HiddenStates, Logits, Signal, TopK, TopKOptions
 from ..teachers.adapters import adapter_on, adapters_off, check_frozen_base
-from ..teachers.average import MovingAverage
+from ..teachers.average import TaughtByAverage
 from ..teachers.offload import HostCopy, LayerStream
 from .head import KeptHead, OutputHead
 from .routing import RoutingReplay
@@ -175,24 +175,7 @@ class LiveStudent(LocalTeacher):
     description = 'the live student'
 
 
-class AveragedStudent(LocalTeacher):
-    """The moving average of the student.
-
-    Args:
-        average: Of the parameters that are trained.
-    """
-
-    description = 'the moving average of the student'
-
-    def __init__(self, model: nn.Module, bare: nn.Module, average: MovingAverage):
-        super().__init__(model, bare)
-        self.average = average
-
-    @contextmanager
-    def ready(self) -> Iterator[nn.Module]:
-        with self.average.in_place_of_the_student(), super().ready() as model:
-            yield model
-
+class AveragedStudent(TaughtByAverage, LocalTeacher):
     def _head_for_the_loss(self) -> OutputHead | KeptHead:
         if not self.average.concerns(self.head.executed(True)):
             return self.head

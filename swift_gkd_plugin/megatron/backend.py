@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -89,8 +89,12 @@ class MegatronBackend(Backend):
     @contextmanager
     def _lent(self, source: Source) -> Iterator[list[nn.Module]]:
         trainer, student = self.trainer, source == STUDENT
-        with trainer.gathered_weights() if student else trainer.teacher.ready():
-            yield trainer.unwrapped_models if student else trainer.teacher.chunks
+        if student:
+            with trainer.gathered_weights():
+                yield trainer.unwrapped_models
+        else:
+            with self._room_for_visit(), trainer.teacher.ready():
+                yield trainer.teacher.chunks
 
     def roll_out(self, samples: list[Sample]) -> None:
         self.trainer.roll_out(samples)
@@ -138,23 +142,26 @@ class MegatronBackend(Backend):
         trainer = self.trainer
         # An evaluation is of the student as it will be alone.
         trainer.teacher.routing = None if trainer.conductor.books.evaluating else trainer.routing
-        with trainer.conductor.metrics.seconds('seconds/teacher'), self._without_gradients():
+        with trainer.conductor.metrics.seconds('seconds/teacher'), self._room_for_visit():
             return trainer.teacher.signals(batches, topk)
 
     @contextmanager
-    def _without_gradients(self) -> Iterator[None]:
-        """A teacher that comes from the host has the place of the student's gradients meanwhile. They are zero: it looks at a step before
-        the step's first forward. A captured step of the optimizer would read them where they were."""
+    def _room_for_visit(self) -> Iterator[None]:
+        """A teacher that comes from the host has the place of the student's gradients meanwhile, and that of the optimizer's state where
+        this leaves. The gradients are zero: the teacher answers and looks at a step before the step's first forward. A captured step of
+        the optimizer would read them where they were."""
         trainer = self.trainer
         lends = trainer.teacher.host_copy is not None and not self.args.optimizer_cuda_graph
         lent = [m for m in trainer.wrapped_models if isinstance(m, DistributedDataParallel)] if lends else []
-        for model in lent:
-            model.offload_grad_buffers()
-        try:
-            yield
-        finally:
+        # The state first: with the gradients the allocator gives back what is free.
+        with trainer.optimizer_state.away(trainer.conductor.metrics) if trainer.optimizer_state else nullcontext():
             for model in lent:
-                model.restore_grad_buffers()
+                model.offload_grad_buffers()
+            try:
+                yield
+            finally:
+                for model in lent:
+                    model.restore_grad_buffers()
 
     def run(self, batches: InTurn) -> None:
         trainer = self.trainer

@@ -19,8 +19,8 @@ from ..memory.sizes import ModelSize, empty_model
 from ..memory.table import GENERATION, PHASES, STUDENT, TEACHER, UPDATE, Part, Table, but
 from ..memory.verdict import Card
 from ..memory.verdict import foretell as foretell_setup
-from .backend import TOKENS
 from .options import SIZES, loads_teacher, teacher_arguments, teacher_options
+from .questions import TOKENS
 
 # Options by which full training leaves weights as they are.
 FREEZING = ('freeze_parameters', 'freeze_parameters_regex', 'freeze_parameters_ratio', 'trainable_parameters', 'trainable_parameters_regex')
@@ -40,7 +40,8 @@ class Setup(AnySetup):
         recomputed: Share of the layers that are computed again for the backward pass, and how many of them at a time.
         sequence_parallel: Of the student.
         offload: Whether the teacher lives on the host.
-        lends: Whether the teacher's visit has the memory of the gradients then.
+        lends: Whether the teacher's visits have the memory of the gradients then.
+        moves: Whether they have that of the optimizer; None for if they need it.
         averaged: Whether a moving average of what is trained teaches.
         away: Whether weights and gradients, and the optimizer, leave while vLLM generates.
         even: Whether layers are dealt out evenly.
@@ -58,6 +59,7 @@ class Setup(AnySetup):
     sequence_parallel: bool
     offload: bool
     lends: bool
+    moves: bool | None
     averaged: bool
     away: tuple[bool, bool]
     even: bool
@@ -67,19 +69,36 @@ class Setup(AnySetup):
 
 def table(setup: Setup) -> Table:
     """What the fullest rank holds."""
+    tables = _tables(replace(setup, moves=optimizer_leaves(setup)))
+    return max(tables, key=lambda found: found.peak())
+
+
+def optimizer_leaves(setup: Setup) -> bool:
+    """Whether the optimizer's state is on the host while the teacher visits: as asked for, or where a card cannot hold both."""
+    if not setup.lends or setup.moves is not None or setup.card is None:
+        return bool(setup.lends and setup.moves)
+    visits = (TEACHER,) * setup.scores + (GENERATION,) * setup.rows.answers_of_teacher
+    return any(
+        without.held(phase) < held.held(phase) > setup.card.bytes
+        for held, without in zip(_tables(replace(setup, moves=False)), _tables(replace(setup, moves=True)), strict=True)
+        for phase in visits
+    )
+
+
+def _tables(setup: Setup) -> list[Table]:
+    """Of the ranks of each stage, the student's and the teacher's."""
     phases = {STUDENT, UPDATE, *setup.engines.phases} | ({TEACHER} if setup.scores else set())
     if setup.rows.answers:
         phases.add(GENERATION)
     # Stages are consecutive ranks in both layouts.
     world = setup.layout.world
     places = dict.fromkeys((r // (world // setup.layout.pp), r // (world // setup.own.pp)) for r in range(world))
-    tables = [
+    return [
         Table(
             tuple(part for part in _parts(setup, *place) if part.bytes), tuple(p for p in PHASES if p in phases), tuple(_not_counted(setup))
         )
         for place in places
     ]
-    return max(tables, key=lambda found: found.peak())
 
 
 def _parts(setup: Setup, stage: int, teacher_stage: int) -> Iterable[Part]:
@@ -95,23 +114,26 @@ def _parts(setup: Setup, stage: int, teacher_stage: int) -> Iterable[Part]:
         distributed=setup.distributed,
     )
     gone, optimizer_gone = ({GENERATION} if away else set() for away in setup.away)
-    in_visit = {TEACHER} if setup.lends else set()
+    gradients, optimizer = held.get('student gradients', 0), held.get('optimizer', 0)
+    lends, moves = ({TEACHER} if leaves else set() for leaves in (setup.lends, setup.lends and setup.moves))
     yield Part('student weights', held['student weights'], but(gone), setup.even)
     sure = setup.even and setup.sure_trained
-    yield Part('gradients', held.get('student gradients', 0), but(gone | in_visit), sure)
-    yield Part('optimizer', held.get('optimizer', 0), but(optimizer_gone), sure and setup.sure_state)
+    yield Part('gradients', gradients, but(gone | lends), sure)
+    yield Part('optimizer', optimizer, but(optimizer_gone | moves), sure and setup.sure_state)
     trained = held['student weights'] // b if setup.rank is None else size.low_rank(setup.rank) // layout.pp
     if setup.averaged:
         yield Part("the teacher's average", FP32 * trained, PHASES, sure and setup.rank is None)
     if setup.rank is not None:
         share = layout.dp * layout.cp if setup.distributed else 1
         yield Part('adapter, trained', trained * (b + setup.gradient) + trained // share * (setup.state or 0), PHASES, False)
-    yield from _of_teacher(setup, stage == layout.pp - 1, teacher_stage)
+    left = (gradients if lends and not gone else 0) + (optimizer if moves and not optimizer_gone else 0)
+    yield from _of_teacher(setup, stage == layout.pp - 1, teacher_stage, left)
     yield from _of_work(setup, stage)
     yield from setup.engines.parts(setup.card)
 
 
-def _of_teacher(setup: Setup, last: bool, stage: int) -> Iterable[Part]:
+def _of_teacher(setup: Setup, last: bool, stage: int, left: int) -> Iterable[Part]:
+    """Args: whether it is the student's last stage, the teacher's stage, bytes that have left when the teacher comes to answer."""
     size, own = setup.teacher, setup.own
     if size is None:
         return
@@ -122,7 +144,7 @@ def _of_teacher(setup: Setup, last: bool, stage: int) -> Iterable[Part]:
     else:
         stays = 0 if relocated or stage < own.pp - 1 else head_bytes(size, own)
         yield Part('teacher weights, the head', stays, PHASES, setup.even)
-        yield from visiting(weights - stays, setup.engines.asleep(setup.card), setup.rows.answers_of_teacher, setup.even)
+        yield from visiting(weights - stays, left + setup.engines.asleep(setup.card), setup.rows.answers_of_teacher, setup.even)
     if relocated and last:
         yield Part("teacher's head in the student's layout", head_bytes(size, setup.layout), PHASES, setup.even)
 
@@ -169,9 +191,18 @@ def _not_counted(setup: Setup) -> Iterable[str]:
 # --- from the options ---
 
 
-def foretell(args: Any, card: Card | None) -> None:
-    """Args: ms-swift's arguments, the card of this rank."""
-    foretell_setup(lambda: setup_of(args, card), table, lambda setup: changes(setup, args))
+def foretell(args: Any, card: Card | None) -> bool:
+    """Whether the optimizer's state has to leave while the teacher visits.
+
+    Args: ms-swift's arguments, the card of this rank.
+    """
+    setup = foretell_setup(lambda: setup_of(args, card), table, lambda setup: changes(setup, args))
+    return setup is not None and optimizer_leaves(setup)
+
+
+def bytes_of_moments(args: Any) -> int | None:
+    """What the optimizer keeps of a number beside its fp32 copy; None if it is not known."""
+    return 0 if args.optimizer == 'sgd' and not args.sgd_momentum else MOMENTS.get(args.optimizer)
 
 
 def setup_of(args: Any, card: Card | None) -> Setup:
@@ -191,7 +222,7 @@ def setup_of(args: Any, card: Card | None) -> Setup:
     block = full and args.recompute_method == 'block'
     share = min(at_a_time / (student.inside.layers / layout.pp), 1) if block else float(full)
     uneven = (args.pipeline_model_parallel_layout, args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers)
-    state = 0 if args.optimizer == 'sgd' and not args.sgd_momentum else MOMENTS.get(args.optimizer)
+    state = bytes_of_moments(args)
     return Setup(
         student=student,
         teacher=teacher,
@@ -206,6 +237,7 @@ def setup_of(args: Any, card: Card | None) -> Setup:
         sequence_parallel=args.sequence_parallel,
         offload=offload,
         lends=offload and not args.optimizer_cuda_graph,
+        moves=args.gkd_optimizer_offload,
         averaged=args.gkd_self_teacher == 'ema',
         scores=args.gkd_loss_weight > 0 and args.teacher_model_server is None and not engine_scores(args),
         topk=args.gkd_logits_topk,
@@ -231,7 +263,9 @@ def changes(setup: Setup, args: Any) -> dict[str, Callable[[Setup], Setup]]:
     if rows.rows > 1:
         found['--micro_batch_size 1'] = lambda s: replace(s, rows=replace(rows, rows=1, micro_batches=rows.micro_batches * rows.rows))
     if setup.teacher is not None and not setup.offload:
-        found['--gkd_teacher_offload model'] = lambda s: replace(s, offload=True, lends=True)
+        found['--gkd_teacher_offload model'] = lambda s: replace(s, offload=True, lends=not args.optimizer_cuda_graph)
+    if setup.lends and setup.moves is False:
+        found['--gkd_optimizer_offload true'] = lambda s: replace(s, moves=True)
     if setup.teacher is not None and not teacher_options(args):
         tp = max((n for n in (2, 4, 8) if layout.world % n == 0), default=1)
         if tp > layout.tp and setup.teacher.inside.keys % tp == 0:

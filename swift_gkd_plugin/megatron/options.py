@@ -18,6 +18,11 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ('use_ray', lambda a: a.use_ray, "ms-swift's Ray pipeline has begun without the plugin; install it instead of --external_plugins"),
     ('vllm_mode', lambda a: a.use_vllm and a.vllm_mode is None, 'give colocate or server, or --use_vllm false'),
     ('gkd_teacher_offload', lambda a: a.gkd_teacher_offload == 'layer', 'the Megatron back end moves the whole teacher; use model'),
+    (
+        'gkd_optimizer_offload',
+        lambda a: a.gkd_optimizer_offload and a.optimizer_cuda_graph,
+        'with --optimizer_cuda_graph a captured update reads the state where it was; leave one of them out',
+    ),
     # They are kept in few bits and in no others, in which an average is not.
     ('fp8_param_gather', lambda a: a.gkd_self_teacher == 'ema' and a.fp8_param_gather, 'leave it out with --gkd_self_teacher ema'),
     ('fp4_param_gather', lambda a: a.gkd_self_teacher == 'ema' and a.fp4_param_gather, 'leave it out with --gkd_self_teacher ema'),

@@ -10,7 +10,7 @@ from swift.megatron.pipelines.train.rlhf import MegatronRLHF
 from transformers import AutoConfig
 
 from .. import checks
-from ..arguments import OptionError
+from ..arguments import OptionError, teacher_offload
 from ..memory.verdict import Card
 from ..rewards import rewards_of
 from ..step.remote import check_servers
@@ -48,6 +48,11 @@ NOT_USED: tuple[Entry, ...] = (
         for name in ('offload_teacher_model', 'gkd_teacher_offload', *(f'teacher_{size}' for size in SIZES))
     ),
     (
+        'gkd_optimizer_offload',
+        lambda a: a.gkd_optimizer_offload and (teacher_offload(a) is None or not loads_teacher(a)),
+        'no teacher comes from the host; see --gkd_teacher_offload',
+    ),
+    (
         'gkd_teacher_batch_size',
         lambda a: a.context_parallel_size > 1,
         "with --context_parallel_size the teacher takes the student's micro-batches",
@@ -64,7 +69,7 @@ class GKDPipeline(MegatronRLHF):
         with said_once():
             self._check_options()
             self._tokens = checks.tokenizer_lengths(self.args, self.processor)
-            foretell(self.args, Card.of_this_rank())
+            self._optimizer_leaves = foretell(self.args, Card.of_this_rank())
         return super().run()
 
     def prepare_trainer(self) -> GKDTrainer:
@@ -75,6 +80,7 @@ class GKDPipeline(MegatronRLHF):
             tokenizer_lengths=self._tokens,
             teacher_is_start=self._adapter_is_start() or checks.teacher_is_start(self.args),
             rewards=self._rewards,
+            optimizer_leaves=self._optimizer_leaves,
         )
 
     def _adapter_is_start(self) -> bool:

@@ -91,6 +91,6 @@ def local_teacher(trainer) -> LocalTeacher:
     if chunks is not None:
         return LocalTeacher(args, chunks, offload)
     if args.gkd_self_teacher == 'ema':
-        return AveragedStudent(args, trainer.unwrapped_models, ShardedAverage(args.gkd_ema_decay))
+        return AveragedStudent(args, trainer.unwrapped_models, average=ShardedAverage(args.gkd_ema_decay))
     with said_once():
         return (SharedBase if trainer._teacher_use_disable_adapter else LiveStudent)(args, trainer.unwrapped_models)

@@ -21,8 +21,8 @@ from ..responses.local import evaluation_mode
 from ..step.samples import InTurn, MicroBatch
 from ..teachers import HiddenStates, Signal, TopK, TopKOptions
 from ..teachers.adapters import adapters_off, check_frozen_base
+from ..teachers.average import TaughtByAverage
 from ..teachers.offload import HostCopy
-from .average import ShardedAverage
 from .chunks import for_each_chunk
 from .head import HeadShard, HeadTensors, OutputHead
 from .routing import RoutingReplay
@@ -208,24 +208,7 @@ class LiveStudent(LocalTeacher):
     description = 'the live student'
 
 
-class AveragedStudent(LocalTeacher):
-    """The moving average of the student.
-
-    Args:
-        average: Of the parameters that are trained.
-    """
-
-    description = 'the moving average of the student'
-
-    def __init__(self, args, chunks: list[nn.Module], average: ShardedAverage):
-        super().__init__(args, chunks)
-        self.average = average
-
-    @contextmanager
-    def ready(self) -> Iterator[None]:
-        with self.average.in_place_of_the_student(), super().ready():
-            yield
-
+class AveragedStudent(TaughtByAverage, LocalTeacher):
     def _head_for_the_loss(self) -> OutputHead | HeadShard:
         head = self.head.tensors()
         if not head.weight.requires_grad:

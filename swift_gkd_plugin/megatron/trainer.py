@@ -40,6 +40,8 @@ from .engine import EngineRollout
 from .head import OutputHead, mark_shards
 from .layouts import common_padding
 from .loss import DistillationLoss
+from .memory import bytes_of_moments
+from .optimizer import leaving_state
 from .options import loads_teacher, resumed_from, said_once
 from .placement import build_teacher, check_heads, check_who_generates, load_teacher, local_teacher, merged_adapters
 from .routers import leave_padding_out, leave_unweighed, weigh
@@ -57,8 +59,9 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
         args: ms-swift's arguments, which Megatron-SWIFT hands over whole.
         template: The student's template.
         kwargs: What ms-swift's pipeline passes to its own trainer, and ``tokenizer_lengths``, the lengths of the student's and the
-            teacher's tokenizer (None if there is no other model), and ``teacher_is_start``: whether the teacher is a copy of the weights
-            that training starts from; ``rewards``, the reward functions.
+            teacher's tokenizer (None if there is no other model), ``teacher_is_start``: whether the teacher is a copy of the weights that
+            training starts from, ``rewards``: the reward functions, and ``optimizer_leaves``: whether the optimizer has to make room when
+            the teacher visits.
     """
 
     sample_cls = MegatronGKDTrainer.sample_cls
@@ -68,6 +71,7 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
         self._tokenizer_lengths = kwargs.pop('tokenizer_lengths', None)
         self._teacher_is_start = kwargs.pop('teacher_is_start', False)
         rewards = kwargs.pop('rewards', None)
+        self._optimizer_leaves = kwargs.pop('optimizer_leaves', False)
         self.args = args
         self.steps_per_generation, self.per_step = args.steps_per_generation, args.num_microbatches
         # ms-swift would make its own client of it, with vLLM installed.
@@ -180,6 +184,7 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
         if args.nccl_comm_warmup and self.teacher_layout is not None:
             self.teacher_layout.warm_up()
         self.config.finalize_model_grads_func = self._finalize_model_grads
+        self.optimizer_state = leaving_state(self, self._optimizer_leaves, bytes_of_moments(args) or 0)
         parts = f'{args.micro_batch_size} per micro-batch x {args.generation_batch_size // args.micro_batch_size} of all ranks'
         if hasattr(train_dataset, '__len__'):
             checks.check_size(len(train_dataset), -(-args.generation_batch_size // args.gkd_num_samples), parts)

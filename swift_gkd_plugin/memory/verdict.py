@@ -37,13 +37,16 @@ class Card:
 
 def foretell(
     setup_of: Callable[[], Setup], table: Callable[[Setup], Table], changes: Callable[[Setup], Mapping[str, Callable[[Setup], Setup]]]
-) -> None:
+) -> Setup | None:
     """Print what each rank will hold, and compare it with this rank's card.
 
     Args:
         setup_of: What a run is made of, by its options.
         table: What the fullest rank holds of it.
         changes: Options that make it smaller, in the words of the command line, and what becomes of the setup.
+
+    Returns:
+        What the run is made of; None if the models cannot be counted.
 
     Raises:
         OptionError: What is exact in the table alone is more than the card has.
@@ -55,8 +58,9 @@ def foretell(
     except Exception as error:  # of a model's own code, which was never meant to be built without memory; no reason to end a run
         if this_rank() == 0:
             logger.warning(f'Memory is not foretold, for the models cannot be counted: {type(error).__name__}: {error}')
-        return
+        return None
     announce(setup, table, changes(setup), setup.card)
+    return setup
 
 
 def announce(setup: Setup, table: Callable[[Setup], Table], changes: Mapping[str, Callable[[Setup], Setup]], card: Card | None) -> None:

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -183,6 +184,26 @@ class MovingAverage:
             return
         with self.parameters.replaced(self.values):
             yield
+
+
+class TaughtByAverage:
+    """The moving average of the student: with a back end's local teacher behind it, one that lives in the student's model.
+
+    Args:
+        model: What the local teacher is made of.
+        average: Of the parameters that are trained.
+    """
+
+    description = 'the moving average of the student'
+
+    def __init__(self, *model: Any, average: MovingAverage):
+        super().__init__(*model)
+        self.average = average
+
+    @contextmanager
+    def ready(self) -> Iterator[Any]:
+        with self.average.in_place_of_the_student(), super().ready() as model:
+            yield model
 
 
 class AverageInOneFile(MovingAverage):

@@ -1,4 +1,5 @@
-"""Frozen weights in host memory: one block for all of them, and one copy for all ranks of a machine that hold the same.
+"""Frozen weights in host memory: one block for all of them, and one copy for all ranks of a machine that hold the same. And room there
+for what leaves the device while they visit.
 
 A block is mapped, filled weight by weight, and only then pinned: its pages exist from when they are filled, and each weight lets go of
 where it was as soon as it is there, so that no more than one weight is there twice. ``pin_memory()`` would round every weight up to a
@@ -41,6 +42,18 @@ class Places:
     def within(self, block: torch.Tensor) -> list[torch.Tensor]:
         """The tensors in a block."""
         return [block[start : start + like.nbytes].view(like.dtype).as_strided(like.shape, like.stride()) for start, like in self._tensors]
+
+
+@dataclass(frozen=True)
+class Purpose:
+    """What host memory is for, in the words of an error: the option, what is kept, and what to do instead."""
+
+    option: str
+    kept: str
+    instead: str
+
+
+TEACHER = Purpose('--gkd_teacher_offload', 'teacher', 'use --teacher_model_server, or fewer ranks per machine')
 
 
 @dataclass(frozen=True)
@@ -111,7 +124,37 @@ class HostMemory:
         return f'{self.bytes / 2**30:.2f} GiB of host memory' + (f', shared by {self.ranks} ranks' if self.ranks > 1 else '')
 
 
-def check_fits(everyone: list[Holding]) -> None:
+class HostRoom:
+    """Pinned host memory of this rank alone, for tensors that leave the device for a while.
+
+    Args:
+        purpose: Of it.
+        bytes: That are expected to leave, at most; the room grows if it turns out to be more.
+    """
+
+    def __init__(self, purpose: Purpose, bytes: int = 0):
+        self.purpose, self.bytes, self._block = purpose, bytes, None
+
+    def check_fits(self) -> None:
+        """A collective call of all ranks of the run.
+
+        Raises:
+            OptionError: On every rank, if a machine has too little memory.
+        """
+        check_fits(from_all(Holding(_machine(), this_rank(), self.bytes, 0, available_bytes())), self.purpose)
+
+    def places(self, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        """Tensors like these, in the room; those of an earlier call are no longer valid."""
+        places = Places(tensors)
+        if self._block is None or self._block.numel() < places.bytes:
+            if self._block is not None:
+                _unpin(self._block)
+            self._block = _mapped(-1, max(self.bytes, places.bytes))
+            _pin(self._block, self.purpose)
+        return places.within(self._block)
+
+
+def check_fits(everyone: list[Holding], purpose: Purpose = TEACHER) -> None:
     """Raises:
     OptionError: The copies of a machine take more than it has left.
     """
@@ -122,9 +165,9 @@ def check_fits(everyone: list[Holding]) -> None:
         available = min((one.available for one in ranks if one.available is not None), default=needed)
         if needed > available:
             raise OptionError(
-                f'--gkd_teacher_offload: {len(copies)} x {max(copies.values()) / 2**30:.2f} GiB of teacher on a machine take '
-                f'{needed / 2**30:.2f} GiB more of host memory than now, and {available / 2**30:.2f} GiB are available; use '
-                '--teacher_model_server, or fewer ranks per machine.'
+                f'{purpose.option}: {len(copies)} x {max(copies.values()) / 2**30:.2f} GiB of {purpose.kept} on a machine take '
+                f'{needed / 2**30:.2f} GiB more of host memory than now, and {available / 2**30:.2f} GiB are available; '
+                f'{purpose.instead}.'
             )
 
 
@@ -234,12 +277,17 @@ def _mapped(file: int, size: int) -> torch.Tensor:
     return torch.frombuffer(mmap.mmap(file, max(size, 1), **own), dtype=torch.uint8)
 
 
-def _pin(block: torch.Tensor) -> None:
+def _pin(block: torch.Tensor, purpose: Purpose = TEACHER) -> None:
     if not torch.cuda.is_available():
         return
     error = int(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.numel(), 1))
     if error:
         raise OptionError(
-            f'--gkd_teacher_offload: {block.numel() / 2**30:.2f} GiB of host memory cannot be pinned (cudaHostRegister returns {error}); '
-            'use --teacher_model_server, or leave the option out.'
+            f'{purpose.option}: {block.numel() / 2**30:.2f} GiB of host memory cannot be pinned (cudaHostRegister returns {error}); '
+            f'{purpose.instead}.'
         )
+
+
+def _unpin(block: torch.Tensor) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.cudart().cudaHostUnregister(block.data_ptr())

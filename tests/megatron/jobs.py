@@ -14,6 +14,7 @@ import os
 import sys
 import traceback
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -111,12 +112,15 @@ def held(trainer) -> dict[str, int]:
     if frozen:
         return found
     found['gradients'] = size(b.grad_data for model in trainer.wrapped_models for b in (*model.buffers, *model.expert_parallel_buffers))
-    found['optimizer'] = 0
-    for one in getattr(trainer.optimizer, 'chained_optimizers', [trainer.optimizer]):
-        groups = getattr(one, 'shard_fp32_from_float16_groups', None) or getattr(one, 'fp32_from_float16_groups', [])
-        states = (t for state in one.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor) and t.dim())
-        found['optimizer'] += size(itertools.chain.from_iterable(groups)) + size(states)
+    found['optimizer'] = size(of_optimizer(trainer))
     return found
+
+
+def of_optimizer(trainer) -> Iterator[torch.Tensor]:
+    """fp32 weights and moments."""
+    for one in getattr(trainer.optimizer, 'chained_optimizers', [trainer.optimizer]):
+        yield from itertools.chain(*(getattr(one, 'shard_fp32_from_float16_groups', None) or getattr(one, 'fp32_from_float16_groups', [])))
+        yield from (t for state in one.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor) and t.dim())
 
 
 class Foretold:
@@ -153,15 +157,15 @@ def make_recorder(caches: Caches):
         """``gradients.pt``: the first step's gradient. ``batches.pt``: its micro-batches, of a run with one data-parallel rank.
         ``answers_rank<r>.json``: the responses that this rank was given, with their prompts.
         ``seen.json``: the largest tensor that was saved for a backward pass, in elements; what the teacher left behind, what this rank
-        kept of its pass, the forwards that took, and the bytes of the student's gradients meanwhile; of the generated responses for how
-        many tokens there were keys and values at once, and the most tokens of a micro-batch's pass."""
+        kept of its pass, the forwards that took, and the bytes of the student's gradients and optimizer meanwhile; of the generated
+        responses for how many tokens there were keys and values at once, and the most tokens of a micro-batch's pass."""
 
         def on_train_begin(self) -> None:
             trainer, step = self.trainer, self.trainer.optimizer.step
             self.batches: list[dict[str, Any]] = []
             self.collated: list[list[Any]] = []
             self.answers: list[dict[str, Any]] = []
-            self.seen = {'payload': 0, 'payload_dtype': None, 'kept': 0, 'gradient_bytes': 0, 'forwards': 0}
+            self.seen = {'payload': 0, 'payload_dtype': None, 'kept': 0, 'gradient_bytes': 0, 'optimizer_bytes': 0, 'forwards': 0}
             encode = trainer.conductor.encoder.micro_batch
 
             def remembered(samples):
@@ -192,6 +196,8 @@ def make_recorder(caches: Caches):
                     buffers = itertools.chain.from_iterable(m.buffers + m.expert_parallel_buffers for m in trainer.wrapped_models)
                     room = sum(buffer.grad_data.untyped_storage().nbytes() for buffer in buffers)
                     self.seen['gradient_bytes'] = max(self.seen['gradient_bytes'], room)
+                    state = sum(tensor.untyped_storage().nbytes() for tensor in of_optimizer(trainer))
+                    self.seen['optimizer_bytes'] = max(self.seen['optimizer_bytes'], state)
                     found = states(*args, **kwargs)
                     self.seen['forwards'] = max(self.seen['forwards'], len(args[0]))
                     self.seen['kept'] = max(self.seen['kept'], sum(s.numel() for s in found))

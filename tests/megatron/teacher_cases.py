@@ -32,7 +32,7 @@ DP4 = {'tensor_model_parallel_size': 1, 'pipeline_model_parallel_size': 1}
 PAIRS: dict[str, dict[str, tuple[dict, dict]]] = {
     'DP2': {
         'TP2, fillers': (STEPS, layout(tp=2)),
-        'TP2, offloaded': ({**STEPS, 'gkd_teacher_offload': 'model'}, layout(tp=2)),
+        'TP2, offloaded': ({**STEPS, 'gkd_teacher_offload': 'model', 'gkd_optimizer_offload': 'true'}, layout(tp=2)),
         'TP2, wide': (WIDE, layout(tp=2)),
         'TP2, top-k': ({**TOPK, 'nccl_comm_warmup': 'true'}, layout(tp=2)),
         'TP2, answers': (ANSWERS, layout(tp=2)),

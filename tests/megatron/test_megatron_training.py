@@ -55,6 +55,9 @@ REWARDED = {
 }
 
 MEGATRON_ONLY = ('train_iters', 'adam_eps', 'dataset')
+BOTH_AWAY = {'offload_teacher_model': 'true', 'gkd_optimizer_offload': 'true'}
+BF16 = {'torch_dtype': 'bfloat16', 'bf16': 'true'}
+TIGHT = 2**21  # bytes of a card that cannot hold both the visiting teacher and the optimizer
 
 # Without a state of the optimizer, so that a run goes on in any layout, and as transformers trains.
 SGD = {'optimizer': 'sgd', 'sgd_momentum': 0, 'weight_decay': 0, 'clip_grad': 0, 'lr': 0.2}
@@ -63,7 +66,7 @@ AVERAGED = {**STEPS, **EMA, **SGD}
 GOES_ON = {**AVERAGED, 'finetune': 'false', 'no_load_optim': 'true'}
 # The start of training, by either name, answers and looks.
 ANSWERS = {**SGD, 'sft_alpha': 1, 'seq_kd': 'true', 'gkd_teacher_temperature': 0, 'max_completion_length': 6}
-OF_THE_START = {**STEPS, **ANSWERS, 'teacher_model': 'student'}
+OF_THE_START = {**STEPS, **ANSWERS, **BOTH_AWAY, 'teacher_model': 'student'}
 START_KEPT = {**STEPS, **ANSWERS, **EMA, 'gkd_ema_decay': 1}
 
 
@@ -92,9 +95,11 @@ def alone(run_jobs, data, tmp_path_factory) -> dict[str, Run]:
             data,
             steps={**STEPS, 'export': True},
             evaluated=EVALUATED,
-            offloaded={**STEPS, 'offload_teacher_model': 'true'},
+            offloaded={**STEPS, **BOTH_AWAY, 'export': True},
             qwen2={'teacher_model': 'qwen2'},
-            bf16={'torch_dtype': 'bfloat16', 'bf16': 'true'},
+            bf16=BF16,
+            two_bf16={**BF16, 'train_iters': 2, 'export': True},
+            two_bf16_offloaded={**BF16, 'train_iters': 2, 'export': True, 'gkd_teacher_offload': 'model', 'card': TIGHT},
             detailed={'gkd_detailed_metrics': 'true', 'sft_alpha': 0.1},
             tokenizers={'teacher_model': 'other_tokens'},
             empty={'dataset': 'nothing'},
@@ -156,7 +161,7 @@ def parallel(run_jobs, data) -> dict[str, Run]:
             evaluated_offloaded={**EVALUATED, 'offload_teacher_model': 'true'},
             base={**LORA, **STEPS, **SHARDED, 'teacher_model': 'student'},
             averaged_sharded={**STEPS, **EMA, **SHARDED},
-            offloaded={**EVALUATED, **SHARDED, 'lr': 1e-3, 'offload_teacher_model': 'true'},
+            offloaded={**EVALUATED, **SHARDED, 'lr': 1e-3, **BOTH_AWAY},
         ),
         'DP2',
     )
@@ -226,7 +231,7 @@ def test_rewards_that_cannot_be(alone):
 
 def test_a_rank_holds_what_was_foretold(alone, parallel, split):
     """Weights, gradients, optimizer and teacher: whole, quantities of a data-parallel rank, of a stage and of a shard."""
-    names = ('steps', 'offloaded', 'qwen2', 'bf16', 'on_policy_lora', 'base')
+    names = ('steps', 'offloaded', 'qwen2', 'bf16', 'two_bf16_offloaded', 'on_policy_lora', 'base')
     for run in (*(alone[name] for name in names), *(parallel[name] for name in ('on_policy', 'offloaded', 'base')), *split.values()):
         compare_memory(run.ok())
 
@@ -304,6 +309,27 @@ def test_offloading_changes_nothing(alone, parallel):
 def test_offloaded_teacher_has_the_place_of_the_gradients(alone, parallel):
     assert alone['steps'].seen['gradient_bytes'] > 0 and parallel['steps'].seen['gradient_bytes'] > 0
     assert alone['offloaded'].seen['gradient_bytes'] == parallel['offloaded'].seen['gradient_bytes'] == 0
+
+
+def test_optimizer_leaves_for_a_visit_and_comes_back(alone, parallel):
+    """Whole in one process and shared by two, because it was asked for; in bf16 because the card is small. Before the first update there
+    are no moments, and in fp32 no weights of its own."""
+    for run, other, first in (
+        (alone['offloaded'], alone['steps'], 0),
+        (parallel['offloaded'], parallel['steps'], 0),
+        (alone['two_bf16_offloaded'], alone['two_bf16'], 1 / 3),
+    ):
+        assert run.ok().losses == other.ok().losses
+        assert relative(run.saved('weights'), other.saved('weights')) == 0
+        assert run.seen['optimizer_bytes'] == 0 < other.seen['optimizer_bytes']
+        foretold = run.seen['foretold']['optimizer']
+        moved = [2**30 * gib for gib in run.values('optimizer/moved_gib')]
+        assert moved == pytest.approx([first * foretold, *[foretold] * (len(run.losses) - 1)], rel=1e-3), run.output_dir.name
+        assert min(run.values('seconds/optimizer_offload')) > 0
+    assert parallel['evaluated_offloaded'].seen['optimizer_bytes'] > 0  # nobody has asked for it
+    assert not parallel['evaluated_offloaded'].values('optimizer/moved_gib')
+    said = alone['two_bf16_offloaded'].output
+    assert ' of host memory; --gkd_optimizer_offload false keeps it on the device.' in said
 
 
 def test_replicas_share_the_copy_on_the_host(parallel):

@@ -93,7 +93,7 @@ def replace_tensor_factories() -> None:
     for owner in (torch.Tensor, torch.nn.Module):
         owner.cuda = lambda self, *args, **kwargs: self
     torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
-    torch.cuda.cudart = lambda: types.SimpleNamespace(cudaHostRegister=lambda *_: 0)
+    torch.cuda.cudart = lambda: types.SimpleNamespace(cudaHostRegister=lambda *_: 0, cudaHostUnregister=lambda *_: 0)
     load = torch.load
     torch.load = lambda *args, **kwargs: load(
         *args, **{**kwargs, 'map_location': without_gpu(kwargs['map_location'])} if 'map_location' in kwargs else kwargs
