@@ -491,12 +491,12 @@ class Conductor:
             loss, divergence (with a teacher), cross_entropy, and the numbers of tokens and rows.
 
         Raises:
-            TeacherServerError: On every rank, after a checkpoint where training is under way.
+            TeacherServerError, RewardError: On every rank, after a checkpoint where training is under way.
         """
         self.finish_begun()
         try:
             return self.evaluation.of(rows, at_once)
-        except TeacherServerError:
+        except (TeacherServerError, RewardError):
             if self._step:
                 self._leave()
             raise
