@@ -201,13 +201,19 @@ def dense(divergence: Divergence, labels: bool = False, one_load: bool = False, 
     def call(tokens: int) -> None:
         os.environ[_triton.ONE_LOAD] = str(int(one_load))
         hidden = torch.randn(tokens, DIM).bfloat16().requires_grad_()
-        more = {'labels': torch.zeros(tokens, dtype=torch.long), 'label_weights': torch.ones(tokens)} if labels else {}
+        more = of_labels(tokens, extra.get('label_temperature', 1.0)) if labels else {}
         stats = TokenStats(detail=extra.get('detail', False))
         more |= {'vocab_group': group() if extra.get('sharded') else None}
         more |= {'student_transform': extra.get('transform'), 'stats': stats, 'reduction': 'sum', 'chunk_tokens': CHUNK}
         linear_divergence(hidden, weight, torch.randn(tokens, DIM).bfloat16(), head, divergence, **more)
 
     return call
+
+
+def of_labels(tokens: int, temperature: float | None) -> dict:
+    """Arguments. temperature: Of the labels; None: each has its own."""
+    at = torch.ones(tokens) if temperature is None else temperature
+    return {'labels': torch.zeros(tokens, dtype=torch.long), 'label_weights': torch.ones(tokens), 'label_temperature': at}
 
 
 def group() -> dist.ProcessGroup:
@@ -217,14 +223,21 @@ def group() -> dist.ProcessGroup:
     return dist.group.WORLD
 
 
-def few(k: int, labels: bool = False, divergence: Divergence = JSD, sharded: bool = False, taken_at: float | None = None):
+def few(
+    k: int,
+    labels: bool = False,
+    divergence: Divergence = JSD,
+    sharded: bool = False,
+    taken_at: float | None = None,
+    label_temperature: float | None = 1.0,
+):
     """k log-probabilities of a teacher, or none of it."""
     torch.manual_seed(0)
     weight = torch.randn(VOCAB, DIM).bfloat16()
 
     def call(tokens: int) -> None:
         hidden = torch.randn(tokens, DIM).bfloat16().requires_grad_()
-        more = {'labels': torch.zeros(tokens, dtype=torch.long), 'label_weights': torch.ones(tokens)} if labels else {}
+        more = of_labels(tokens, label_temperature) if labels else {}
         more |= {'reduction': 'sum', 'chunk_tokens': CHUNK, 'vocab_group': group() if sharded else None}
         if k:
             topk = torch.randn(tokens, VOCAB).log_softmax(-1).topk(k)
@@ -249,6 +262,7 @@ CASES = {
     'skew_reverse_kl 0.999': dense(Divergence('skew_reverse_kl', skew=0.999)),
     'tvd': dense(Divergence('tvd')),
     'jsd, labels': dense(Divergence(temperature=0.9), labels=True),
+    'jsd, label temperatures': dense(Divergence(temperature=0.9), labels=True, label_temperature=None),
     'jsd, labels, soft cap': dense(Divergence(temperature=0.9), labels=True, transform=LogitTransform(softcap=30.0)),
     'jsd, labels, detail': dense(Divergence(temperature=0.9), labels=True, detail=True),
     'jsd, labels, sharded': dense(Divergence(temperature=0.9), labels=True, sharded=True),
@@ -261,10 +275,12 @@ CASES = {
     ),
     'top-k': few(64),
     'top-k, labels': few(64, labels=True, divergence=Divergence(temperature=0.9)),
+    'top-k, label temperatures': few(64, labels=True, divergence=Divergence(temperature=0.9), label_temperature=None),
     'top-k at 1, skew_forward_kl 0.999': few(64, divergence=Divergence('skew_forward_kl', temperature=0.9, skew=0.999), taken_at=1.0),
     'top-k, tvd, labels, sharded': few(64, labels=True, divergence=Divergence('tvd'), sharded=True),
     'cross-entropy': few(0, labels=True),
     'cross-entropy at 0.9': few(0, labels=True, divergence=Divergence(temperature=0.9)),
+    'cross-entropy at 0.9, its own': few(0, labels=True, divergence=Divergence(temperature=0.9), label_temperature=0.9),
 }
 
 

@@ -59,9 +59,11 @@ def calls(case, teacher, dtype, divergence):
         return lambda **more: topk_divergence(*heads, values, ids, divergence, tail=tail, **extra, **more), distance, z, x, exact
     if teacher == 'none':
         return lambda **more: linear_divergence(*heads, None, None, divergence, **extra, **more), 0, z, x, exact
-    distance = reference.divergence_of_logits(divergence, z, teacher_logits)
     if teacher == 'ready':
-        return lambda **more: logits_divergence(ready, teacher_logits.to(dtype), divergence, **more), distance, z, x, exact
+        teacher_logits = teacher_logits.to(dtype)
+    distance = reference.divergence_of_logits(divergence, z, teacher_logits.double())
+    if teacher == 'ready':
+        return lambda **more: logits_divergence(ready, teacher_logits, divergence, **more), distance, z, x, exact
     head = x['weight'].detach() if teacher == 'one head' else head
     return lambda **more: linear_divergence(*heads, other, head, divergence, **extra, **more), distance, z, x, exact
 
