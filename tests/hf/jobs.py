@@ -244,6 +244,22 @@ def forced(job):
         OutputHead._why_dense, GKDTrainer.train, SharedWork.__bool__, Card.of_this_rank = why_dense, train, shared, none
 
 
+class AdamByTorch:
+    """What DeepSpeed's Adam on the host asks its extension for, by torch operations: the extension takes minutes to compile."""
+
+    def create_adam(self, *options) -> None:
+        """It has no state."""
+
+    destroy_adam = create_adam
+
+    def adam_update(self, number, step, lr, beta1, beta2, eps, decay, correct, p, gradient, mean, square) -> None:
+        gradient = gradient.float()
+        mean.lerp_(gradient, 1 - beta1)
+        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        of_mean, of_square = (1 - beta1**step, 1 - beta2**step) if correct else (1, 1)
+        p.mul_(1 - lr * decay).sub_(lr * (mean / of_mean) / ((square / of_square).sqrt() + eps))
+
+
 def keep_what_is_foretold() -> None:
     from swift_gkd_plugin.memory import verdict
 
@@ -262,6 +278,7 @@ def main(path: str) -> None:
 
         # All-reduce through shared memory, which would have to be compiled; gloo has one.
         deepspeed.ops.__compatible_ops__['deepspeed_shm_comm'] = False
+        deepspeed.ops.adam.cpu_adam.CPUAdamBuilder.load = lambda self: AdamByTorch()
         deepspeed.init_distributed('gloo')  # before any model asks for ZeRO-3; it would pick a back end of its own
     if os.environ.get('SWIFT_GKD_PLUGIN') != '0':
         from swift_gkd_plugin import register

@@ -310,7 +310,7 @@ def test_zero3_keeps_its_trace_over_two_forwards(layouts, name):
 
 @pytest.mark.e2e
 def test_zero3_offload_as_ms_swift_ships_it(one_process, layouts, gradient_difference):
-    """With DeepSpeed's Adam, which works on the host and is compiled at its first use."""
+    """With DeepSpeed's Adam, which works on the host; here by torch operations."""
     run, whole = layouts['zero3 offload adam'].ok(), one_process['adam'].ok()
     assert run.losses == pytest.approx(whole.losses, rel=1e-5)
     assert abs(run.losses[-1] - run.losses[0]) > 0.01 * run.losses[0]
