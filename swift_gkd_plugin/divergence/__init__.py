@@ -11,15 +11,26 @@ In the order to read them:
     _compiled.py   by loops that torch.compile makes of `kinds.py`
     _triton.py     by Triton's kernels, which are in _triton_kernels.py; _trial.py tries them out on a device
     topk.py        a teacher of which k log-probabilities are known
+    clipping.py    labels of an older policy: importance ratios
     heads.py, gradients.py, sharding.py, memory.py, stats.py
 
 A divergence is added by its form in `kinds.py` (`Divergence.form`, `KINDS`, `_FORMS`) and its definition in
 tests/divergence/divergence_reference.py. A GPU takes torch operations for it until Triton's `kinds` and kernels know it.
 """
 
+from .clipping import Clipping
 from .heads import LogitTransform, linear_logits
 from .kinds import Divergence
 from .operator import linear_divergence, logits_divergence, topk_divergence
 from .stats import TokenStats
 
-__all__ = ['Divergence', 'LogitTransform', 'TokenStats', 'linear_divergence', 'linear_logits', 'logits_divergence', 'topk_divergence']
+__all__ = [
+    'Clipping',
+    'Divergence',
+    'LogitTransform',
+    'TokenStats',
+    'linear_divergence',
+    'linear_logits',
+    'logits_divergence',
+    'topk_divergence',
+]

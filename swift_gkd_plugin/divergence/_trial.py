@@ -71,7 +71,7 @@ def _calls(divergence: Divergence, device: torch.device, label_temperatures: boo
 def _numbers(call: Call, dtype: torch.dtype, sweeps: type[Sweeps]) -> dict[str, Tensor]:
     """All that comes of a call, in the order in which it is made."""
     gradient = _Gradient(dtype)
-    loss = run(call, gradient, sweeps)
+    loss, _ = run(call, gradient, sweeps)
     stats = {name: x.clone() for name, x in vars(call.stats).items() if isinstance(x, Tensor)}
     return {**stats, 'loss': loss, 'gradient': gradient.found}
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import memory
 from ._eager import Eager
+from .clipping import Clipping
 from .gradients import HeadGradients, ReadyGradients
 from .heads import LinearHead, ReadyLogits
 from .kinds import Divergence
@@ -46,6 +47,7 @@ class Weights:
     labels: Tensor | None = None  # ids; those outside the vocabulary count for nothing
     cross_entropy: Tensor | None = None  # of any sign; None: it is not part of the loss
     label_temperature: float | Tensor = 1.0  # of the cross-entropy, of all tokens or of each
+    clipping: Clipping | None = None  # of what the cross-entropy's weights then weigh in its place
 
     def scaled(self, by: Tensor) -> 'Weights':
         return replace(self, divergence=self.divergence * by, cross_entropy=None if self.cross_entropy is None else self.cross_entropy * by)
@@ -86,8 +88,9 @@ def chunk_tokens(columns: int, itemsize: int, device: str, buffers: bool = False
     return max(64, budget // (2 * itemsize * columns) // 64 * 64)
 
 
-def run(call: Call, gradients: HeadGradients | ReadyGradients | None, implementation: type[Sweeps]) -> Tensor:
-    """The loss of each token [tokens]; the gradient of their sum goes to `gradients`."""
+def run(call: Call, gradients: HeadGradients | ReadyGradients | None, implementation: type[Sweeps]) -> tuple[Tensor, Weights]:
+    """The loss of each token [tokens], and weights that have the same gradient without a clipping; that of the tokens' sum goes to
+    `gradients`."""
     student, teacher, device, width = call.student, call.teacher, call.device, call.vocabulary.columns
     sweeps = implementation(call.setting)
     buffers = call.vocabulary.reduce.group is not None and isinstance(sweeps, Eager)
@@ -117,7 +120,7 @@ def run(call: Call, gradients: HeadGradients | ReadyGradients | None, implementa
             _work_on(call, sweeps, outer, part, tokens.part(outer), here)
         if gradients is not None:
             gradients.add(rows, into)
-    return _losses(call, tokens)
+    return _losses(call, tokens), _unclipped(call.weights, tokens)
 
 
 def _tokens(call: Call) -> Tokens:
@@ -138,6 +141,8 @@ def _tokens(call: Call) -> Tokens:
         if weights.cross_entropy is not None:
             at = at.to(student.dtype) if scale is None else at
             tokens.label_weight = weights.cross_entropy.to(student.dtype) * _counts(call) * (student.slope / at)
+        if weights.clipping is not None:
+            tokens.log_ratio = new(dtype=torch.float64)
     if call.teacher is not None:
         tokens.weight = weights.divergence.to(student.dtype) * (student.slope / student.temperature)
         tokens.sums = new(2)
@@ -156,8 +161,9 @@ def _work_on(call: Call, sweeps: Sweeps, rows: slice, logits: Logits, tokens: To
     teacher, reduce = call.teacher, call.vocabulary.reduce
     if tokens.label is not None:
         sweeps.take(logits.student, tokens.label[:, None], tokens.label_logit[:, None])
-    dense, listed = isinstance(teacher, LogitsTeacher), None
-    if dense and into is not None and reduce.group is None and sweeps.at_once(logits, tokens, into):
+    clipped, dense, listed = tokens.log_ratio is not None, isinstance(teacher, LogitsTeacher), None
+    # Ratios take what is known after the first sweep.
+    if dense and into is not None and not clipped and reduce.group is None and sweeps.at_once(logits, tokens, into):
         return
     if isinstance(teacher, TopKTeacher):
         ids = teacher.ids[rows]
@@ -165,6 +171,9 @@ def _work_on(call: Call, sweeps: Sweeps, rows: slice, logits: Logits, tokens: To
     sweeps.normalise(logits, tokens)
     if reduce.group is not None:
         _over_group(sweeps, reduce, tokens)
+    if clipped:
+        reduce.sum(tokens.label_logit)
+        _weigh_by_ratio(call.weights, rows, tokens, tokens.label_lse if listed is None else listed.label_lse(tokens))
     if listed is not None:
         tail_weight, per_id = sweeps.compare(listed, tokens)
     elif teacher is not None:
@@ -183,6 +192,20 @@ def _work_on(call: Call, sweeps: Sweeps, rows: slice, logits: Logits, tokens: To
     else:
         sweeps.tail_gradient(logits, tokens, tail_weight, into)
         sweeps.put(listed.ids, per_id, into)
+
+
+def _weigh_by_ratio(weights: Weights, rows: slice, tokens: Tokens, label_lse: Tensor) -> None:
+    """The labels' ratios, and the weights of their gradient. label_lse: [rows], of all columns."""
+    logprobs = tokens.label_logit.double() * tokens.label_scale.double() - label_lse
+    tokens.log_ratio.copy_(weights.clipping.log_ratio(rows, logprobs))
+    tokens.label_weight.mul_(weights.clipping.slope(tokens.log_ratio, weights.cross_entropy[rows]))
+
+
+def _unclipped(weights: Weights, tokens: Tokens) -> Weights:
+    if weights.clipping is None:
+        return weights
+    slope = weights.clipping.slope(tokens.log_ratio, weights.cross_entropy)
+    return replace(weights, cross_entropy=weights.cross_entropy * slope, clipping=None)
 
 
 def _over_group(sweeps: Sweeps, reduce: Reduce, tokens: Tokens) -> None:
@@ -225,10 +248,15 @@ def _losses(call: Call, tokens: Tokens) -> Tensor:
     loss = torch.zeros(call.tokens, dtype=dtype, device=call.device)
     found = {}
     if tokens.label is not None:
-        logit = call.vocabulary.reduce.sum(tokens.label_logit)
+        logit = tokens.label_logit if weights.clipping is not None else call.vocabulary.reduce.sum(tokens.label_logit)
         found['cross_entropy'] = (tokens.label_lse - logit.double() * tokens.label_scale.double()).to(dtype) * _counts(call)
+        weighed = found['cross_entropy']
+        if weights.clipping is not None:
+            ratio, beyond = weights.clipping.bounded(tokens.log_ratio, weights.cross_entropy)
+            weighed = torch.where(ratio.isnan(), weighed, -ratio.to(dtype) * _counts(call))
+            found['clipped'] = beyond * _counts(call)
         if weights.cross_entropy is not None:
-            loss += weights.cross_entropy.to(dtype) * found['cross_entropy']
+            loss += weights.cross_entropy.to(dtype) * weighed
     if tokens.sums is not None:
         found['divergence'] = tokens.sums[0]
         loss += weights.divergence.to(dtype) * found['divergence']

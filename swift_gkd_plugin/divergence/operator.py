@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from . import implementations
 from .chunks import Call, LogitsTeacher, Weights, run
+from .clipping import Clipping
 from .gradients import Found, HeadGradients, ReadyGradients
 from .heads import LinearHead, LogitTransform, ReadyLogits
 from .kinds import Divergence
@@ -29,17 +30,17 @@ class _Operator(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, call: Call, reduction: str, grad_enabled: bool, *tensors: Tensor | None):
-        ctx.call, ctx.reduction = call, reduction
+        ctx.reduction = reduction
         ctx.wanted = tuple(grad_enabled and t is not None and n for t, n in zip(tensors, ctx.needs_input_grad[3:], strict=False))
         ctx.second_pass = reduction == 'none' and any(ctx.wanted[1:])
         ctx.like = [None if t is None else (t.shape, t.dtype) for t in tensors]
         with torch.autocast(tensors[0].device.type, enabled=False):
             gradients = _gradients(call, ctx.wanted, late=True) if any(ctx.wanted) and not ctx.second_pass else None
-            loss = run(call, gradients, implementations.choose(call))
+            loss, weights = run(call, gradients, implementations.choose(call))
             if ctx.second_pass:
+                ctx.call = replace(call, weights=weights)
                 ctx.save_for_backward(*tensors)
             else:
-                ctx.call = None
                 ctx.save_for_backward(*(gradients.finish().tensors if gradients is not None else ()))
         return loss.sum() if reduction == 'sum' else loss
 
@@ -89,6 +90,7 @@ def linear_divergence(
     labels: Tensor | None = None,
     label_weights: Tensor | None = None,
     label_temperature: float | Tensor = 1.0,
+    clipping: Clipping | None = None,
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
     vocab_group=None,
@@ -118,6 +120,8 @@ def linear_divergence(
         label_temperature: what the logits are divided by for the cross-entropy, -log softmax(z / label_temperature)[label];
             one positive number for all tokens, or [tokens] of them, which are not looked at. Where one for all is the
             divergence's own, there is one exponential per logit less.
+        clipping: takes importance ratios for the cross-entropies of tokens that an older policy sampled, and clips them; what
+            label_weights weigh then is said there. Their ratios are of label_temperature.
         vocab_size: number of leading ids over which both sides are normalised; default: the smaller vocabulary. Columns
             from there on are masked on both sides, with gradient 0.
         chunk_tokens: tokens whose logits exist at a time; chosen from the shape and the device by default.
@@ -126,10 +130,10 @@ def linear_divergence(
             and gets the whole loss; head gradients are those of its rows, hidden-state (and LoRA A) gradients are
             all-reduced. Collectives per chunk, of a few numbers per token: an all-gather and an all-reduce; with
             `stats.detail` three of the former and two of the latter more. Per call: one all-gather of the ranks' numbers of
-            rows, for which the host waits, one all-reduce of the labels' logits, one of the hidden-state gradient (one more
-            for LoRA A), and where the two heads are split at different ids one all-to-all of teacher rows (one more each
-            for a bias and for LoRA B). The backward pass has none, but for reduction='none' with a trained head, where it
-            is a second pass.
+            rows, for which the host waits, one all-reduce of the labels' logits (with a clipping one per chunk), one of the
+            hidden-state gradient (one more for LoRA A), and where the two heads are split at different ids one all-to-all of
+            teacher rows (one more each for a bias and for LoRA B). The backward pass has none, but for reduction='none' with
+            a trained head, where it is a second pass.
         stats: filled with per-token statistics.
 
     Returns:
@@ -175,7 +179,7 @@ def linear_divergence(
             lora = None if b_rows is None else (a, b_rows, scaling)
             heads.append((column, LinearHead(teacher_hidden, weight, bias, lora, teacher_transform, len(weight), temperature)))
         teacher = LogitsTeacher(heads, difference)
-    weights = _weights(student, teacher, token_weights, labels, label_weights, label_temperature)
+    weights = _weights(student, teacher, token_weights, labels, label_weights, label_temperature, clipping)
     return _apply(Call(divergence, student, teacher, weights, vocabulary, chunk_tokens, stats), reduction)
 
 
@@ -197,6 +201,7 @@ def topk_divergence(
     labels: Tensor | None = None,
     label_weights: Tensor | None = None,
     label_temperature: float | Tensor = 1.0,
+    clipping: Clipping | None = None,
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
     vocab_group=None,
@@ -260,7 +265,7 @@ def topk_divergence(
     else:
         student = LinearHead(student_hidden, student_weight, student_bias, student_lora, student_transform, columns, temperature)
     teacher = TopKTeacher.of(topk_logprobs, topk_ids, tail, tail_logprobs, vocabulary.size, topk_temperature / temperature)
-    weights = _weights(student, teacher, token_weights, labels, label_weights, label_temperature)
+    weights = _weights(student, teacher, token_weights, labels, label_weights, label_temperature, clipping)
     return _apply(Call(divergence, student, teacher, weights, vocabulary, chunk_tokens, stats), reduction)
 
 
@@ -274,6 +279,7 @@ def logits_divergence(
     labels: Tensor | None = None,
     label_weights: Tensor | None = None,
     label_temperature: float | Tensor = 1.0,
+    clipping: Clipping | None = None,
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
     stats: TokenStats | None = None,
@@ -294,7 +300,7 @@ def logits_divergence(
     student, teacher = ReadyLogits(student_logits, size, divergence.temperature), None
     if teacher_logits is not None:
         teacher = LogitsTeacher([(0, ReadyLogits(teacher_logits, size, divergence.temperature))])
-    weights = _weights(student, teacher, token_weights, labels, label_weights, label_temperature)
+    weights = _weights(student, teacher, token_weights, labels, label_weights, label_temperature, clipping)
     return _apply(Call(divergence, student, teacher, weights, Vocabulary.whole(size), chunk_tokens, stats), reduction)
 
 
@@ -314,9 +320,11 @@ def _weights(
     labels: Tensor | None,
     label_weights: Tensor | None,
     label_temperature: float | Tensor,
+    clipping: Clipping | None,
 ) -> Weights:
     tokens = len(student.hidden)
     given = dict(token_weights=token_weights, labels=labels, label_weights=label_weights, label_temperature=label_temperature)
+    given['old_logprobs'] = None if clipping is None else clipping.old_logprobs
     for name, x in given.items():
         if isinstance(x, Tensor) and x.shape != (tokens,):
             raise ValueError(f'{name} must have shape [{tokens}] like the tokens, got {list(x.shape)}')
@@ -332,10 +340,14 @@ def _weights(
     if label_weights is None and teacher is None:
         label_weights = ones
     divergence = ones if token_weights is None else token_weights.detach()
+    if clipping is not None:
+        if label_weights is None:
+            raise ValueError('a clipping needs label_weights: those that it clips')
+        clipping = replace(clipping, old_logprobs=clipping.old_logprobs.detach())
     if labels is None:
         return Weights(divergence)
     labels = labels.contiguous()  # kernels read them one after the other
-    return Weights(divergence, labels, None if label_weights is None else label_weights.detach(), label_temperature)
+    return Weights(divergence, labels, None if label_weights is None else label_weights.detach(), label_temperature, clipping)
 
 
 def _apply(call: Call, reduction: str) -> Tensor:

@@ -9,7 +9,8 @@ from torch import Tensor
 class TokenStats:
     """Pass one to an operator and read it afterwards. Every field is a detached fp32 tensor [tokens], or None.
 
-    Filled always: `divergence`; `cross_entropy` where labels are given, at the label_temperature (0 where the label is -100).
+    Filled always: `divergence`; `cross_entropy` where labels are given, at the label_temperature (0 where the label is -100);
+    `clipped` where there is a clipping: 1 where that left a label's term no gradient, else 0.
     Filled with `detail=True`, at the divergence's temperature, in nats:
 
     * `forward_kl` KL(teacher‖student) and `reverse_kl` KL(student‖teacher), whatever kind is trained on; of the buckets
@@ -26,6 +27,7 @@ class TokenStats:
     detail: bool = False
     divergence: Tensor | None = None
     cross_entropy: Tensor | None = None
+    clipped: Tensor | None = None
     forward_kl: Tensor | None = None
     reverse_kl: Tensor | None = None
     student_entropy: Tensor | None = None

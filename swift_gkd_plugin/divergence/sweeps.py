@@ -49,6 +49,7 @@ class Tokens:
     label_lse: Tensor | None = None  # the student's at the label's temperature
     label_logit: Tensor | None = None
     label_scale: Tensor | None = None  # what brings logits to the label's temperature
+    log_ratio: Tensor | None = None  # fp64, of the label's probability to an older policy's
     sums: Tensor | None = None  # [2, tokens], D and Σ S·a
     kls: Tensor | None = None  # [2, tokens], forward and reverse
     top: Tensor | None = None  # [1 or 2, tokens], the largest logit

@@ -130,6 +130,10 @@ class Listed:
     def _student(self) -> Tensor:
         return self.logits.double().masked_fill(self.ids < 0, LOWEST_LOGIT)
 
+    def label_lse(self, tokens: Tokens) -> Tensor:
+        """`tokens.label_lse`, which is the tail's, of the whole."""
+        return torch.logaddexp(tokens.label_lse, (self._student * tokens.label_scale[:, None].double()).logsumexp(-1))
+
     def compare(self, setting: Setting, tokens: Tokens) -> tuple[Tensor | None, Tensor]:
         """D into `tokens.sums`, and the statistics. `tokens` know of the student's tail so far, and are told of the whole.
 
@@ -155,10 +159,9 @@ class Listed:
         gradient = gradient * tokens.weight[:, None].double()
         per_id = gradient[:, : z.shape[1]]
         if tokens.label_lse is not None:
-            for_labels = z * tokens.label_scale[:, None].double()
-            tokens.label_lse.copy_(torch.logaddexp(tokens.label_lse, for_labels.logsumexp(-1)))
+            tokens.label_lse.copy_(self.label_lse(tokens))
             if tokens.label_weight is not None:
-                softmax = (for_labels - tokens.label_lse[:, None]).exp()
+                softmax = (z * tokens.label_scale[:, None].double() - tokens.label_lse[:, None]).exp()
                 one_hot = ids == tokens.label[:, None]
                 per_id = per_id + (softmax - one_hot.double()) * tokens.label_weight[:, None]
         if setting.softcap:

@@ -10,6 +10,7 @@ import torch
 from divergence_reference import assert_as_exact, relative, sure_of_its_labels
 
 from swift_gkd_plugin.divergence import (
+    Clipping,
     Divergence,
     LogitTransform,
     TokenStats,
@@ -50,8 +51,11 @@ def close(found, expected, bound, what):
 
 
 def of_labels(labels, weights, temperature):
-    """Arguments: the weights have both signs."""
-    return {} if labels is None else dict(labels=labels, label_weights=weights - 0.5, label_temperature=temperature)
+    """Arguments: the weights have both signs. Where tokens have temperatures, they have ratios too."""
+    if labels is None:
+        return {}
+    clipping = Clipping(torch.tensor([-30.0, -9.0, torch.nan, -9.0, -13.0]), 0.2, 0.28) if isinstance(temperature, torch.Tensor) else None
+    return dict(labels=labels, label_weights=weights - 0.5, label_temperature=temperature, clipping=clipping)
 
 
 def run(sweeps, divergence, x, other, head, transform, labels, weights, detail, chunk=3, temperature=1.0):

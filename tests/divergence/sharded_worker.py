@@ -9,7 +9,16 @@ import torch
 import torch.distributed as dist
 from divergence_reference import relative, sure_of_its_labels
 
-from swift_gkd_plugin.divergence import Divergence, LogitTransform, TokenStats, chunks, implementations, linear_divergence, topk_divergence
+from swift_gkd_plugin.divergence import (
+    Clipping,
+    Divergence,
+    LogitTransform,
+    TokenStats,
+    chunks,
+    implementations,
+    linear_divergence,
+    topk_divergence,
+)
 from swift_gkd_plugin.divergence._eager import Eager
 
 RANK, WORLD = int(sys.argv[1]), int(sys.argv[2])
@@ -56,6 +65,7 @@ def compare(divergence, student_vocab, teacher_vocab, uneven, detail, tokens=TOK
         labels=labels,
         label_weights=torch.randn(tokens),
         label_temperature=0.1 * 40 ** torch.rand(tokens) if uneven else 0.9,
+        clipping=Clipping(-6 + 2 * torch.randn(tokens), 0.2, 0.28) if uneven else None,
         chunk_tokens=chunk,
         vocab_size=vocab_size,
         student_transform=LogitTransform(softcap=20.0),

@@ -1,11 +1,19 @@
-"""The labels' term against float64 and autograd: temperatures, signed weights."""
+"""The labels' term against float64 and autograd: temperatures, signed weights, importance ratios and their clipping."""
 
 import divergence_reference as reference
 import pytest
 import torch
 from divergence_reference import relative
 
-from swift_gkd_plugin.divergence import Divergence, LogitTransform, TokenStats, linear_divergence, logits_divergence, topk_divergence
+from swift_gkd_plugin.divergence import (
+    Clipping,
+    Divergence,
+    LogitTransform,
+    TokenStats,
+    linear_divergence,
+    logits_divergence,
+    topk_divergence,
+)
 from swift_gkd_plugin.divergence._eager import Eager
 
 TOKENS, DIM, VOCAB, K = 14, 16, 300, 8
@@ -149,3 +157,113 @@ def test_bad_temperatures_are_refused(case, bad, match):
     call, *_ = calls(case, 'two heads', torch.float32, Divergence())
     with pytest.raises(ValueError, match=f'label_temperature must .*{match}'):
         call(labels=case['labels'], label_temperature=bad)
+
+
+# ---- importance ratios ----
+
+CLIPPINGS = [
+    dict(low=0.2, high=0.2),
+    dict(low=0.2, high=0.28),
+    dict(low=0.2, high=0.28, delta=1.5),
+    dict(low=0.5, high=float('inf'), delta=1.1),
+]
+
+
+def policy_loss(logprobs, old, advantages, low, high, delta=None):
+    """ms-swift 4.6.0, swift/rlhf_trainers/grpo_trainer.py, loss_type grpo and dapo at beta 0, of each token."""
+    coef_1 = torch.exp(logprobs - old)
+    coef_2 = torch.clamp(coef_1, 1 - low, 1 + high)
+    if delta is not None:
+        coef_1 = torch.clamp(coef_1, max=delta)
+    return -torch.min(coef_1 * advantages, coef_2 * advantages)
+
+
+def old_policy(entropy, signs):
+    """Log-probabilities of labels at which all of the clipping's cases come up, and ratios of exactly one; NaN of two tokens."""
+    away = torch.tensor([0.0, 0.6, -0.6, 0.1, -0.1, 0.35, -0.9] * 2, dtype=torch.float64)
+    old = -entropy.detach() + away * signs
+    old[[0, 8]] = torch.nan
+    return old
+
+
+@pytest.mark.parametrize('dtype, bound', [(torch.float64, 1e-7), (torch.float32, 3e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize('teacher', TEACHERS)
+def test_clipping_is_that_of_ms_swift(case, teacher, dtype, bound):
+    """Beside a divergence and cross-entropies, in several chunks, at one temperature for all and at several."""
+    divergence, seen = Divergence(temperature=0.7), set()
+    for number, options in enumerate(CLIPPINGS):
+        temperature = (MIXED, 0.7, 1.3)[number % 3]
+        for reduction in ('sum', 'none'):
+            call, distance, z, x, exact = calls(case, teacher, dtype, divergence)
+            weight, labels = case['label_weights'].double(), case['labels']
+            entropy = reference.cross_entropy(z, labels, temperature=temperature)
+            signs = torch.where(torch.arange(TOKENS) < 7, 1, -1)
+            old = old_policy(entropy, signs).to(torch.promote_types(dtype, torch.float32)).double()
+            ratio_of = (-entropy).detach().requires_grad_()
+            clipped = torch.autograd.grad(policy_loss(ratio_of, old, weight, **options).nansum(), ratio_of)[0] == 0
+            clipped &= ~old.isnan() & (labels >= 0)
+            term = torch.where(old.isnan(), weight * entropy, policy_loss(-entropy, old.nan_to_num(), weight, **options))
+            expected = case['token_weights'] * distance + term * (labels >= 0)
+            found = call(
+                labels=labels,
+                label_weights=case['label_weights'],
+                label_temperature=temperature,
+                clipping=Clipping(old.to(torch.promote_types(dtype, torch.float32)), **options),
+                **weights_of(case, teacher),
+                reduction=reduction,
+                chunk_tokens=5,
+                stats=(stats := TokenStats()),
+            )
+            at = f'{teacher}, {options}, {reduction}'
+            assert relative(found, expected.sum() if reduction == 'sum' else expected) < min(bound, 1e-4), at
+            assert torch.equal(stats.clipped, clipped.float()), at
+            assert relative(stats.cross_entropy, entropy) < 1e-5, at
+            seen |= {(bool(w > 0), bool(c)) for w, c in zip(weight, clipped, strict=True)}
+            upstream = torch.linspace(-1, 2, TOKENS) if reduction == 'none' else torch.ones(())  # of any sign
+            gradients = torch.autograd.grad((found * upstream).sum(), list(x.values()))
+            for name, one, right in zip(x, gradients, torch.autograd.grad((expected * upstream).sum(), list(exact.values())), strict=True):
+                assert relative(one, right) < bound, f'{name}, {at}'
+    assert len(seen) == 4
+
+
+def test_the_policy_that_sampled_has_the_gradient_of_the_cross_entropy(case):
+    """Of a ratio of one."""
+    call, _, z, x, _ = calls(case, 'none', torch.float64, Divergence())
+    common = dict(labels=case['labels'], label_weights=case['label_weights'], label_temperature=MIXED)
+    plain = call(**common, stats=(stats := TokenStats(detail=False)))
+    old = -reference.cross_entropy(z, case['labels'], temperature=MIXED).detach()
+    ratios = call(**common, clipping=Clipping(old, 0.2, 0.28))
+    assert stats.clipped is None
+    assert torch.allclose(ratios, -case['label_weights'].double() * (case['labels'] >= 0))
+    for one, right in zip(*(torch.autograd.grad(loss.sum(), list(x.values())) for loss in (ratios, plain)), strict=True):
+        assert relative(one, right) < 1e-12
+
+
+def test_policies_without_anything_in_common(case):
+    """A ratio that fp32 has no number for, and one of zero: finite, and no gradient for the advantages that are clipped."""
+    call, _, _, x, _ = calls(case, 'two heads', torch.float32, Divergence())
+    for old, away in ((-1e4, 1), (1e4, -1)):
+        weights = torch.where(torch.arange(TOKENS) < 7, away, 0).float()
+        clipping = Clipping(torch.full((TOKENS,), old), 0.2, 0.28)
+        loss = call(labels=case['labels'], label_weights=weights, clipping=clipping, token_weights=torch.zeros(TOKENS))
+        gradient = torch.autograd.grad(loss.sum(), x['hidden'])[0]
+        assert not gradient.any() and torch.allclose(loss, -weights * (1.28 if away > 0 else 0.8) * (case['labels'] >= 0))
+        loss = call(labels=case['labels'], label_weights=-weights, clipping=clipping, token_weights=torch.zeros(TOKENS))
+        gradient = torch.autograd.grad(loss.sum(), x['hidden'])[0]
+        assert loss.isfinite().all() and gradient.isfinite().all() and not loss[7:].any() and not gradient[7:].any()
+
+
+def test_bad_clippings_are_refused(case):
+    old, labels = torch.zeros(TOKENS), case['labels']
+    for options, match in (
+        (dict(low=-0.1, high=0.2), 'low of a clipping must be >= 0, got -0.1'),
+        (dict(low=0.1, high=float('nan')), 'high of a clipping must be >= 0, got nan'),
+        (dict(low=0.1, high=0.2, delta=0), 'delta .* got 0'),
+    ):
+        with pytest.raises(ValueError, match=match):
+            Clipping(old, **options)
+    call, *_ = calls(case, 'two heads', torch.float32, Divergence())
+    with pytest.raises(ValueError, match='needs label_weights'):
+        call(labels=labels, clipping=Clipping(old, 0.2, 0.2))
+    with pytest.raises(ValueError, match=r'old_logprobs must have shape \[14\]'):
+        call(labels=labels, label_weights=old, clipping=Clipping(old[:3], 0.2, 0.2))
