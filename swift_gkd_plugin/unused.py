@@ -41,7 +41,7 @@ def nobody_generates(args: Any) -> bool:
 
 
 OF_REWARDS = (
-    *('reward_weights', 'scale_rewards', 'advantage_estimator', 'epsilon', 'epsilon_high'),
+    *('reward_weights', 'scale_rewards', 'advantage_estimator', 'epsilon', 'epsilon_high', 'delta'),
     *('gkd_rl_weight', 'gkd_rl_schedule', 'gkd_rl_switch', 'gkd_passing_reward'),
 )
 BLIND = 'at --gkd_loss_weight 0 no teacher looks at the responses'
@@ -53,7 +53,7 @@ ONLY_IN_ENGINE = 'the engine has the only copy of the teacher; see --gkd_teacher
 OF_OTHERS: dict[str, tuple[str, ...]] = {
     'GRPO': (
         *('reward_model_plugin', 'overlong_filter', 'dynamic_sample'),
-        *('delta', 'advantage_reweight', 'importance_sampling_level', 'kl_in_reward'),
+        *('advantage_reweight', 'importance_sampling_level', 'kl_in_reward'),
         *('num_iterations', 'num_generations_eval', 'teacher_kl_coef', 'sdar_loss_coef', 'top_entropy_quantile', 'log_entropy'),
         *('rollout_importance_sampling_mode', 'log_rollout_offpolicy_metrics', 'off_policy_sequence_mask_delta', 'sync_ref_model'),
         *('chord_sft_dataset', 'chord_enable_phi_function', 'soft_max_length', 'soft_cache_length'),

@@ -35,7 +35,6 @@ class TokenStats:
     top1_agreement: Tensor | None = None
     teacher_prob_of_label: Tensor | None = None
     student_mass_on_topk: Tensor | None = None
-    clipped: Tensor | None = None
 
     def clear(self) -> None:
         for field in fields(self):

@@ -11,7 +11,7 @@ from swift.utils import get_logger
 
 from .. import checks
 from ..arguments import OptionError
-from ..divergence import Divergence, TokenStats, topk_divergence
+from ..divergence import Clipping, Divergence, TokenStats, topk_divergence
 from ..teachers import Signal, TopK
 from .samples import MicroBatch
 
@@ -35,7 +35,7 @@ class LossOptions:
         schedule: How the two weights change over the run (``--gkd_rl_schedule``), and the share of it after which they are switched.
         distilled: Which of the student's responses are compared with the teacher (``--gkd_on``), and the reward from which one has passed.
         clip: How far the ratio of a token's probability to that under the student that sampled it may fall below 1, and rise above, before
-            its reward teaches nothing more (``--epsilon``, ``--epsilon_high``).
+            its reward teaches nothing more (``--epsilon``, ``--epsilon_high``), and the most that it counts for (``--delta``).
     """
 
     divergence: Divergence
@@ -45,7 +45,7 @@ class LossOptions:
     vocab_size: int | None
     reward_weight: float = 0.0
     sampling_temperature: float = 1.0
-    clip: tuple[float, float] = (0.2, 0.2)
+    clip: tuple[float, float, float | None] = (0.2, 0.2, None)
     schedule: tuple[str, float] = ('constant', 0.5)
     distilled: tuple[str, float] = ('all', 1.0)
 
@@ -77,7 +77,7 @@ class LossOptions:
             columns,
             args.gkd_rl_weight if args.reward_funcs else 0.0,
             args.temperature,
-            (args.epsilon, args.epsilon if args.epsilon_high is None else args.epsilon_high),
+            (args.epsilon, args.epsilon if args.epsilon_high is None else args.epsilon_high, args.delta),
             (args.gkd_rl_schedule, args.gkd_rl_switch),
             (args.gkd_on, args.gkd_passing_reward),
         )
@@ -133,8 +133,6 @@ class LossInForward:
             found['label_weights'] += here(batch.advantages) * (options.reward_weight * of_rewards)
             found['label_temperature'] = torch.where(imitated > 0, 1.0, options.sampling_temperature)
             if batch.old_logprobs is not None:
-                from ..divergence import Clipping
-
                 found['clipping'] = Clipping(here(batch.old_logprobs), *options.clip)
         return found
 

@@ -34,6 +34,9 @@ GRPO = {
     'gkd_num_samples': None,
 }
 
+# Two updates per generation, the second of which is clipped here and there.
+TWICE = {'steps_per_generation': 4, 'learning_rate': 0.1, 'weight_decay': 0, 'epsilon': 0.002, 'epsilon_high': 0.004}
+
 
 @pytest.fixture(scope='module')
 def dataset(tiny_models, tmp_path_factory) -> Path:
@@ -45,13 +48,17 @@ def dataset(tiny_models, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope='module')
-def runs(run_jobs, dataset):
+def runs(run_jobs, dataset, tmp_path_factory):
     alone = {**STEP, 'dataset': dataset, 'gkd_loss_weight': 0}
     both = {**STEP, 'dataset': dataset, 'gkd_rl_weight': 0.3}
+    root = tmp_path_factory.mktemp('twice')
+    twice = {**alone, **TWICE}
     return run_jobs(
         {
             'gkd': {**alone, 'log_completions': 'true'},
             'grpo': {**alone, **GRPO, 'gkd_loss_weight': None},
+            'twice': {**twice, 'output_dir': root / 'gkd'},
+            'twice, grpo': {**twice, **GRPO, 'gkd_loss_weight': None, 'learning_rate': 0.2, 'output_dir': root / 'grpo'},
             'both': {**both, 'gkd_detailed_metrics': 'true'},
             'split': {**both, 'per_device_train_batch_size': 2, 'gradient_accumulation_steps': 4},
         }
@@ -67,6 +74,18 @@ def test_without_a_divergence_it_is_grpo(runs):
         assert job_runs.relative(ours.gradients(step), stock.gradients(step)) < 1e-5
     for name in ('reward', 'reward_std', 'frac_reward_zero_std', 'rewards/Ids/mean', 'rewards/Short/std'):
         assert ours.values(name) == pytest.approx(stock.values(name), rel=1e-5)
+
+
+@pytest.mark.e2e
+def test_after_two_updates_it_is_grpo(runs):
+    """ms-swift divides by the tokens of a generation batch, not by those of a step, so its steps are half as large."""
+    ours, stock = runs['twice'].ok(), runs['twice, grpo'].ok()
+    assert ours.values('tokens/trained') == [96, 96]
+    for step in (1, 2):
+        halves = {name: gradient / 2 for name, gradient in ours.gradients(step).items()}
+        assert job_runs.relative(halves, stock.gradients(step)) < 1e-5
+    (clipped,) = ours.values('clip_ratio')
+    assert 0.05 < clipped < 0.95
 
 
 @pytest.mark.e2e
