@@ -43,12 +43,12 @@ class Compiled(Sweeps):
             into.copy_(sums)
 
     def gradient(self, logits: Logits, tokens: Tokens, out: Tensor) -> None:
-        sweep = _differentiating(self.setting.divergence, logits.difference, self._over_softcap)
+        sweep = _differentiating(self.setting.divergence, logits.difference, self.setting.over_softcap)
         inputs = logits.student, logits.teacher, *_norms(tokens), _own(tokens.sums[1]), _own(tokens.weight), self._label(tokens)
         sweep(*inputs, None if out is logits.student else out)
 
     def tail_gradient(self, logits: Logits, tokens: Tokens, tail_weight: Tensor | None, out: Tensor) -> None:
-        sweep = _tail(tail_weight is not None, self._over_softcap)
+        sweep = _tail(tail_weight is not None, self.setting.over_softcap)
         sweep(
             logits.student,
             _own(tokens.lse[0]),
@@ -62,11 +62,6 @@ class Compiled(Sweeps):
             return None
         numbers = (_own(x) for x in (tokens.label_lse, tokens.label_scale, tokens.label_weight))
         return *numbers, tokens.label - self.setting.vocabulary.first_id
-
-    @property
-    def _over_softcap(self) -> float | None:
-        """What makes logits the softcap's tanh."""
-        return self.setting.temperature / self.setting.softcap if self.setting.softcap else None
 
 
 def _norms(tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:

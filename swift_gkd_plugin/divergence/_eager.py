@@ -93,7 +93,7 @@ class Eager(Sweeps):
             column, here = setting.vocabulary.find(tokens.label[:, None])
             total.scatter_add_(1, column, -(tokens.label_weight[:, None] * here))
         if setting.softcap:  # d tanh = 1 - tanh², and the logits are softcap·tanh / temperature
-            out.mul_(setting.temperature / setting.softcap).square_().neg_().add_(1).mul_(total)
+            out.mul_(setting.over_softcap).square_().neg_().add_(1).mul_(total)
 
     def _normalise_over_group(self, tokens: Tokens) -> None:
         """What was normalised over the columns here, over those of the group."""

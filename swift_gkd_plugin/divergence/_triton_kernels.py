@@ -391,8 +391,7 @@ def _with_labels_and_softcap(
     label,
     first_id,
     label_scale,
-    temperature,
-    softcap,
+    over_softcap,
     LABELS: tl.constexpr,
     PER_ROW: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -404,7 +403,7 @@ def _with_labels_and_softcap(
         norm = tl.load(label_lse + row).to(tl.float32)
         scale = _scale_of(label_scale, row, PER_ROW)
         gradient += _cross_entropy_slope(s, one_hot, norm, scale) * tl.load(label_weight + row)
-    return gradient * _softcap_slope(s, temperature, softcap) if SOFTCAP else gradient
+    return gradient * _softcap_slope(s, over_softcap) if SOFTCAP else gradient
 
 
 @triton.jit
@@ -418,8 +417,8 @@ def _cross_entropy_slope(s, one_hot, norm, scale):
 
 
 @triton.jit
-def _softcap_slope(s, temperature, softcap):
-    tanh = s * (temperature / softcap)
+def _softcap_slope(s, over_softcap):
+    tanh = s * over_softcap
     return 1 - tanh * tanh
 
 
@@ -438,8 +437,7 @@ def gradient_kernel(
     stride,
     first_id,
     label_scale,
-    temperature,
-    softcap,
+    over_softcap,
     KIND: tl.constexpr,
     W: tl.constexpr,
     REST: tl.constexpr,
@@ -462,7 +460,7 @@ def gradient_kernel(
     c, weight = tl.load(centre + row), tl.load(weight + row)
     gradient = (slope - student * c if KIND == 'forward_kl' else student * (slope - c)) * weight
     gradient = _with_labels_and_softcap(
-        gradient, s, place, row, label_lse, label_weight, label, first_id, label_scale, temperature, softcap, LABELS, PER_ROW, SOFTCAP
+        gradient, s, place, row, label_lse, label_weight, label, first_id, label_scale, over_softcap, LABELS, PER_ROW, SOFTCAP
     )
     tl.store(out + start + place, gradient.to(out.dtype.element_ty), mask=inside)
 
@@ -479,8 +477,7 @@ def tail_gradient_kernel(
     stride,
     first_id,
     label_scale,
-    temperature,
-    softcap,
+    over_softcap,
     TAIL: tl.constexpr,
     LABELS: tl.constexpr,
     PER_ROW: tl.constexpr,
@@ -497,7 +494,7 @@ def tail_gradient_kernel(
     if TAIL:
         gradient = _exp(s - tl.load(norm + row).to(tl.float32)) * tl.load(weight + row)
     gradient = _with_labels_and_softcap(
-        gradient, s, place, row, label_lse, label_weight, label, first_id, label_scale, temperature, softcap, LABELS, PER_ROW, SOFTCAP
+        gradient, s, place, row, label_lse, label_weight, label, first_id, label_scale, over_softcap, LABELS, PER_ROW, SOFTCAP
     )
     tl.store(out + start + place, gradient.to(out.dtype.element_ty), mask=inside)
 
@@ -550,8 +547,7 @@ def one_load_kernel(
     stride,
     first_id,
     label_scale,
-    temperature,
-    softcap,
+    over_softcap,
     KIND: tl.constexpr,
     W: tl.constexpr,
     REST: tl.constexpr,
@@ -631,7 +627,7 @@ def one_load_kernel(
             one_hot = _one_hot(place, row, label, first_id)
             slope += _cross_entropy_slope(s, one_hot, norm, label_scale) * tl.load(label_weight + row)
         if SOFTCAP:
-            steepness = _softcap_slope(s, temperature, softcap)
+            steepness = _softcap_slope(s, over_softcap)
             slope, student = slope * steepness, student * steepness
         if SWEEP == 0:
             all_came = _meet(arrived, 2 * SLICES) & all_came
@@ -843,8 +839,7 @@ def buckets_kernel(
     k,
     columns,
     label_scale,
-    temperature,
-    softcap,
+    over_softcap,
     KIND: tl.constexpr,
     W: tl.constexpr,
     REST: tl.constexpr,
@@ -911,6 +906,6 @@ def buckets_kernel(
             one_hot = tl.where(id == tl.load(label + row), 1.0, 0.0)
             gradient += (tl.exp(for_labels - label_total) - one_hot) * tl.load(label_weight + row).to(tl.float64)
     if SOFTCAP:
-        tanh = z * (temperature / softcap)
+        tanh = z * over_softcap
         gradient = gradient * (1 - tanh * tanh)
     tl.store(per_id + place, gradient.to(tl.float32), mask=inside)

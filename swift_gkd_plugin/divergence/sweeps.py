@@ -76,6 +76,11 @@ class Setting:
     label_temperature: float | None = 1.0  # of the cross-entropy; None: each token has its own
 
     @property
+    def over_softcap(self) -> float | None:
+        """What makes logits the softcap's tanh."""
+        return self.temperature / self.softcap if self.softcap else None
+
+    @property
     def label_scale(self) -> float | None:
         """What brings logits to the labels' temperature, rounded to their dtype as a kernel's argument is; None: what
         `Tokens.label_scale` says of each token. A label's logit and the sum over all of them must be multiplied by the same number,

@@ -165,7 +165,7 @@ class Listed:
                 one_hot = ids == tokens.label[:, None]
                 per_id = per_id + (softmax - one_hot.double()) * tokens.label_weight[:, None]
         if setting.softcap:
-            per_id = per_id * (1 - (z * (setting.temperature / setting.softcap)).square())
+            per_id = per_id * (1 - (z * setting.over_softcap).square())
         if not bucket:
             return None, per_id
         # Where all columns are listed (or masked) the student has no tail, and no columns to give its gradient to.

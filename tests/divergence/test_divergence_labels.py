@@ -10,6 +10,7 @@ from swift_gkd_plugin.divergence import (
     Divergence,
     LogitTransform,
     TokenStats,
+    implementations,
     linear_divergence,
     logits_divergence,
     topk_divergence,
@@ -251,6 +252,21 @@ def test_policies_without_anything_in_common(case):
         loss = call(labels=case['labels'], label_weights=-weights, clipping=clipping, token_weights=torch.zeros(TOKENS))
         gradient = torch.autograd.grad(loss.sum(), x['hidden'])[0]
         assert loss.isfinite().all() and gradient.isfinite().all() and not loss[7:].any() and not gradient[7:].any()
+
+
+def test_ratios_are_known_after_the_first_sweep(case, monkeypatch):
+    """So all sweeps at once will not do."""
+
+    class AtOnce(Eager):
+        def at_once(self, *args):
+            raise NotImplementedError
+
+    monkeypatch.setattr(implementations, 'choose', lambda call: AtOnce)
+    call, *_ = calls(case, 'two heads', torch.float32, Divergence())
+    common = dict(labels=case['labels'], label_weights=case['label_weights'], reduction='sum')
+    call(**common, clipping=Clipping(torch.zeros(TOKENS), 0.2, 0.2))
+    with pytest.raises(NotImplementedError):
+        call(**common)
 
 
 def test_bad_clippings_are_refused(case):
