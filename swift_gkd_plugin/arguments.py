@@ -90,6 +90,9 @@ class GKDOptions:
         'Responses that the evaluation scores: those of the validation set, or ones that the student or '
         'the teacher generates with fixed seeds.',
     )
+    gkd_eval_temperature: Optional[float] = option(
+        None, 'Sampling temperature of the responses that an evaluation generates, >= 0 (0: greedy). Default: that of training.'
+    )
     gkd_teacher_system: Optional[str] = option(
         None, "System prompt of the teacher, when it answers and when it scores. Default: the student's."
     )
@@ -289,6 +292,8 @@ def check_values(args: Any) -> None:
         _require(args.gkd_temperature > 0, f'--gkd_temperature {args.gkd_temperature}: must be > 0; 1 compares the plain distributions.')
     if args.gkd_teacher_temperature is not None:
         _require(args.gkd_teacher_temperature >= 0, f'--gkd_teacher_temperature {args.gkd_teacher_temperature}: must be >= 0 (0: greedy).')
+    if args.gkd_eval_temperature is not None:
+        _require(args.gkd_eval_temperature >= 0, f'--gkd_eval_temperature {args.gkd_eval_temperature}: must be >= 0 (0: greedy).')
     size = args.gkd_teacher_batch_size
     _require(size is None or size > 0, f'--gkd_teacher_batch_size {size}: must be > 0.')
     budget = args.gkd_micro_batch_tokens

@@ -88,6 +88,7 @@ NOT_USED: tuple[Entry, ...] = (
     ('gkd_tail', lambda a: a.gkd_logits_topk is None, 'it belongs to --gkd_logits_topk'),
     ('gkd_tail', teacher_is_blind, BLIND),
     ('gkd_logits_topk', teacher_is_blind, BLIND),
+    ('gkd_eval_temperature', lambda a: a.gkd_eval_source == 'dataset', 'evaluation scores responses of the dataset; see --gkd_eval_source'),
     ('gkd_teacher_temperature', teacher_is_silent, 'the teacher answers with --seq_kd or --gkd_eval_source teacher'),
     ('gkd_teacher_max_completion_length', teacher_is_silent, 'the teacher answers with --seq_kd or --gkd_eval_source teacher'),
     (

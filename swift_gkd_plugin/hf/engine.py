@@ -16,7 +16,7 @@ from swift.infer_engine import RequestConfig
 from swift.rl_core.data import GKDSample
 from swift.rlhf_trainers.rollout_mixin import RolloutTrainerMixin
 
-from ..sources import engine_seed
+from ..sources import STUDENT, engine_seed
 from ..step.ahead import Ahead
 from ..step.samples import Sample, check_one_each
 
@@ -91,6 +91,7 @@ class EngineRollout(RolloutTrainerMixin):
     def _get_request_config(self) -> RequestConfig:
         """The sampling options, with a seed of this cycle, turn and engine, to which the engine adds the number of the request."""
         config = copy.copy(self.request_config)
+        config.temperature = self.conductor.answers.temperature(STUDENT)
         turn, self._turn = self._turn, self._turn + 1
         if self.vllm_mode == 'server' and self.vllm_use_async_engine:
             return config  # it would give every request the same seed, and equal prompts equal responses (vllm_engine.py:900)

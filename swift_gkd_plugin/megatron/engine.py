@@ -127,6 +127,7 @@ class EngineRollout(MegatronRolloutMixin):
     def _get_request_config(self) -> RequestConfig:
         """The engine's sampling options with a seed of this cycle, turn and engine; ms-swift adds the request's number to it."""
         config = copy.copy(self.request_config)
+        config.temperature = self.conductor.answers.temperature(STUDENT)
         engine = 0 if self.vllm_mode == 'server' else self.process_index // self.vllm_tensor_parallel_size
         config.seed = engine_seed(self.args.seed, self.conductor.cycle_key, self._turn, engine)
         return config

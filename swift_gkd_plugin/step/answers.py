@@ -115,11 +115,19 @@ class Answers:
     def _seeds(self, samples: list[Sample]) -> list[int]:
         return [sources.sampling_seed(self.args.seed, s.row.epoch, s.row.number, s.source, s.row.repeat) for s in samples]
 
+    def temperature(self, source: Source) -> float:
+        """Of what is sampled now."""
+        args = self.args
+        if self.books.evaluating and args.gkd_eval_temperature is not None:
+            return args.gkd_eval_temperature
+        if source == TEACHER and args.gkd_teacher_temperature is not None:
+            return args.gkd_teacher_temperature
+        return args.temperature
+
     def _sampling_options(self, source: Source) -> SamplingOptions:
         args = self.args
-        temperature, limit = args.temperature, args.max_completion_length
+        temperature, limit = self.temperature(source), args.max_completion_length
         if source == TEACHER:
-            temperature = temperature if args.gkd_teacher_temperature is None else args.gkd_teacher_temperature
             limit = args.gkd_teacher_max_completion_length or limit
         words = tuple(args.stop_words or ())
         return SamplingOptions(limit, temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, words, self.vocab_size)

@@ -29,6 +29,14 @@ def test_the_same_result_however_it_is_batched_and_at_any_time(make, dataset, so
     assert before == pytest.approx(found[0], rel=1e-9) and run.train() and run.evaluate(dataset) == before
 
 
+def test_a_temperature_of_its_own(make):
+    run = make(gkd_eval_source='student', gkd_eval_temperature=0.0, gkd_teacher_temperature=0.4)
+    answers = run.conductor.answers
+    assert [answers.temperature(source) for source in ('student', 'teacher')] == [1.0, 0.4]
+    with run.conductor.books.of_evaluation():
+        assert [answers.temperature(source) for source in ('student', 'teacher')] == [0.0, 0.0]
+
+
 def test_it_is_divergence_plus_cross_entropy_of_every_token(make, dataset):
     found = {source: make(gkd_eval_source=source, sft_alpha=0.5).evaluate(dataset) for source in ('dataset', 'student', 'teacher')}
     for source, one in found.items():
