@@ -30,6 +30,7 @@ class Arguments(GKDOptions):
     teacher_tag_key: str = 'dataset'
     deepspeed: Any = None
     reward_funcs: list = dataclasses.field(default_factory=list)
+    kl_in_reward: Any = None
     teacher_kl_coef: float = 1.0
     kl_coef: float = 0.05
     rpo_alpha: Any = None
@@ -79,7 +80,13 @@ SEQ_KD = {'seq_kd': True, 'lmbda': 0.0}
         ({'gkd_server_in_flight': 4}, {**MODEL, **ENGINE, **SEQ_KD}, None),
         ({'gkd_server_in_flight': 4}, SERVER, None),
         # Of other algorithms.
-        ({'reward_funcs': ['accuracy']}, MODEL, 'it belongs to GRPO'),
+        ({'kl_in_reward': True}, MODEL, 'it belongs to GRPO'),
+        # Of rewards.
+        ({'gkd_rl_weight': 0.3}, MODEL, 'it belongs to --reward_funcs'),
+        ({'gkd_rl_weight': 0.3}, {**MODEL, 'reward_funcs': ['x']}, None),
+        ({'gkd_rl_switch': 0.3}, {**MODEL, 'reward_funcs': ['x']}, 'it belongs to --gkd_rl_schedule switch'),
+        ({'gkd_passing_reward': 0.3}, {**MODEL, 'reward_funcs': ['x']}, 'it belongs to --gkd_on'),
+        ({'gkd_eval_temperature': 0.3}, MODEL, 'see --gkd_eval_source'),
         ({'teacher_kl_coef': 0.5}, MODEL, 'it belongs to GRPO'),
         ({'kl_coef': 0.1}, MODEL, 'it belongs to PPO'),
         ({'rpo_alpha': 1.0}, MODEL, 'it belongs to DPO'),

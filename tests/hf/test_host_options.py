@@ -74,7 +74,7 @@ def runs(run_jobs, tiny_models, tmp_path_factory):
                 'enable_dft_loss': 'true',
                 'teacher_deepspeed': 'zero0',
                 'train_sampling_strategy': 'sequential',
-                'reward_funcs': 'accuracy',
+                'kl_in_reward': 'true',
             },
             'eval stream': {
                 **STEP,
@@ -143,12 +143,12 @@ def test_no_effect_is_said(runs):
         'enable_dft_loss True',
         'teacher_deepspeed',
         'train_sampling_strategy sequential',
-        "reward_funcs ['accuracy']",
+        'kl_in_reward True',
     ):
         assert f'--{option} is not used as such: ' in output, option
     # Nothing is said of what nobody has given.
     of_others = [line for line in output.splitlines() if any(f'such: it belongs to {others}' in line for others in OF_OTHERS)]
-    assert of_others and all('--reward_funcs' in line for line in of_others)
+    assert of_others and all('--kl_in_reward' in line for line in of_others)
 
 
 def test_token_weights_are_those_of_sft(runs):
