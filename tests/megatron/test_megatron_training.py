@@ -209,7 +209,7 @@ def in_context_parallel(run_jobs, data) -> dict[str, Run]:
 def test_rewards_are_the_same_in_every_layout(alone, parallel, split, in_context_parallel):
     """Scores, advantages, and what is left of them where they are clipped."""
     run = alone['rewarded'].ok()
-    assert len(run.values('reward')) == 4 and min(map(abs, run.values('pg_loss'))) > 1e-3
+    assert len(run.values('reward')) == 2 and min(map(abs, run.values('pg_loss'))) > 1e-3
     clipped = run.values('clip_ratio')
     assert len(clipped) == 2 and min(clipped) > 0  # in every second step
     for others in (parallel, split, in_context_parallel):
@@ -456,7 +456,7 @@ def test_same_numbers_as_swift_rlhf(alone, models, data, tmp_path, name):
         }[name],
     }
     other = helpers.run_swift(options, output_dir=tmp_path).ok()
-    assert other.values('loss') == pytest.approx(alone[name].ok().losses[:3], abs=1e-6)
+    assert other.values('loss') == pytest.approx(alone[name].ok().losses[:3], rel=1e-5, abs=1e-6)
     if name == 'averaged':
         assert other.values('divergence') == pytest.approx(alone[name].values('divergence')[:3], abs=1e-6)
         assert min(other.values('divergence')[1:]) > 1e-4
