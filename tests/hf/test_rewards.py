@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
+import helpers
 import job_runs
 import pytest
 import reward_functions
 
+EXAMPLES = Path(__file__).parents[2] / 'examples'
 FUNCTIONS = {'external_plugins': reward_functions.__file__, 'reward_funcs': ['ids', 'short'], 'reward_weights': [1, 0.5]}
 STEP = {
     **job_runs.ONE_STEP,
@@ -111,3 +114,23 @@ def test_completions_have_their_rewards(runs):
         assert line['reward'] == pytest.approx(line['rewards/Ids'] + 0.5 * line['rewards/Short'])
     for start in range(0, 16, 4):
         assert sum(line['advantage'] for line in lines[start : start + 4]) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.e2e
+def test_the_example(tiny_models, tmp_path):
+    """As it stands, but for the models, the dataset and sizes, which are given behind it or by its variables."""
+    options = {
+        **helpers.QUICK,
+        'model_type': 'qwen3',
+        'teacher_model_type': 'qwen3',
+        'template': 'qwen3',
+        'max_steps': 1,
+        'max_completion_length': 4,
+        'max_length': 128,
+    }
+    places = {'MODEL': tiny_models.student, 'TEACHER': tiny_models.teacher, 'DATASET': f'{tiny_models.train}#4', 'OUTPUT': tmp_path}
+    environment = {'PATH': f'{helpers.SCRIPTS}{os.pathsep}{os.environ["PATH"]}', **{name: str(place) for name, place in places.items()}}
+    returncode, output = helpers.run([EXAMPLES / 'rewards.sh', *helpers.command_line(options)], env=environment, cwd=tmp_path)
+    assert returncode == 0, output[-4000:]
+    (log,) = [row for row in map(json.loads, (tmp_path / 'logging.jsonl').read_text().splitlines()) if 'loss' in row]
+    assert log['reward'] >= 0 and 'rewards/Concise/mean' in log and log['source/student'] == 1
