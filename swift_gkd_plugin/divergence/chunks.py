@@ -196,8 +196,8 @@ def _work_on(call: Call, sweeps: Sweeps, rows: slice, logits: Logits, tokens: To
 
 def _weigh_by_ratio(weights: Weights, rows: slice, tokens: Tokens, label_lse: Tensor) -> None:
     """The labels' ratios, and the weights of their gradient. label_lse: [rows], of all columns."""
-    logprobs = tokens.label_logit.double() * tokens.label_scale.double() - label_lse
-    tokens.log_ratio.copy_(weights.clipping.log_ratio(rows, logprobs))
+    logprobs = tokens.log_ratio.copy_(tokens.label_logit).mul_(tokens.label_scale).sub_(label_lse)
+    weights.clipping.to_ratio(rows, logprobs)
     tokens.label_weight.mul_(weights.clipping.slope(tokens.log_ratio, weights.cross_entropy[rows]))
 
 

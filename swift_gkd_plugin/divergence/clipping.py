@@ -43,19 +43,31 @@ class Clipping:
         if self.delta is not None and not self.delta > 0:
             raise ValueError(f'delta of a clipping must be > 0 or None, got {self.delta}')
 
-    def log_ratio(self, rows: slice, logprobs: Tensor) -> Tensor:
-        """log r [rows] in fp64, of `logprobs` [rows]; NaN where a label's term has no ratio."""
-        return (logprobs.double() - self.old_logprobs[rows].double()).clamp_max(_MAX_LOG_RATIO)
+    def to_ratio(self, rows: slice, logprobs: Tensor) -> Tensor:
+        """Make of `logprobs` [rows] in fp64 log r, in place; NaN where a label's term has no ratio."""
+        return logprobs.sub_(self.old_logprobs[rows]).clamp_max_(_MAX_LOG_RATIO)
+
+    def slope(self, log_ratio: Tensor, weight: Tensor) -> Tensor:
+        """What the gradient of w·CE is multiplied by [rows]: r, 0 beyond the bounds, 1 where there is no ratio."""
+        ratio = log_ratio.exp()
+        return ratio.masked_fill(self._beyond(ratio, weight), 0).nan_to_num(nan=1.0)
 
     def bounded(self, log_ratio: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """(r within its bounds, whether it was beyond them), [rows] each, of weights w [rows]; NaN and False where there is none."""
-        ratio = log_ratio.exp()
-        delta = torch.inf if self.delta is None else self.delta
-        falling = ratio.clamp(1 - self.low, max(1 + self.high, delta))
-        bounded = torch.where(weight > 0, ratio.clamp(max=min(1 + self.high, delta)), falling)
-        return bounded, (bounded != ratio) & (weight != 0) & ~ratio.isnan()
+        ratio, (gaining, losing) = log_ratio.exp(), self._highest
+        bounded = torch.where(weight > 0, ratio.clamp(max=gaining), ratio.clamp(1 - self.low, losing))
+        return bounded, self._beyond(ratio, weight) & (weight != 0)
 
-    def slope(self, log_ratio: Tensor, weight: Tensor) -> Tensor:
-        """What w·CE's gradient is multiplied by [rows]: r, 0 beyond the bounds, 1 where there is no ratio."""
-        bounded, beyond = self.bounded(log_ratio, weight)
-        return bounded.masked_fill(beyond, 0).nan_to_num(nan=1.0)
+    def _beyond(self, ratio: Tensor, weight: Tensor) -> Tensor:
+        """Of a weight of 0 anything."""
+        gaining, losing = self._highest
+        beyond = ratio < 1 - self.low
+        if self.delta is not None:
+            beyond |= ratio > losing
+        return torch.where(weight > 0, ratio > gaining, beyond)
+
+    @property
+    def _highest(self) -> tuple[float, float]:
+        """Bounds of r where w > 0 and where w < 0."""
+        delta = torch.inf if self.delta is None else self.delta
+        return min(1 + self.high, delta), max(1 + self.high, delta)

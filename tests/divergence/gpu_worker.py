@@ -21,6 +21,7 @@ def run(x, wanted, other, head, labels, transform, group, topk):
     x = {name: t.clone().requires_grad_(name in wanted) for name, t in x.items()}
     extra = {'student_bias': x['bias'], 'student_lora': (x['a'], x['b'], 2.0)} if 'a' in x else {}
     extra |= {'labels': labels, 'label_weights': torch.full((TOKENS,), 0.3 * WEIGHT), 'student_transform': transform}
+    extra['label_temperature'] = 1.0 if transform is None else torch.linspace(0.5, 1.5, TOKENS)
     extra |= {'token_weights': torch.full((TOKENS,), WEIGHT), 'reduction': 'sum', 'chunk_tokens': 3, 'vocab_group': group}
     divergence = Divergence(temperature=0.9)
     if topk is None:
@@ -67,5 +68,6 @@ for places in itertools.product(*(range(len(some)) for some in choices)):
         close(one, expected, 1e-5 if dtype == torch.float32 else 1e-2, f'{name} {case}')
 dist.destroy_process_group()
 works = sys.modules['swift_gkd_plugin.divergence._triton'].works
-assert works.cache_info().currsize == 1, 'the kernels of a GPU were not used'
-assert works(torch.device('cuda', 0), Divergence(temperature=0.9), False), 'they were found wrong'
+assert works.cache_info().currsize == 2, 'the kernels of a GPU were not used'
+for label_temperatures in (False, True):
+    assert works(torch.device('cuda', 0), Divergence(temperature=0.9), label_temperatures), 'they were found wrong'

@@ -51,10 +51,10 @@ def close(found, expected, bound, what):
 
 
 def of_labels(labels, weights, temperature):
-    """Arguments: the weights have both signs. Where tokens have temperatures, they have ratios too."""
+    """Arguments: the weights have both signs. With TEMPERATURES come ratios."""
     if labels is None:
         return {}
-    clipping = Clipping(torch.tensor([-30.0, -9.0, torch.nan, -9.0, -13.0]), 0.2, 0.28) if isinstance(temperature, torch.Tensor) else None
+    clipping = Clipping(torch.tensor([-30.0, -9.0, torch.nan, -9.0, -13.0]), 0.2, 0.28) if temperature is TEMPERATURES else None
     return dict(labels=labels, label_weights=weights - 0.5, label_temperature=temperature, clipping=clipping)
 
 
@@ -298,7 +298,8 @@ def one_load():
     extremes(14)
     assert len(launches) > 14
     x, other, labels, weights = inputs()
-    for temperature, known in ((0.6, True), (0.9, True), (TEMPERATURES, False)):  # other than its own, its own, and those of each
+    # Other than its own, its own, those of each, and with ratios.
+    for temperature, known in ((0.6, True), (0.9, True), (TEMPERATURES.clone(), False), (TEMPERATURES, False)):
         launches.clear()
         found, right = (run(one, KINDS[0], x, other, None, None, labels, weights, False, 3, temperature) for one in (sweeps, Eager))
         assert bool(launches) == known
