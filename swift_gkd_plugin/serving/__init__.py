@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ END_SECONDS = 5  # between SIGTERM and SIGKILL
 
 
 class NotServing(RuntimeError):
-    """A server that has not started, or has ended. The message is its last error."""
+    """A server that has not started. The message is its last error."""
 
 
 class ServerProcess:
@@ -52,12 +53,16 @@ class ServerProcess:
             )
         self.pid = int(self._keeper.stdout.readline())
         self._keeper.wait()  # it has forked
-        self._ended = threading.Event()
+        self._ended, self._status = threading.Event(), 'no answer'
         threading.Thread(target=self._watch, daemon=True).start()
         atexit.register(self.close)
 
     def _watch(self) -> None:
-        self._keeper.stdout.readline()  # the exit status; nothing if the keeper is dead, and the server without anybody
+        status = self._keeper.stdout.readline().strip()
+        if not status:  # the keeper has died, and without one the server would go on for ever
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+        self._status = f'exit status {status or -signal.SIGKILL}'
         self._ended.set()
 
     def until_it_answers(self) -> float:
@@ -72,16 +77,17 @@ class ServerProcess:
             with contextlib.suppress(requests.exceptions.RequestException):
                 if requests.get(f'{self.url}/health', timeout=5).status_code == 200:
                     return time.monotonic() - begin
+        error = self.last_error()
         self.close()
-        raise NotServing(self.last_error())
+        raise NotServing(error)
 
     def until_it_ends(self) -> None:
         self._ended.wait()
 
     def last_error(self) -> str:
-        """Of its output, the last line with an error in it."""
-        lines = [line for line in self.log.read_text(errors='replace').splitlines() if 'Error' in line] or ['no answer']
-        return lines[-1].strip()[:300]
+        """Of its output, the last line with an error in it; and how it ended."""
+        lines = [line for line in self.log.read_text(errors='replace').splitlines() if 'Error' in line]
+        return '; '.join([line.strip()[:300] for line in lines[-1:]] + [self._status])
 
     def close(self) -> None:
         """End it and what it has started."""
