@@ -26,6 +26,8 @@ from .versions import __version__
 SWITCH = 'SWIFT_GKD_PLUGIN'
 HOSTS = '>=4.6.0,<4.7'  # versions of ms-swift whose seams were tested; the same as in pyproject.toml
 
+RAY = 'swift.ray.megatron.pipeline'  # its file by another name, as ``python -m`` runs it
+
 Seam = Callable[[ModuleType], Optional[dict[str, Any]]]
 
 
@@ -37,6 +39,9 @@ def activate() -> None:
     """Take over gkd if this process runs ms-swift's rlhf script with it. Entered from the .pth at the start of Python."""
     index = _script_index(sys.orig_argv)
     if index is None or _switched_off():
+        return
+    if sys.orig_argv[index] == RAY:
+        _enter_by_command(index)
         return
     megatron = '_megatron' in sys.orig_argv[index]
     options = sys.orig_argv[index + 1 :]
@@ -53,6 +58,15 @@ def activate() -> None:
             _install(_seams(hf=not megatron, megatron=megatron))
         except Exception as error:
             _give_up(f'{type(error).__name__}: {error}')
+
+
+def _enter_by_command(index: int) -> None:
+    """``python -m swift.ray.megatron.pipeline`` runs that file as ``__main__``, where no seam reaches it: gkd goes in by the command that
+    imports it."""
+    options = sys.orig_argv[index + 1 :]
+    if _type_in_file(option_value(options, '--config')) == 'gkd':
+        argv = [*sys.orig_argv[:index], 'swift.cli._megatron.rlhf', '--use_ray', 'true', *options]
+        os.execv(sys.executable, [sys.executable, *argv[1:]])
 
 
 def _give_up(reason: str) -> NoReturn:
@@ -81,7 +95,7 @@ def _script_index(argv: list[str]) -> Optional[int]:
     In the process of such a launcher (torchrun's agent, say) nothing imports ms-swift, so that the seams do nothing there.
     """
     for index, token in enumerate(argv[1:], 1):
-        if token in ('swift.cli.rlhf', 'swift.cli._megatron.rlhf'):
+        if token in ('swift.cli.rlhf', 'swift.cli._megatron.rlhf') or (token == RAY and argv[index - 1] == '-m'):
             return index
         path = os.path.abspath(token).replace(os.sep, '/')
         if path.endswith(('/swift/cli/rlhf.py', '/swift/cli/_megatron/rlhf.py')):

@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parents[1] / 'swift_gkd_plugin'
 
 # From low to high. A room knows itself and those of lower storeys, and none beside it.
 STOREYS = (
-    ('arguments', 'divergence', 'sources', 'versions', 'world'),
+    ('arguments', 'divergence', 'serving', 'sources', 'versions', 'world'),
     ('metrics', 'responses', 'rewards', 'seams', 'unused'),
     ('teachers',),
     ('checks',),

@@ -137,7 +137,7 @@ def _without_vllm_unless_asked_for(argv: list[str]) -> list[str]:
     return argv
 
 
-def take_over_ray(module: ModuleType, enter: Callable[[], None]) -> None:
+def take_over_ray(module: ModuleType, enter: Callable[[], None]) -> dict[str, Any]:
     """``swift.ray.megatron.pipeline``: Ray places and starts our ranks; stock's loop has a loss and a teacher of its own.
 
     Args:
@@ -156,6 +156,16 @@ def take_over_ray(module: ModuleType, enter: Callable[[], None]) -> None:
         from .ray_driver import train
 
         return train(self, enter)
+
+    parse = module.parse_ray_yaml
+
+    def parse_and_keep(path: str) -> Any:
+        # Stock merges what is above the groups into each of them; ours have options that are not what they are there.
+        config, groups, shared = parse(path)
+        config.own_options = {name: {k: v for k, v in own.items() if v is not None} for name, own in groups.items()}
+        return config, groups, shared
+
+    return {'parse_ray_yaml': parse_and_keep}
 
 
 def _warn(line: str) -> None:

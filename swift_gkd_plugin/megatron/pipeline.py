@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -63,13 +64,20 @@ NOT_USED: tuple[Entry, ...] = (
 
 
 class GKDPipeline(MegatronRLHF):
-    """ms-swift's pipeline, with start-up checks in front of the models."""
+    """ms-swift's pipeline, with start-up checks in front of the models.
+
+    Attributes:
+        until_engines_answer: Under Ray, returns once the engines answer that are started beside the ranks.
+    """
+
+    until_engines_answer: Callable[[], Any] = staticmethod(lambda: None)
 
     def run(self) -> dict[str, Any]:
         with said_once():
             self._check_options()
             self._tokens = checks.tokenizer_lengths(self.args, self.processor)
             self._optimizer_leaves = foretell(self.args, Card.of_this_rank())
+        self.until_engines_answer()
         return super().run()
 
     def prepare_trainer(self) -> GKDTrainer:

@@ -1,23 +1,32 @@
 """``megatron rlhf --use_ray``: Ray places the ranks and starts them, and each runs what it would run under torchrun.
 
 Of ms-swift's Ray pipeline (4.6.0) this keeps the YAML file, the placement groups and the environment of a worker. Its driver loop, which
-collates on one process what all ranks need and has a loss and a teacher of its own, is not used: a step is told once, in ``step/``.
+collates on one process what all ranks need and has a loss and a teacher of its own, is not used: a step is told once, in ``step/``. Engines
+on GPUs of their own (``ray_groups.py``) are servers of ms-swift, which the ranks know as they know any other.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from swift.ray.megatron.driver_utils import _dict_to_argv
 from swift.ray.megatron.worker_group import WorkerGroup
 from swift.utils import get_logger
 
 from ..arguments import OptionError
+from ..serving import END_SECONDS
 from ..versions import __version__
+from .ray_engine import Engine
+from .ray_groups import Group, per_node, split_options
 from .ray_rank import Rank
 
 logger = get_logger()
@@ -25,10 +34,11 @@ logger = get_logger()
 PACKAGE = __name__.partition('.')[0]
 OTHERS_SECONDS = 5  # for the other ranks to say what they have to say, once one has failed
 EXIT_SECONDS = 60  # for loggers to close what they have open
+PATIENCE_SECONDS = 60  # for GPUs that others use, before something is said
 
 
 def start(pipeline: Any) -> None:
-    """Have Ray place the ranks and start their processes.
+    """Have Ray place the ranks and the engines and start their processes.
 
     Args:
         pipeline: ms-swift's ``MegatronRayPipeline``, which has read its file.
@@ -40,19 +50,65 @@ def start(pipeline: Any) -> None:
         raise OptionError(
             f'--use_ray: torchrun has started {os.environ["WORLD_SIZE"]} processes of this command; leave out NPROC_PER_NODE and NNODES.'
         )
-    pipeline.argv = command_line(pipeline)
+    pipeline.rank_options, groups = split_options(pipeline)
     ray.init(ignore_reinit_error=True)
     _check_nodes(pipeline)
-    pipeline._create_pools()
+    with _said_if_it_takes_long():
+        pipeline._create_pools()
+    nodes = {node['NodeID']: node['NodeManagerAddress'] for node in ray.nodes()}
     pool = pipeline.resource_pool_manager.get_pool('train')
     pipeline.worker_groups['train'] = WorkerGroup.from_pool('train', pool, worker_cls=ray.remote(num_gpus=0)(Rank))
-    nodes = {node['NodeID']: node['NodeManagerAddress'] for node in ray.nodes()}
     pipeline.places = [nodes[node] for node, _ in pool.bundle_infos]
+    for group in groups:
+        # Where ms-swift keeps its own, and shuts them down at the end of the run, whatever that is.
+        kept = pipeline.rollout_replicas if group.name == 'rollout' else pipeline.teacher_replicas
+        kept += _placed(group, pipeline.resource_pool_manager.get_pool(group.name), nodes)
     logger.info(f'swift-gkd-plugin {__version__}: {pool.world_size} ranks on {len({node for node, _ in pool.bundle_infos})} Ray nodes.')
 
 
+@dataclass(frozen=True)
+class Placed:
+    """An engine, as the driver sees it."""
+
+    group: Group
+    number: int
+    place: str
+    devices: str
+    actor: Any
+
+    @property
+    def name(self) -> str:
+        return f'{self.group.name} engine {self.number} on {self.place}'
+
+    def shutdown(self) -> None:
+        """As one of ms-swift's replicas."""
+        ray.get(self.actor.close.remote(), timeout=END_SECONDS + 20)
+        ray.kill(self.actor)
+
+
+def _placed(group: Group, pool: Any, nodes: dict[str, str]) -> list[Placed]:
+    """The actors of a group's engines. Each has ``group.size`` bundles of one placement group, and lives in the first of them."""
+    visible, env = WorkerGroup._get_device_env_config()['visible_devices_key'], {'NCCL_CUMEM_ENABLE': '0'}  # as the ranks have it
+    env |= {f'RAY_EXPERIMENTAL_NOSET_{kind}_VISIBLE_DEVICES': '1' for kind in ('CUDA', 'HIP', 'ROCR', 'ASCEND_RT')}
+    found = []
+    for number in range(group.engines):
+        first = number * group.size
+        bundle = divmod(first, pool.process_on_nodes[0])
+        place = nodes[pool.bundle_infos[first][0]]
+        devices = ','.join(map(str, pool.visible_devices[first : first + group.size]))
+        actor = ray.remote(Engine).options(
+            num_cpus=0,
+            num_gpus=0,
+            max_concurrency=3,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(pool.pgs[bundle[0]], placement_group_bundle_index=bundle[1]),
+            runtime_env={'env_vars': {**env, visible: devices}},
+        )
+        found.append(Placed(group, number, place, devices, actor.remote(f'{group.name} engine {number} on {place}')))
+    return found
+
+
 def train(pipeline: Any, enter: Callable[[], None]) -> dict[str, Any]:
-    """Run the ranks that :func:`start` has started to their end.
+    """Run what :func:`start` has started to the end of the training.
 
     Args:
         enter: Activates the plugin in a worker.
@@ -61,47 +117,66 @@ def train(pipeline: Any, enter: Callable[[], None]) -> dict[str, Any]:
         Where the checkpoints are.
 
     Raises:
-        OptionError: One that a rank has found.
+        OptionError: One that a rank has found, or an engine that did not start or has ended.
         RayError: A rank has failed or died; the others are ended.
     """
-    ranks = pipeline.worker_groups['train'].workers
-    refs = [rank.run.remote(enter, pipeline.argv, os.getcwd(), __version__) for rank in ranks]
-    _wait(refs, pipeline.places)
+    group = pipeline.worker_groups['train']
+    engines = pipeline.rollout_replicas + pipeline.teacher_replicas
+    try:
+        options, ready, watched = _serve(pipeline, engines)
+        argv = _dict_to_argv(pipeline.rank_options | options)
+        teachers = [ref for ref, engine in zip(watched, engines, strict=True) if engine.group.name == 'teacher']
+        refs = [rank.run.remote(enter, argv, os.getcwd(), __version__, ready, teachers) for rank in group.workers]
+        names = {ref: f'Rank {rank} on {place}' for rank, (ref, place) in enumerate(zip(refs, pipeline.places, strict=True))}
+        names |= {ref: f'The {engine.name}' for ref, engine in zip(ready + watched, engines + engines, strict=True)}
+        _wait(refs, names, teachers)
+    except BaseException:
+        group.shutdown()  # before the engines: what the ranks would say of their end is of no use
+        raise
     # They leave by themselves: what is killed closes no logger.
-    ray.wait([rank.__ray_terminate__.remote() for rank in ranks], num_returns=len(ranks), timeout=EXIT_SECONDS)
+    ray.wait([rank.__ray_terminate__.remote() for rank in group.workers], num_returns=len(refs), timeout=EXIT_SECONDS)
     return ray.get(refs[-1])
 
 
-def command_line(pipeline: Any) -> list[str]:
-    """The options of each rank: those of all groups, of ``train``, and of an engine that shares its devices.
+def _serve(pipeline: Any, engines: Sequence[Placed]) -> tuple[dict[str, Any], list[Any], list[Any]]:
+    """Have the engines start.
 
-    Raises:
-        OptionError: A group that this pipeline has no use for.
+    Returns:
+        The options by which the ranks find them; for each engine a reference that is there when it answers, and one that fails when it
+        ends.
     """
-    gpus, groups = pipeline.group_gpus, pipeline.group_cfgs
-    alone = {name: {k: v for k, v in groups[name].items() if pipeline.shared_cfg.get(k) != v} for name in groups}
-    if gpus['train'] < 1:
-        raise OptionError(f'train.gpus {gpus["train"]}: the training needs at least 1.')
-    for name in ('rollout', 'teacher'):
-        if alone[name] and not gpus[name]:
-            raise OptionError(f'{name}.{next(iter(alone[name]))}: the group {name} has no gpus; give them, or leave the group out.')
-    if gpus['teacher']:
-        raise OptionError(
-            f'teacher.gpus {gpus["teacher"]}: there are no workers for the teacher alone; give teacher_model, with a layout of its own '
-            '(teacher_tensor_model_parallel_size, …) or gkd_teacher_engine: vllm if wanted, or the teacher_model_server of one that runs.'
-        )
-    options = {k: v for k, v in groups['train'].items() if k != 'use_ray'}
-    if gpus['rollout']:
-        if not pipeline._is_rollout_hybrid():
-            raise OptionError(
-                f'rollout.gpus {gpus["rollout"]}: there are no workers for the rollout alone; share the devices with '
-                'colocate_groups: [[train, rollout]], or give vllm_mode: server with the vllm_server_host of a `swift rollout` that runs.'
-            )
-        unknown = [name for name in alone['rollout'] if not name.startswith('vllm_')]
-        if unknown:
-            raise OptionError(f'rollout.{unknown[0]}: not an option of the engine, whose options begin with vllm_; leave it out.')
-        options |= alone['rollout'] | {'use_vllm': True, 'vllm_mode': 'colocate', 'sleep_level': pipeline.ray_config.sleep_level}
-    return _dict_to_argv(options)
+    opened = [engine.actor.open.remote(os.getcwd(), __version__) for engine in engines]
+    _wait(opened, {ref: f'The {engine.name}' for ref, engine in zip(opened, engines, strict=True)})
+    logs = os.path.join(os.getcwd(), pipeline.rank_options.get('output_dir') or 'megatron_output', 'engines')
+    stamp = time.strftime('%Y%m%d-%H%M%S')
+    ready, watched, options = [], [], {}
+    for engine, (host, port, group_port) in zip(engines, ray.get(opened), strict=True):
+        log, name = os.path.join(logs, f'{stamp}-{engine.group.name}-{engine.number}.log'), engine.group.name
+        url = f'http://[{host}]:{port}' if ':' in host else f'http://{host}:{port}'
+        argv = _dict_to_argv(engine.group.options | {'host': host, 'port': port})
+        ready.append(engine.actor.serve.remote(engine.group.command, argv, url, log))
+        watched.append(engine.actor.watch.remote())
+        what = f'{engine.group.options["model"]} on GPU {engine.devices}'
+        logger.info(f'The {engine.name}: {what}, will answer at {url}; its output is in {log} there.')
+        if name == 'rollout':
+            for option, value in (('vllm_server_base_url', url), ('vllm_server_group_port', group_port)):
+                options.setdefault(option, []).append(value)
+        else:
+            options['teacher_model_server'] = ','.join(filter(None, [options.get('teacher_model_server'), url]))
+    return options, ready, watched
+
+
+@contextmanager
+def _said_if_it_takes_long() -> Iterator[None]:
+    """Ray waits for GPUs that are in use, and says nothing."""
+    line = 'The GPUs that the file asks for are in use, or no node has enough of them left; waiting for them (`ray status` tells).'
+    timer = threading.Timer(PATIENCE_SECONDS, logger.warning, [line])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _check_nodes(pipeline: Any) -> None:
@@ -110,53 +185,68 @@ def _check_nodes(pipeline: Any) -> None:
     Raises:
         OptionError: The cluster's nodes do not have what is asked for, whoever uses it at the moment.
     """
-    per_node = pipeline.ray_config.gpus_as_process_on_nodes(pipeline.group_gpus['train'])[0]
-    cpus = per_node * (2 if pipeline._is_rollout_hybrid() else 1)  # of a placement group of stock's
-    nodes = [(int(node['Resources'].get('GPU', 0)), int(node['Resources'].get('CPU', 0))) for node in ray.nodes() if node['Alive']]
     nnodes = max(pipeline.ray_config.nnodes, 1)
-    if sum(min(gpu // per_node, cpu // cpus) for gpu, cpu in nodes) < nnodes:
-        there = ', '.join(f'{gpu} GPUs and {cpu} CPUs' for gpu, cpu in nodes)
-        raise OptionError(
-            f'train.gpus {pipeline.group_gpus["train"]} on nnodes {nnodes}: each node needs {per_node} GPUs and {cpus} CPUs for them, and '
-            f'the nodes of the Ray cluster have {there}; start more of them (`ray start`) or ask for fewer.'
-        )
+    together = {name: tuple(sorted(group)) for group in pipeline.colocate_groups for name in group}
+    pools = {together.get(name, (name,)) for name, gpus in pipeline.group_gpus.items() if gpus}
+    # Each pool has a placement group for each of its nodes: for every GPU as many CPUs as groups share it, all of them on one node.
+    wanted = sorted(((per_node(pipeline, names[0]), len(names)) for names in pools), reverse=True)
+    nodes = [[int(node['Resources'].get('GPU', 0)), int(node['Resources'].get('CPU', 0))] for node in ray.nodes() if node['Alive']]
+    left = [list(node) for node in nodes]
+    for gpus, roles in wanted:
+        for _ in range(nnodes):
+            place = next((node for node in left if node[0] >= gpus and node[1] >= gpus * roles), None)
+            if place is None:
+                asked = ', '.join(f'{name}.gpus {count}' for name, count in pipeline.group_gpus.items() if count)
+                each = ', '.join(f'{nnodes} x {gpus} GPUs with {gpus * roles} CPUs' for gpus, roles in wanted)
+                there = ', '.join(f'{gpu} GPUs with {cpu} CPUs' for gpu, cpu in nodes)
+                raise OptionError(
+                    f'{asked} on nnodes {nnodes}: needs {each}, each of them on one node, and the nodes of the Ray cluster have {there}; '
+                    'start more nodes (`ray start`) or ask for less.'
+                )
+            place[0], place[1] = place[0] - gpus, place[1] - gpus * roles
 
 
-def _wait(refs: Sequence[Any], places: Sequence[str]) -> None:
+def _wait(refs: Sequence[Any], names: Mapping[Any, str], teachers: Sequence[Any] = ()) -> None:
     """Return when all ranks have ended well.
 
     Args:
-        places: The node of each, for messages.
+        refs: Of the ranks.
+        names: What they and everything else that may fail meanwhile is, and where.
+        teachers: Those of ``names`` after which the ranks end by themselves.
 
     Raises:
-        OptionError: One that a rank has found.
-        RayError: A rank has failed or died.
+        OptionError: One that a rank or an engine has found.
+        RayError: A rank or an engine has failed or died.
     """
-    waiting, errors = list(refs), []
-    while waiting and not errors:
+    waiting, errors, without = list(names), [], []
+    while not errors and not set(refs).isdisjoint(waiting):
         done, waiting = ray.wait(waiting)
-        errors = _errors(refs, done)
+        for ref, error in _errors(done):
+            if ref in teachers:
+                logger.error(f'{names[ref]} has ended; the ranks write a checkpoint and end.')
+            (without if ref in teachers else errors).append((ref, error))
     if not errors:
         return
-    if waiting:
-        errors += _errors(refs, ray.wait(waiting, num_returns=len(waiting), timeout=OTHERS_SECONDS)[0])
-    rank, error = min(errors, key=lambda found: _likely_effect(found[1]))
-    logger.error(f'Rank {rank} on {places[rank]} has failed; the other ranks are ended.')
+    if waiting and not without:
+        errors += _errors(ray.wait(waiting, num_returns=len(waiting), timeout=OTHERS_SECONDS)[0])
+    ref, error = min(without or errors, key=lambda found: _likely_effect(found[1]))
+    logger.error(f'{names[ref]} has failed; everything else is ended.')
     if f"No module named '{PACKAGE}'" in str(error):
-        raise OptionError(f'--use_ray: swift-gkd-plugin is not installed on {places[rank]}; install it on every node.') from None
+        place = names[ref].rpartition(' ')[2]
+        raise OptionError(f'--use_ray: swift-gkd-plugin is not installed on {place}; install it on every node.') from None
     if _is_ours(error):
         raise error.cause from None  # its line is enough
     raise error
 
 
-def _errors(refs: Sequence[Any], done: Sequence[Any]) -> list[tuple[int, RayError]]:
-    """Ranks that have failed, and with what."""
+def _errors(done: Sequence[Any]) -> list[tuple[Any, RayError]]:
+    """What has failed, and with what."""
     errors = []
     for ref in done:
         try:
             ray.get(ref)
         except RayError as error:
-            errors.append((refs.index(ref), error))
+            errors.append((ref, error))
     return errors
 
 
@@ -165,5 +255,5 @@ def _is_ours(error: RayError) -> bool:
 
 
 def _likely_effect(error: RayError) -> int:
-    """How likely it is that another rank's failure is the reason: those who waited for one that has died may be heard before."""
+    """How likely it is that another one's failure is the reason: those who waited for one that has died may be heard before."""
     return 0 if _is_ours(error) else 1 if isinstance(error, ActorDiedError) else 2

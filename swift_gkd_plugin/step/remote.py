@@ -45,10 +45,10 @@ def check_servers(args, tokenizer, datasets: Iterable[Iterable[dict[str, Any]] |
         return
     options = ServerOptions(args.gkd_logits_topk, args.gkd_server_timeout, 0, 1)
     try:
-        servers = TeacherServers(args.teacher_model_server, options).servers
-        if len(servers) > 1:
-            checks.check_tags(datasets, args.teacher_tag_key, [set(server.tags) for server in servers])
-        for server in servers:
+        servers = TeacherServers(args.teacher_model_server, options)
+        if len(servers.teachers) > 1:
+            checks.check_tags(datasets, args.teacher_tag_key, list(map(set, servers.teachers)))
+        for server in servers.servers:
             server.connect()
             server.check(tokenizer, checks.has_media(datasets))
     except TeacherServerError as error:

@@ -6,15 +6,11 @@ whole, and one set of parallel groups. It speaks the protocol of :mod:`.server`,
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import shlex
-import signal
 import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,18 +18,11 @@ import requests
 import torch
 from swift.utils import get_logger
 
+from ..serving import START_SECONDS, NotServing, ServerProcess
 from .server import TeacherServerError
 
 logger = get_logger()
 
-START_SECONDS = 1800
-# Has the kernel end what follows when the process that started it dies: torchrun kills the other ranks when one has failed, and a killed
-# process runs nothing at its exit.
-LEASH = """import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-if os.getppid() == int(sys.argv[1]):  # it has not died before that
-    os.execv(sys.argv[2], sys.argv[2:])
-"""
 # What torchrun and the trainer set for this rank; an engine that saw it would join the trainer's process group.
 RANK_VARIABLES = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'GROUP_RANK', 'MASTER_ADDR', 'MASTER_PORT', 'NPROC_PER_NODE')
 # Settings of torch's allocator, by the names that its versions read.
@@ -93,17 +82,7 @@ class TeacherEngine:
         argv = [sys.executable, '-m', 'vllm.entrypoints.openai.api_server', '--model', model, '--served-model-name', 'teacher']
         argv += ['--dtype', dtype, '--max-logprobs', str(max(topk, 1)), '--host', '127.0.0.1', '--port', str(port)]
         argv += ['--enable-sleep-mode'] if self.sleeps else []
-        argv = [sys.executable, '-c', LEASH, str(os.getpid()), *argv] if sys.platform == 'linux' else argv
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, 'w') as output:
-            self._process = subprocess.Popen(
-                [*argv, *shlex.split(arguments)],
-                env=environment(devices),
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        atexit.register(self.close)
+        self.process = ServerProcess([*argv, *shlex.split(arguments)], self.url, environment(devices), log)
 
     def wait(self) -> None:
         """Return once it answers.
@@ -111,18 +90,11 @@ class TeacherEngine:
         Raises:
             TeacherServerError: It ended, or was not ready in half an hour; with the last lines of its log.
         """
-        begin = time.monotonic()
-        while time.monotonic() - begin < START_SECONDS:
-            if self._process.poll() is not None:
-                break
-            with contextlib.suppress(requests.exceptions.RequestException):
-                if requests.get(f'{self.url}/health', timeout=5).status_code == 200:
-                    logger.info(f'The teacher has an engine of its own, ready after {time.monotonic() - begin:.0f} s ({self.log}).')
-                    return
-            time.sleep(0.5)
-        self.close()
-        errors = [line for line in self.log.read_text(errors='replace').splitlines() if 'Error' in line] or ['no answer']
-        raise TeacherServerError(f'--gkd_teacher_engine vllm did not start: {errors[-1].strip()[:300]} (its output is in {self.log}).')
+        try:
+            seconds = self.process.until_it_answers()
+        except NotServing as error:
+            raise TeacherServerError(f'--gkd_teacher_engine vllm did not start: {error} (its output is in {self.log}).') from None
+        logger.info(f'The teacher has an engine of its own, ready after {seconds:.0f} s ({self.log}).')
 
     @contextlib.contextmanager
     def awake(self) -> Iterator[None]:
@@ -143,15 +115,3 @@ class TeacherEngine:
             requests.post(self.url + path, timeout=START_SECONDS).raise_for_status()
         except requests.exceptions.RequestException as error:
             raise TeacherServerError(f'The teacher engine {self.url} failed at {path}: {error} (its output is in {self.log}).') from None
-
-    def close(self) -> None:
-        """End it and what it has started."""
-        atexit.unregister(self.close)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGTERM)
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()

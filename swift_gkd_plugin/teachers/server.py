@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import itertools
 import mimetypes
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -44,6 +46,8 @@ MEDIA = {'images': 'image/png', 'videos': 'video/mp4', 'audios': 'audio/wav'}  #
 CONNECT_SECONDS = 10
 LONGEST_PAUSE = 30.0
 MAX_INVALID_REPLIES = 3  # a proxy may cut a reply once; a server that keeps saying nonsense will not stop
+# Set where it is known that a server will not come back: what fails is not tried again.
+for_good = threading.Event()
 
 
 class TeacherServerError(RuntimeError):
@@ -415,7 +419,7 @@ class TeacherServer:
     Args:
         url: ``http://host:port`` or ``http://host:port/path``, with or without a final ``/v1``.
         options: How it is asked.
-        number: Which of several servers it is, from 0.
+        number: Which of several teachers it serves, from 0.
         tags: The rows it is asked for; empty for all.
         step: Tells the optimizer step, for messages.
 
@@ -485,7 +489,7 @@ class TeacherServer:
                 failed_since = failed_since or now
                 invalid += isinstance(problem, _Invalid)
                 waited = now - failed_since
-                if waited + pause > window or invalid >= MAX_INVALID_REPLIES:
+                if for_good.is_set() or waited + pause > window or invalid >= MAX_INVALID_REPLIES:
                     gone = f'; given up after {tries} tries in {waited:.0f} s' if window else ''
                     raise self._error(f'{problem}{gone}') from None
                 logger.warning(
@@ -577,26 +581,41 @@ class TeacherServers:
     """All servers of ``--teacher_model_server``, asked with several requests in flight.
 
     Args:
-        value: One URL, or a JSON list of ``{"url": …, "tags": […]}`` as in ms-swift.
+        value: One address, or a JSON list of ``{"url": …, "tags": […]}`` as in ms-swift. An address may be several with commas between
+            them: replicas of one teacher, of which each question goes to the one with the fewest under way.
         options: How they are asked.
         step: Tells the optimizer step, for messages.
+
+    Attributes:
+        servers: All of them.
+        teachers: The tags of each teacher; one, without any, that all rows are for, or several.
     """
 
     def __init__(self, value: str, options: ServerOptions, step: Callable[[], str] = lambda: 'start-up'):
         from swift.rlhf_trainers.gkd_helpers import parse_teacher_model_server
 
         found = parse_teacher_model_server(value)
-        self.servers = [TeacherServer(one.url, options, number, one.tags, step) for number, one in enumerate(found)]
+        self.teachers = [tuple(one.tags) for one in found]
+        self.servers = [
+            TeacherServer(url.strip(), options, number, one.tags, step) for number, one in enumerate(found) for url in one.url.split(',')
+        ]
         self._pool = ThreadPoolExecutor(options.in_flight * len(self.servers), thread_name_prefix='teacher-server')
+        self._under_way: Counter[str] = Counter()  # requests, by address
+        self._lock = threading.Lock()
 
-    def server_for(self, question: Question) -> TeacherServer:
-        if len(self.servers) == 1:
-            return self.servers[0]
-        for server in self.servers:
-            if question.tag in server.tags:
-                return server
-        tags = ', '.join(tag for server in self.servers for tag in server.tags)
-        raise TeacherServerError(f'A row has the tag {question.tag!r}, and the servers of --teacher_model_server have {tags}.')
+    def replicas_for(self, question: Question) -> list[TeacherServer]:
+        """The servers of the teacher that the question is for.
+
+        Raises:
+            TeacherServerError: There is none.
+        """
+        if len(self.teachers) == 1:
+            return self.servers
+        replicas = [server for server in self.servers if question.tag in server.tags]
+        if not replicas:
+            tags = ', '.join(itertools.chain.from_iterable(self.teachers))
+            raise TeacherServerError(f'A row has the tag {question.tag!r}, and the servers of --teacher_model_server have {tags}.')
+        return replicas
 
     def connect(self, retry_seconds: float = 0) -> None:
         for server in self.servers:
@@ -608,7 +627,17 @@ class TeacherServers:
 
     def begin(self, ask: Callable[[TeacherServer, Any], Any], question: Question, argument: Any) -> Future:
         """``ask(server, argument)`` in a thread; a question that no server is for fails there too."""
-        return self._pool.submit(lambda: ask(self.server_for(question), argument))
+        return self._pool.submit(self._ask, ask, question, argument)
+
+    def _ask(self, ask: Callable[[TeacherServer, Any], Any], question: Question, argument: Any) -> Any:
+        with self._lock:
+            server = min(self.replicas_for(question), key=lambda replica: self._under_way[replica.url])
+            self._under_way[server.url] += 1
+        try:
+            return ask(server, argument)
+        finally:
+            with self._lock:
+                self._under_way[server.url] -= 1
 
     def stop(self) -> None:
         """Ask nothing more. What is under way fails instead of being tried again: threads that wait for a server would keep a run from

@@ -96,7 +96,15 @@ def test_ray_reads_a_file_and_nothing_else(tmp_path):
         assert output.startswith(f'swift-gkd-plugin: megatron rlhf --use_ray: {what}')
         assert 'SWIFT_GKD_PLUGIN=0' in output and output.count('\n') == 1
         assert start(sys.executable, script, *line, host=tmp_path, SWIFT_GKD_PLUGIN='0')[0] == 0
+    pipeline = tmp_path / 'swift' / 'ray' / 'megatron' / 'pipeline.py'
+    pipeline.parent.mkdir(parents=True)
+    pipeline.write_text("print('stock pipeline')\n")
+    by_module = [sys.executable, '-u', '-m', 'swift.ray.megatron.pipeline', '--config', config]
+    assert start(*by_module, host=tmp_path) == (0, 'stock ms-swift 4.6.0\n')  # by the command, where it can be taken over
+    assert start(*by_module, '--lr', '1', host=tmp_path)[1].startswith('swift-gkd-plugin: megatron rlhf --use_ray: --lr is not read')
+    assert start(*by_module, host=tmp_path, SWIFT_GKD_PLUGIN='0') == (0, 'stock pipeline\n')
     config.write_text('rlhf_type: grpo\n')
+    assert start(*by_module, host=tmp_path) == (0, 'stock pipeline\n')
     for line in (['--use_ray', '--config', config], ['--rlhf_type', 'gkd', '--use_ray', 'false'], ['--use_ray', '--config', '/no/file']):
         assert start(sys.executable, script, *line, host=tmp_path)[0] == 0
 

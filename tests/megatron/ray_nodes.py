@@ -9,7 +9,7 @@ import sys
 
 from ray.cluster_utils import Cluster
 
-NODE = {'num_gpus': 1, 'num_cpus': 2, 'object_store_memory': 100 << 20, 'node_ip_address': '127.0.0.1'}
+NODE = {'num_gpus': 2, 'num_cpus': 4, 'object_store_memory': 100 << 20, 'node_ip_address': '127.0.0.1'}
 
 cluster = Cluster(initialize_head=True, head_node_args={**NODE, 'include_dashboard': False})
 try:

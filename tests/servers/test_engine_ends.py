@@ -13,7 +13,7 @@ import os, signal, sys
 from pathlib import Path
 from swift_gkd_plugin.teachers.engine import TeacherEngine
 engine = TeacherEngine(sys.argv[1], 'float32', 1, sys.argv[2], None, Path('engine.log'))
-Path('pid').write_text(str(engine._process.pid))
+Path('pid').write_text(str(engine.process.pid))
 os.kill(os.getpid(), signal.SIGKILL)
 """
 

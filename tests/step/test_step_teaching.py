@@ -256,6 +256,22 @@ def test_questions_that_wait_for_a_dead_server_do_not_keep_a_run_from_its_end():
     assert len(under_way) == 2 and all(isinstance(future.exception(timeout=10), TeacherServerError) for future in under_way)
 
 
+def test_replicas_have_as_many_requests_each():
+    servers = TeacherServers('http://a:1,http://b:2, http://c:3', ServerOptions(2, timeout=1, retry_seconds=0, in_flight=2))
+    full = threading.Barrier(6)
+
+    def ask(server, number):
+        full.wait(10)
+        return server.url
+
+    asked = servers.each(ask, [(question(), number) for number in range(6)])
+    assert sorted(asked) == ['http://a:1', 'http://a:1', 'http://b:2', 'http://b:2', 'http://c:3', 'http://c:3']
+    tagged = json.dumps([{'url': 'http://a:1,http://b:2', 'tags': ['x']}, {'url': 'http://c:3', 'tags': ['y']}])
+    servers = TeacherServers(tagged, ServerOptions(2, timeout=1, retry_seconds=0, in_flight=2))
+    full = threading.Barrier(3)
+    assert sorted(servers.each(ask, [(question(tag), tag) for tag in 'xxy'])) == ['http://a:1', 'http://b:2', 'http://c:3']
+
+
 def test_a_question_that_no_server_is_for_fails_with_the_others():
     two = [{'url': f'http://127.0.0.1:{port}', 'tags': [tag]} for port, tag in ((9, 'a'), (10, 'b'))]
     servers = TeacherServers(json.dumps(two), ServerOptions(2, timeout=1, retry_seconds=0, in_flight=1))
