@@ -89,8 +89,8 @@ def chunk_tokens(columns: int, itemsize: int, device: str, buffers: bool = False
 
 
 def run(call: Call, gradients: HeadGradients | ReadyGradients | None, implementation: type[Sweeps]) -> tuple[Tensor, Weights]:
-    """The loss of each token [tokens], and weights that have the same gradient without a clipping; that of the tokens' sum goes to
-    `gradients`."""
+    """The loss of each token [tokens], whose sum's gradient goes to `gradients`; and weights that give the same gradient without a
+    clipping."""
     student, teacher, device, width = call.student, call.teacher, call.device, call.vocabulary.columns
     sweeps = implementation(call.setting)
     buffers = call.vocabulary.reduce.group is not None and isinstance(sweeps, Eager)
@@ -202,6 +202,7 @@ def _weigh_by_ratio(weights: Weights, rows: slice, tokens: Tokens, label_lse: Te
 
 
 def _unclipped(weights: Weights, tokens: Tokens) -> Weights:
+    """For a second pass, which scales the gradient by a number of any sign: what is clipped is settled by then."""
     if weights.clipping is None:
         return weights
     slope = weights.clipping.slope(tokens.log_ratio, weights.cross_entropy)

@@ -118,10 +118,10 @@ def linear_divergence(
         label_weights: [tokens] weight of the cross-entropy, a constant of any sign: a policy gradient's are the advantages of
             sampled tokens. None: labels are for `stats` only, or weighted by ones where there is no teacher.
         label_temperature: what the logits are divided by for the cross-entropy, -log softmax(z / label_temperature)[label];
-            one positive number for all tokens, or [tokens] of them, which are not looked at. Where one for all is the
-            divergence's own, there is one exponential per logit less.
-        clipping: takes importance ratios for the cross-entropies of tokens that an older policy sampled, and clips them; what
-            label_weights weigh then is said there. Their ratios are of label_temperature.
+            one positive number for all tokens, or [tokens] of them, whose values are not checked. Where one number for all is
+            the divergence's own temperature, there is one exponential per logit less.
+        clipping: puts importance ratios, clipped as in PPO, in the place of cross-entropies of tokens that an older policy
+            sampled; label_weights, which it needs, are their advantages.
         vocab_size: number of leading ids over which both sides are normalised; default: the smaller vocabulary. Columns
             from there on are masked on both sides, with gradient 0.
         chunk_tokens: tokens whose logits exist at a time; chosen from the shape and the device by default.
