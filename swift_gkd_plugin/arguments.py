@@ -229,7 +229,7 @@ def engine_scores(args: Any) -> bool:
 
 def learns_from_rewards(args: Any) -> bool:
     """Whether rewards are in the loss, not only measured."""
-    return bool(args.reward_funcs) and args.gkd_rl_weight > 0
+    return bool(args.reward_funcs) and args.gkd_rl_weight > 0 and args.lmbda > 0
 
 
 def _require(condition: bool, message: str) -> None:
@@ -243,6 +243,11 @@ def _check_rewards(args: Any) -> None:
     _require(
         not args.reward_model,
         f'--reward_model {args.reward_model}: it does not run in the training processes; ask it on a server, in one of --reward_funcs.',
+    )
+    best = getattr(args, 'metric_for_best_model', None) or ''
+    _require(
+        not best.removeprefix('eval_').startswith('reward') or bool(functions and args.gkd_eval_source == 'student'),
+        f'--metric_for_best_model {best}: evaluations have no rewards; add --reward_funcs and --gkd_eval_source student.',
     )
     if not functions:
         _require(args.gkd_on == 'all', f'--gkd_on {args.gkd_on} without --reward_funcs: nothing says which responses have passed.')
@@ -258,8 +263,18 @@ def _check_rewards(args: Any) -> None:
         f'--reward_funcs {functions} with --lmbda 0: rewards are for responses of the student, and it gives none; raise --lmbda, or '
         'measure them with --gkd_eval_source student.',
     )
-    if args.lmbda == 0 or weight == 0:
+    if not learns_from_rewards(args):
         return
+    _require(
+        args.gkd_routing == 'own',
+        f'--reward_funcs {functions} with --gkd_routing {args.gkd_routing}: the student that samples chooses its own experts, and its '
+        'log-probabilities would be of another; leave one of them out.',
+    )
+    _require(
+        args.gkd_loss_weight > 0 or args.sft_alpha > 0 or args.lmbda == 1,
+        f'--reward_funcs {functions} with --gkd_loss_weight 0, --sft_alpha 0 and --lmbda {args.lmbda}: responses that are not the '
+        "student's would have no loss; set --lmbda 1.",
+    )
     _require(
         args.gkd_num_samples > 1,
         f'--reward_funcs {functions} with --gkd_num_samples {args.gkd_num_samples}: a response is compared with others to the same prompt; '

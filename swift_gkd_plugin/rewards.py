@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +15,14 @@ from swift.rewards import orms
 from swift.rl_core.advantage import RewardMetrics, compute_advantages, compute_reward_metrics
 from swift.rl_core.grpo_algorithm import score_completions
 from swift.rlhf_trainers.utils import make_reward_weights, resolve_reward_funcs
+from swift.utils import get_logger
 
 from .arguments import OptionError, learns_from_rewards
 
-# Beside the dataset's columns, what ms-swift gives a reward function (4.6.0, rl_core/data.py: to_reward_row).
-GIVEN = (
-    *('completions', 'trainer_state', 'messages', 'prompt_id', 'request_id', 'finish_reason', 'is_truncated', 'rollout_infos'),
-    *('response_token_ids', 'images', 'videos', 'audios', 'tools', 'objects'),
-)
+logger = get_logger()
+
+# Beside the dataset's columns, what ms-swift gives a reward function by name (4.6.0, rl_core/data.py: to_reward_row).
+GIVEN = (*('trainer_state', 'messages', 'prompt_id', 'request_id', 'finish_reason', 'is_truncated', 'rollout_infos', 'response_token_ids'),)
 
 
 class RewardError(RuntimeError):
@@ -60,7 +61,9 @@ class Rewards:
 
     Attributes:
         names: Of the functions, as ms-swift logs them.
+        labels: The same with the names that they were given by.
         group: Responses to a prompt.
+        compares: Whether rewards are in the loss, and the responses to a prompt are compared; else they are measured only.
 
     Raises:
         OptionError: A function that does not exist or cannot be made, or another number of weights.
@@ -73,7 +76,13 @@ class Rewards:
                 f'--reward_funcs {unknown[0]}: not a reward function; there are {", ".join(sorted(orms))}, and what a file of '
                 '--external_plugins puts into swift.rewards.orms.'
             )
-        if 'soft_overlong' in args.reward_funcs:  # as ms-swift does it for grpo alone (4.6.0, arguments/rlhf_args.py: _init_grpo)
+        # As ms-swift does it for grpo alone (4.6.0, arguments/rlhf_args.py: _init_grpo).
+        if 'cosine' in args.reward_funcs:
+            args.cosine_max_len = args.cosine_max_len or args.max_completion_length
+        wrong = [name for name in args.reward_funcs if not isinstance(orms[name], type)]
+        if wrong:
+            raise OptionError(f'--reward_funcs {wrong[0]}: it must be a class, of swift.rewards.ORM or AsyncORM.')
+        if 'soft_overlong' in args.reward_funcs:
             if args.soft_cache_length is None:
                 raise OptionError(
                     '--reward_funcs soft_overlong without --soft_cache_length: say how many of the last tokens cost something.'
@@ -83,11 +92,12 @@ class Rewards:
             self.functions, self.names = resolve_reward_funcs(args.reward_funcs, args=args)
         except Exception as error:
             raise OptionError(f'--reward_funcs {" ".join(args.reward_funcs)}: {error}') from error
+        self.labels = [f'{given} ({name})' for given, name in zip(args.reward_funcs, self.names, strict=True)]
         count = len(args.reward_weights or self.names)
         if count != len(self.names):
             raise OptionError(f'--reward_weights has {count} numbers for {len(self.names)} reward functions ({", ".join(self.names)}).')
         self.weights = make_reward_weights(args.reward_weights, count, torch.device('cpu'))
-        self.group, self.estimator = args.gkd_num_samples, args.advantage_estimator
+        self.group, self.estimator, self.compares = args.gkd_num_samples, args.advantage_estimator, learns_from_rewards(args)
         self.scale = args.scale_rewards or {'grpo': 'group', 'rloo': 'none', 'reinforce_plus_plus': 'batch'}[self.estimator]
 
     def missing_columns(self, columns: Sequence[str]) -> list[tuple[str, str]]:
@@ -96,7 +106,7 @@ class Rewards:
         return [
             (name, parameter.name)
             for name, function in zip(self.names, self.functions, strict=True)
-            for parameter in inspect.signature(function).parameters.values()
+            for parameter in _named(function)
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
             and parameter.default is parameter.empty
             and parameter.name not in known
@@ -114,7 +124,7 @@ class Rewards:
         """
         if not samples:
             return []
-        functions = [_checked(function, name) for name, function in zip(self.names, self.functions, strict=True)]
+        functions = [_checked(function, name) for name, function in zip(self.labels, self.functions, strict=True)]
         found = score_completions(samples, functions, [None] * len(functions), False, torch.device('cpu'), trainer_state=state)
         return [tuple(None if math.isnan(value) else value for value in row) for row in found.tolist()]
 
@@ -152,18 +162,31 @@ def rewards_of(args: Any, unit: int, explained: str, *datasets: Any) -> Rewards 
     if not args.reward_funcs:
         return None
     rewards = Rewards(args)
-    if learns_from_rewards(args) and args.lmbda > 0 and unit % rewards.group:
+    if rewards.compares and unit % rewards.group:
         raise OptionError(
-            f'--gkd_num_samples {rewards.group}: rewards compare the responses to a prompt, and {explained} {unit} are no multiple of it; '
-            'change the batch sizes, or the number of responses.'
+            f'--gkd_num_samples {rewards.group}: rewards compare the responses to a prompt, and {explained}, {unit}, are no multiple of '
+            'it; change the batch sizes, or the number of responses.'
         )
+    for label, function in zip(rewards.labels, rewards.functions, strict=True):
+        if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in _named(function)):
+            raise OptionError(f'--reward_funcs: {label} takes no **kwargs, and is given more than it names; add it to its __call__.')
     for dataset in datasets:
         columns = getattr(dataset, 'column_names', None)
         for name, column in rewards.missing_columns(columns) if columns else ():
             raise OptionError(
-                f'--reward_funcs: {name} needs the column {column}, the dataset has {", ".join(sorted(columns))}; add it to the dataset.'
+                f'--reward_funcs: {name} needs the column {column}; as ms-swift has loaded it, the dataset has '
+                f'{", ".join(sorted(columns))}. Add it; what ms-swift takes for the response (answer, output, target and the like) needs '
+                'another name, say solution.'
             )
+    parts = ', '.join(f'{label} × {weight:g}' for label, weight in zip(rewards.labels, rewards.weights.tolist(), strict=True))
+    how = f'weight in the loss {args.gkd_rl_weight:g} ({args.gkd_rl_schedule}), {rewards.group} responses to a prompt ({rewards.estimator})'
+    logger.info(f'Rewards: {parts}; {how if rewards.compares else "measured only"}.')
     return rewards
+
+
+def _named(function: Callable) -> list[inspect.Parameter]:
+    """What a reward function takes by name; the responses come first, without one."""
+    return list(inspect.signature(function).parameters.values())[1:]
 
 
 def _checked(function: Callable, name: str) -> Callable:
@@ -172,15 +195,18 @@ def _checked(function: Callable, name: str) -> Callable:
     def values_of(found: Any, count: int) -> list[float | None]:
         values = list(found)
         if len(values) != count:
-            raise RewardError(f'Reward function {name} returned {len(values)} values for {count} responses.')
+            raise RewardError(f'reward function {name} returned {len(values)} values for {count} responses')
         values = [None if value is None else float(value) for value in values]
         for place, value in enumerate(values):
             if value is not None and not math.isfinite(value):
-                raise RewardError(f'Reward function {name} returned {value}; return None for what it has no opinion about.', place)
+                raise RewardError(f'reward function {name} returned {value} (None is for what it has no opinion about)', place)
         return values
 
     def failed(error: Exception) -> RewardError:
-        return error if isinstance(error, RewardError) else RewardError(f'Reward function {name} failed: {type(error).__name__}: {error}')
+        if isinstance(error, RewardError):
+            return error
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return RewardError(f'reward function {name} failed: {type(error).__name__}: {error} ({where.filename}, line {where.lineno})')
 
     def call(completions: list[str], **columns: Any) -> list[float | None]:
         try:

@@ -67,8 +67,8 @@ class Draw:
     @classmethod
     def of(cls, args: Any) -> Draw:
         """The draws that the options of a run ask for."""
-        per_sample, whole_groups = args.gkd_source_per == 'sample', bool(args.reward_funcs)
-        return cls(args.seed, args.lmbda, args.seq_kd, args.gkd_num_samples, per_sample, whole_groups)
+        per_sample, compared = args.gkd_source_per == 'sample', bool(args.reward_funcs) and args.gkd_rl_weight > 0
+        return cls(args.seed, args.lmbda, args.seq_kd, args.gkd_num_samples, per_sample, compared)
 
     def source(self, *numbers: int, purpose: str = 'source') -> Source:
         """The source that these numbers draw: (epoch, row), or those of a generation batch with a purpose of its own."""

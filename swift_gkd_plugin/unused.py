@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any
 
-from .arguments import engine_scores
+from .arguments import engine_scores, learns_from_rewards
 from .versions import untried
 
 Entry = tuple[str, Callable[[Any], bool], str]  # name, when, why
@@ -40,10 +40,9 @@ def nobody_generates(args: Any) -> bool:
     return not student and (teacher_is_silent(args) or args.teacher_model_server is not None or args.gkd_teacher_engine == 'vllm')
 
 
-OF_REWARDS = (
-    *('reward_weights', 'scale_rewards', 'advantage_estimator', 'epsilon', 'epsilon_high', 'delta'),
-    *('gkd_rl_weight', 'gkd_rl_schedule', 'gkd_rl_switch', 'gkd_passing_reward'),
-)
+MEASURED = 'rewards are measured only: --gkd_rl_weight 0, or --lmbda 0'
+OF_COMPARISON = ('scale_rewards', 'advantage_estimator', 'epsilon', 'epsilon_high', 'delta', 'gkd_rl_schedule', 'gkd_rl_switch')
+OF_REWARDS = ('reward_weights', 'gkd_rl_weight', 'gkd_passing_reward', *OF_COMPARISON)
 BLIND = 'at --gkd_loss_weight 0 no teacher looks at the responses'
 IDLE = f'{BLIND}, and without --seq_kd or --gkd_eval_source teacher it answers nothing'
 ELSEWHERE = 'it belongs to --teacher_model_server and --gkd_teacher_engine vllm'
@@ -56,7 +55,7 @@ OF_OTHERS: dict[str, tuple[str, ...]] = {
         *('advantage_reweight', 'importance_sampling_level', 'kl_in_reward'),
         *('num_iterations', 'num_generations_eval', 'teacher_kl_coef', 'sdar_loss_coef', 'top_entropy_quantile', 'log_entropy'),
         *('rollout_importance_sampling_mode', 'log_rollout_offpolicy_metrics', 'off_policy_sequence_mask_delta', 'sync_ref_model'),
-        *('chord_sft_dataset', 'chord_enable_phi_function', 'soft_max_length', 'soft_cache_length'),
+        *('chord_sft_dataset', 'chord_enable_phi_function'),
     ),
     'PPO': (
         *('num_ppo_epochs', 'kl_coef', 'vf_coef', 'cliprange', 'cliprange_value', 'gamma', 'lam', 'whiten_rewards', 'num_mini_batches'),
@@ -79,9 +78,11 @@ NOT_USED: tuple[Entry, ...] = (
     ('teacher_model_server', teacher_is_idle, IDLE),
     ('gkd_self_teacher', teacher_is_idle, IDLE),
     ('seq_kd', student_answers_all, 'at --lmbda 1 the student answers every row'),
+    # ms-swift puts a number in the place of a --beta that is not given.
+    ('beta', lambda a: teacher_is_blind(a) and a.beta != 0.5, 'at --gkd_loss_weight 0 there is no divergence'),
     *(
         (name, teacher_is_blind, 'at --gkd_loss_weight 0 there is no divergence')
-        for name in ('gkd_divergence', 'beta', 'gkd_skew', 'gkd_temperature', 'gkd_temperature_squared')
+        for name in ('gkd_divergence', 'gkd_skew', 'gkd_temperature', 'gkd_temperature_squared')
     ),
     ('beta', lambda a: a.gkd_divergence != 'jsd' and a.beta != 0.5, 'it belongs to --gkd_divergence jsd'),
     ('gkd_skew', lambda a: 'skew' not in a.gkd_divergence, 'it belongs to the skewed divergences'),
@@ -120,6 +121,12 @@ NOT_USED: tuple[Entry, ...] = (
     ('gkd_server_in_flight', asks_nobody, ELSEWHERE),
     ('gkd_rl_switch', lambda a: a.reward_funcs and a.gkd_rl_schedule != 'switch', 'it belongs to --gkd_rl_schedule switch'),
     ('gkd_passing_reward', lambda a: a.reward_funcs and a.gkd_on == 'all', 'it belongs to --gkd_on failed or passed'),
+    ('gkd_on', lambda a: a.reward_funcs and teacher_is_blind(a), BLIND),
+    *((name, lambda a: a.reward_funcs and not learns_from_rewards(a), MEASURED) for name in OF_COMPARISON),
+    *(
+        (name, lambda a: 'soft_overlong' not in a.reward_funcs, 'it belongs to --reward_funcs soft_overlong')
+        for name in ('soft_max_length', 'soft_cache_length')
+    ),
     *((name, lambda a: not a.reward_funcs, 'it belongs to --reward_funcs') for name in OF_REWARDS),
     ('loss_type', lambda a: True, '--gkd_divergence chooses the loss'),
     ('enable_dft_loss', lambda a: True, 'it belongs to SFT'),

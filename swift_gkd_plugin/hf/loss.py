@@ -59,11 +59,12 @@ class DistillationLoss(LossInForward):
         common = self._of_tokens(batch, lambda x: x.to(device), signal, stats)
         if head is not None:
             student = dict(student_bias=head.bias, student_transform=head.transform, student_lora=head.lora)
+        if options.weight > 0:  # also where no teacher looks at these tokens: their log-probabilities are compared with others'
+            common['vocab_size'] = options.vocab_size
         if signal is None:
             if head is None:
                 return logits_divergence(chosen, None, options.divergence, **common)
             return linear_divergence(chosen, head.weight, None, None, options.divergence, **student, **common)
-        common['vocab_size'] = options.vocab_size
         if isinstance(signal, TopK):
             if head is None:
                 return self._from_topk(chosen, None, signal, **common)

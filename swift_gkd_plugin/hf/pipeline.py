@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import math
 import os
 from typing import Any
 
@@ -152,12 +153,15 @@ class GKDPipeline(SwiftRLHF):
             args.teacher_model = self._teacher_loading = None
 
     def _checked_rewards(self) -> Rewards | None:
+        """A run may go on after any step, with another generation batch where the last one ended; a stream begins again after any
+        micro-batch, and --dataloader_drop_last ends an epoch after one."""
         training = self.args.training_args
-        if self.args.streaming:  # where the stream begins again, a micro-batch may be shorter
-            at_once = training.per_device_train_batch_size * training.world_size, 'the rows of a micro-batch of all ranks,'
-        else:
-            at_once = training.generation_batch_size, 'the rows of a generation batch,'
-        return rewards_of(self.args, *at_once, *self._datasets)
+        rows, which = training.per_device_train_batch_size * training.world_size, 'micro-batch of all ranks'
+        if not (self.args.streaming or training.dataloader_drop_last):
+            rows *= math.gcd(training.gradient_accumulation_steps, training.steps_per_generation)
+            which = 'step and of a generation batch'
+        factors = '--per_device_train_batch_size, --gradient_accumulation_steps, --steps_per_generation, ranks'
+        return rewards_of(self.args, rows, f'the rows of a {which} ({factors})', *self._datasets)
 
     def _compare_tokens(self) -> tuple[int, int] | None:
         """Lengths of the student's and the teacher's tokenizer; None if no other model is loaded."""

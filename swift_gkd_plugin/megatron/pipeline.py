@@ -105,9 +105,9 @@ class GKDPipeline(MegatronRLHF):
             # A generation batch may begin with the last steps of an epoch; a stream begins again in the middle of a step.
             data_parallel = args.global_batch_size // args.micro_batch_size // args.num_microbatches
             at_once = (
-                (args.micro_batch_size * data_parallel, 'the rows of a micro-batch of all ranks,')
+                (args.micro_batch_size * data_parallel, 'the rows of a micro-batch of all ranks (--micro_batch_size × ranks)')
                 if args.streaming
-                else (args.global_batch_size, 'the rows of a step,')
+                else (args.global_batch_size, 'the rows of a step (--global_batch_size)')
             )
             self._rewards = rewards_of(args, *at_once, train_dataset, val_dataset)
         if args.teacher_model_server is not None:

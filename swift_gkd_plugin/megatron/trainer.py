@@ -216,7 +216,8 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
             signal = batch.signal
             if self.conductor.scored_by_server and view.here is not None:  # of all tokens, not only of those that are here
                 signal = dataclasses.replace(signal, logprobs=view.of(signal.logprobs), ids=view.of(signal.ids))
-            replayed = self.routing.replayed(chunk, batch) if self.routing and self.conductor.books.training else nullcontext()
+            replays = self.routing and self.conductor.scored_locally and self.conductor.books.training
+            replayed = self.routing.replayed(chunk, batch) if replays else nullcontext()
             with replayed:
                 output = self.loss(lambda inputs: model(**inputs), batch, view, signal, stats)
         weigh(output, batch.num_tokens, chunk.config)

@@ -122,8 +122,8 @@ class Books:
             self.metrics.add('cross_entropy', _sum(cross_entropy * imitated), imitated.sum())
             if self.evaluating:
                 self.metrics.add('all_cross_entropy', _sum(cross_entropy), count)
-            elif batch.advantages is not None:
-                advantages = part(batch.advantages).to(device)
+            elif self.encoder.with_rewards:
+                advantages = torch.zeros_like(imitated) if batch.advantages is None else part(batch.advantages).to(device)
                 self.metrics.add('pg_loss', _sum(cross_entropy * advantages), count)
                 if stats.clipped is not None:
                     self.metrics.add('clip_ratio', _sum(stats.clipped), (advantages != 0).sum())

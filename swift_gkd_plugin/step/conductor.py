@@ -84,6 +84,8 @@ class Conductor:
         self.encoder = SampleEncoder(template, view, scored, tag_key, options.reward_weight > 0, options.distilled)
         self.options = options
         self.books = Books(backend, self.encoder, write_on_rank, rewards.names if rewards else ())
+        if teacher is None:
+            logger.info('No teacher: the loss has no divergence.')
         self.rewarding = Rewarding(rewards, backend, self.encoder, self.books) if rewards else None
         self.answers = Answers(backend, self.encoder, self.books, answering, options.vocab_size, write_on_rank)
         self.evaluation = Evaluation(
@@ -128,7 +130,7 @@ class Conductor:
         columns = getattr(dataset, 'column_names', None)
         privileged = columns is None or {'teacher_prompt', 'teacher_images'} & set(columns)
         sees_more = privileged or args.gkd_teacher_system is not None or args.gkd_teacher_enable_thinking is not None
-        if not is_student or sees_more or args.sft_alpha > 0:
+        if not is_student or sees_more or args.sft_alpha > 0 or self.options.reward_weight > 0:
             return
         logger.warning(
             f'NOTHING TO LEARN: the teacher is {self.teacher.description} and sees the same prompt, so both distributions are equal, the '
@@ -221,6 +223,7 @@ class Conductor:
         count = -(-self.ranks.at_most(len(waiting)) // multiple) * multiple
         spare = self._step[0] if self._step else waiting[0]
         batches = [*waiting, *([Sample(spare[0].row.filler(), spare[0].content)] for _ in range(count - len(waiting)))]
+        self._check_same_rows([self.encoder.counted(samples) for samples in batches])
         with (
             self.metrics.seconds('seconds/old_logprobs'),
             self.backend.before_training(),
@@ -235,6 +238,7 @@ class Conductor:
             for sample, part in zip(samples, parts, strict=True):
                 if sample.reward is not None:
                     sample.old_logprobs = part.clone()
+                    sample.views = None  # with its images
 
     def _new_cycle(self, rows: Iterator[list[Row]], length: int) -> list[list[Sample]]:
         """A cycle's samples with their responses. Empty where the rows end."""
@@ -419,6 +423,8 @@ class Conductor:
     def _ask_ahead(self, rows: Iterator[list[Row]], num_batches: int, cycle_length: int) -> None:
         """A server is asked about the next step's responses of the dataset while this step trains."""
         if not (self.scored_by_server and self.teacher.is_free) or self.backend.is_last_step:
+            return
+        if self.options.shares(self.backend.step + 1, self.backend.num_steps)[0] == 0:
             return
         if len(self._ready) < num_batches and not self._begun:
             self._ahead = self._drawn(rows, cycle_length, (self.backend.step + 1, 0))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import traceback
 from typing import Any
+
+from swift.utils import get_logger
 
 from ..rewards import Reward, RewardError, Rewards
 from ..sources import STUDENT
@@ -11,6 +14,8 @@ from .backend import Backend
 from .books import Books
 from .said import Few, in_one_line, names_of
 from .samples import Sample, SampleEncoder
+
+logger = get_logger()
 
 
 class Rewarding:
@@ -39,6 +44,11 @@ class Rewarding:
         if not self.ranks.anywhere(len(mine)):
             return
         parts = self._scored(mine)
+        if not self.rewards.compares:
+            for sample, of in zip(mine, parts, strict=True):
+                sample.reward = Reward(of, self.rewards.total(of), 0.0)
+            self._measured(parts, '/mean')
+            return
         everyone = self.ranks.gathered([(*_place(sample), sample.attempt, of) for sample, of in zip(mine, parts, strict=True)])
         everyone.sort(key=lambda one: one[:3])
         whole = []
@@ -47,7 +57,7 @@ class Rewarding:
             if len(group) == self.rewards.group and len({attempt for *_, attempt, _ in group}) == 1:
                 whole += group
             else:
-                self._broken.say(f'Row {number} of epoch {epoch}: its {len(group)} responses are not to one prompt; their advantage is 0.')
+                self._broken.say(f'Row {number} of epoch {epoch}: the prompts of its responses differ, so they are not compared.')
         found: dict[tuple[int, int, int], Reward] = {}
         if whole:
             judged, metrics = self.rewards.judged([of for *_, of in whole])
@@ -62,11 +72,14 @@ class Rewarding:
         Raises:
             RewardError: On every rank.
         """
-        for of in self._scored(samples):
+        self._measured(self._scored(samples))
+
+    def _measured(self, parts: list[tuple[float | None, ...]], suffix: str = '') -> None:
+        for of in parts:
             self.books.metrics.add('reward', self.rewards.total(of))
             for name, value in zip(self.rewards.names, of, strict=True):
                 if value is not None:
-                    self.books.metrics.add(f'rewards/{name}', value)
+                    self.books.metrics.add(f'rewards/{name}{suffix}', value)
 
     def _scored(self, samples: list[Sample]) -> list[tuple[float | None, ...]]:
         """What the functions say, the first of the ranks with the same rows having asked them."""
@@ -80,9 +93,14 @@ class Rewarding:
         """And what went wrong."""
         try:
             return self.rewards.of([self.encoder.for_reward(sample) for sample in samples], self.backend.state), None
-        except RewardError as error:
-            about = samples if error.place is None else [samples[error.place]]
-            return [], f'Step {self.backend.step + 1}: {in_one_line(error)} It was asked about {names_of(about)}.'
+        except Exception as error:  # of whatever people write; every rank has to hear of it
+            if error.__cause__ is not None:
+                logger.error(''.join(traceback.format_exception(error.__cause__)))
+            place = getattr(error, 'place', None)
+            about = samples if place is None else [samples[place]]
+            step = self.backend.step
+            when = f'Evaluation after step {step}' if self.books.evaluating else f'Step {step + 1}'
+            return [], f'{when}: {in_one_line(error)}; it was asked about {names_of(list(dict.fromkeys(map(str, about))))}.'
 
     def _book(self, metrics: Any, judged: list[Reward]) -> None:
         """Every rank has the same numbers."""

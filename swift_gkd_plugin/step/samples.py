@@ -607,7 +607,8 @@ class SampleEncoder:
         which, passing = self.distilled
         if which == 'all' or not any(sample.reward for sample in samples):
             return None
-        passed = [None if sample.reward is None else sample.reward.total >= passing for sample in samples]
+        least = passing - 1e-6 * max(abs(passing), 1)  # a sum of numbers in float32
+        passed = [None if sample.reward is None else sample.reward.total >= least for sample in samples]
         counts = torch.tensor([float(one is None or one == (which == 'passed')) for one in passed])
         return counts.repeat_interleave(torch.tensor(lengths))
 

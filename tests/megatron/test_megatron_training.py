@@ -223,10 +223,10 @@ def test_rewards_are_the_same_in_every_layout(alone, parallel, split, in_context
 
 def test_rewards_that_cannot_be(alone):
     error = alone['broken_reward'].error
-    assert error.startswith('RewardError: Step 3: Reward function Broken failed: ValueError: no judge is there')
+    assert error.startswith('RewardError: Step 3: reward function broken (Broken) failed: ValueError: no judge is there')
     assert (alone['broken_reward'].output_dir / 'checkpoint-2' / 'latest_checkpointed_iteration.txt').exists()
     error, loaded = alone['cut_groups'].error, alone['cut_groups'].loaded
-    assert '--gkd_num_samples 3' in error and 'the rows of a step, 4 are no multiple' in error and loaded == 0
+    assert '--gkd_num_samples 3' in error and '--global_batch_size), 4, are no multiple' in error and loaded == 0
 
 
 def test_a_rank_holds_what_was_foretold(alone, parallel, split):

@@ -20,6 +20,10 @@ from swift_gkd_plugin.rewards import RewardError, Rewards, rewards_of
 from swift_gkd_plugin.step.objective import LossOptions
 
 GROUPED = {'lmbda': 1, 'gkd_num_samples': 4, 'steps_per_generation': 2, **REWARDS}
+# The same eight rows of a step.
+SPLITS = [
+    {'per_device_train_batch_size': size, 'gradient_accumulation_steps': 8 // size, 'steps_per_generation': 8 // size} for size in (8, 2, 4)
+]
 
 
 def groups(run) -> dict[tuple[int, int], list[dict]]:
@@ -100,11 +104,25 @@ def test_rewards_are_what_is_learnt(make):
     assert run.losses == pytest.approx([loss], rel=1e-5) and run.logs[0]['pg_loss'] == pytest.approx(loss / 0.3, rel=1e-5)
 
 
-def test_at_weight_0_rewards_are_measured_only(make):
-    plain = make(**{**GROUPED, 'reward_funcs': []}).train()
-    measured = make(**GROUPED, gkd_rl_weight=0.0).train()
+@pytest.mark.parametrize('lmbda', [0.5, 1])
+def test_at_weight_0_rewards_are_measured_only(make, lmbda):
+    """Also where the rows of a generation batch are no multiple of the responses."""
+    options = {**GROUPED, 'lmbda': lmbda, 'gkd_num_samples': 3, 'max_steps': 4}
+    plain, measured = make(**{**options, 'reward_funcs': []}).train(), make(**options, gkd_rl_weight=0.0).train()
     assert measured.losses == plain.losses and torch.equal(measured.backend.weights, plain.backend.weights)
-    assert 'reward' in measured.logs[0] and 'pg_loss' not in measured.logs[0] and 'reward' not in plain.logs[0]
+    assert any('reward' in log for log in measured.logs) and not any('pg_loss' in log or 'reward_std' in log for log in measured.logs)
+    assert not any('reward' in log for log in plain.logs)
+
+
+def test_what_is_logged_does_not_depend_on_micro_batches(make):
+    """Of some of which nothing is rewarded."""
+    options = {**GROUPED, 'lmbda': 0.5, 'max_steps': 3}
+    runs = [make(**{**options, **how}).train() for how in SPLITS]
+    assert {sample['source'] for sample in flat(runs[0])} == {'student', 'dataset'}
+    for run in runs[1:]:
+        assert run.losses == pytest.approx(runs[0].losses, rel=1e-9)
+        for log, expected in zip(run.logs, runs[0].logs, strict=True):
+            assert log['pg_loss'] == pytest.approx(expected['pg_loss'], rel=1e-6)
 
 
 def test_from_distillation_to_rewards(make):
@@ -170,6 +188,11 @@ def test_an_evaluation_measures_rewards(make, dataset, weight):
     assert 'reward' not in make(**{**GROUPED, 'gkd_eval_source': 'dataset'}).evaluate(dataset)
 
 
+class Wrong(ORM):
+    def __call__(self, completions):
+        return [1.0] * len(completions)
+
+
 class Failing(ORM):
     """Does as it is told."""
 
@@ -189,9 +212,9 @@ class Failing(ORM):
 @pytest.mark.parametrize(
     ('how', 'says'),
     [
-        ('raises', 'Reward function Failing failed: KeyError'),
-        ('too few', 'returned 3 values for 4 responses'),
-        ('not a number', 'Failing returned nan; return None'),
+        ('raises', r'reward function failing \(Failing\) failed: KeyError.*line \d+\)'),
+        ('too few', 'returned 3 values for 4 responses;'),
+        ('not a number', r'\(Failing\) returned nan \(None is'),
     ],
 )
 def test_a_function_that_fails_costs_no_response(make, monkeypatch, how, says):
@@ -210,7 +233,7 @@ def test_a_function_that_fails_costs_no_response(make, monkeypatch, how, says):
     with pytest.raises(RewardError, match=says) as error:
         run.train()
     assert '\n' not in str(error.value) and 'Step 2' in str(error.value) and 'of epoch 0 (student)' in str(error.value)
-    assert str(error.value).count('(student)') == (1 if how == 'not a number' else 4)
+    assert str(error.value).count('(student)') == 1  # of the four
     kept = json.loads(Path(run.backend.checkpoint, 'gkd_cycle_rank0.json').read_text())
     assert all('token_ids' in one and 'reward' not in one for samples in kept['micro_batches'] for one in samples)
     monkeypatch.setattr(Failing, 'how', None)
@@ -230,10 +253,19 @@ def test_what_cannot_be_scored_with(make, options, says):
         make(**{**GROUPED, **options})
 
 
-def test_what_the_data_must_have(make, rows):
+def test_what_the_data_and_the_functions_must_have(make, rows, monkeypatch):
     args = make(**GROUPED).args
-    with pytest.raises(OptionError, match='Length needs the column bonus, the dataset has messages'):
-        rewards_of(args, 4, 'the rows of a step,', Dataset.from_list(rows[:2]), None)
-    with pytest.raises(OptionError, match=r'--gkd_num_samples 4: .* the rows of a step, 6 are no multiple'):
-        rewards_of(args, 6, 'the rows of a step,', None)
-    assert isinstance(rewards_of(args, 8, 'the rows of a step,', None), Rewards)
+    with pytest.raises(OptionError, match='Length needs the column bonus; as ms-swift has loaded it, the dataset has messages'):
+        rewards_of(args, 4, 'the rows of a step', Dataset.from_list(rows[:2]), None)
+    with pytest.raises(OptionError, match=r'--gkd_num_samples 4: .* the rows of a step, 6, are no multiple'):
+        rewards_of(args, 6, 'the rows of a step', None)
+    with monkeypatch.context() as patch:
+        patch.setitem(orms, 'wrong', Wrong)
+        args.reward_funcs, args.reward_weights = ['wrong'], None
+        with pytest.raises(OptionError, match=r'wrong \(Wrong\) takes no \*\*kwargs'):
+            rewards_of(args, 8, 'the rows of a step', None)
+        patch.setitem(orms, 'wrong', len)
+        with pytest.raises(OptionError, match='wrong: it must be a class'):
+            rewards_of(args, 8, 'the rows of a step', None)
+        args.reward_funcs = ['length']
+    assert isinstance(rewards_of(args, 8, 'the rows of a step', None), Rewards)
