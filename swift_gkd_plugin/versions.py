@@ -11,15 +11,15 @@ __version__ = '0.1.0'
 
 # What was tried lies inside; the same as in pyproject.toml.
 TRIED = {
-    'torch': '>=2.10,<2.14',
-    'transformers': '>=5.16,<5.20',
+    'torch': '>=2.10,<2.15',
+    'transformers': '>=5.8,<5.20',
     'trl': '>=0.29,<0.30',
     'peft': '>=0.19,<0.21',
     'accelerate': '>=1.10,<2',
     'vllm': '>=0.32,<0.33',
     'deepspeed': '>=0.19,<0.20',
-    'megatron-core': '==0.16.1',
-    'mcore-bridge': '==1.6.5',
+    'megatron-core': '>=0.16.0,<0.17',
+    'mcore-bridge': '>=1.6.4,<=1.6.5',
 }
 
 

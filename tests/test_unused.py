@@ -113,7 +113,7 @@ def test_versions_that_were_not_tried_are_named(monkeypatch):
 
     monkeypatch.setattr(versions, 'version', version)
     torch, vllm = versions.untried()
-    assert torch.startswith('torch 2.15.0+cu130: ') and 'torch>=2.10,<2.14' in torch and 'vllm 0.31.2: ' in vllm
+    assert torch.startswith('torch 2.15.0+cu130: ') and 'torch>=2.10,<2.15' in torch and 'vllm 0.31.2: ' in vllm
 
 
 def test_ranges_are_those_that_pip_keeps_to():

@@ -95,7 +95,9 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         args = self.args
         args.gkd_logits_topk = topk  # ms-swift's arguments have it, its trainer's do not
         logger.info(versions.banner(type(self)))
-        self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole step
+        # compute_loss divides by the tokens of the whole step. transformers would divide by the step's micro-batches too, unless there is
+        # a compute_loss_func, which nothing calls here; its own name for this, loss_is_scaled_for_ga, is new in 5.19.
+        self.compute_loss_func = self.compute_loss
         args.logging_nan_inf_filter = False  # it would hide what BeforeUpdate is there to find
         self.add_callback(BeforeUpdate(self))
         if self.is_fsdp_enabled:
