@@ -2,7 +2,7 @@
 
 A process that trains needs eight seconds for its imports and two more for each further rank; a fork of this one needs none. It reads
 requests from its standard input, one JSON object a line, and answers each with two lines on its standard output: the process that runs the
-script, and how that ended. starts.py has the other end.
+script, and how that ended. For a script that stays, a server, it is only the first line. starts.py has the other end.
 """
 
 from __future__ import annotations
@@ -39,8 +39,14 @@ def wait_for(ranks: set[int]) -> int:
 
 
 def run_script(script: str, arguments: list[str]) -> int:
-    sys.argv, sys.path[0] = [script, *arguments], str(Path(script).parent)
-    runpy.run_path(script, run_name='__main__')
+    """A file, or the name of a module as ``python -m`` takes it."""
+    sys.argv = [script, *arguments]
+    if script.endswith('.py'):
+        sys.path[0] = str(Path(script).parent)
+        runpy.run_path(script, run_name='__main__')
+    else:
+        sys.path[0] = os.getcwd()
+        runpy.run_module(script, run_name='__main__', alter_sys=True)
     return 0
 
 
@@ -84,7 +90,8 @@ def run(request: dict[str, Any]) -> int:
 def save_time() -> None:
     """What costs each run more than its few steps: a process for the preprocessing of eight rows (datasets starts one for num_proc=1,
     ms-swift's default), the metadata of the same packages, read and parsed anew each time that a library asks for a version, a parser with
-    hundreds of options for each command line, and configurations that are written out for a log that nobody reads."""
+    hundreds of options for each command line, configurations that are written out for a log that nobody reads, and torch's compiler, which
+    DeepSpeed imports for an optimizer that no test uses; it also starts a process whenever it looks for NUMA nodes."""
     importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
     importlib.metadata.version = functools.cache(importlib.metadata.version)
     if 'datasets' in sys.modules:
@@ -97,6 +104,14 @@ def save_time() -> None:
             return in_processes(self, *args, num_proc=None if num_proc == 1 else num_proc, **kwargs)
 
         Dataset.map = mapped
+    if 'deepspeed' in sys.modules:
+        import torch
+        from deepspeed.utils import numa
+
+        numa.get_numa_cores = functools.cache(numa.get_numa_cores)
+        compiling, torch.compile = torch.compile, lambda function, **options: function
+        importlib.import_module('deepspeed.runtime.zero.muon.muon_optimizer')
+        torch.compile = compiling
     if 'transformers.configuration_utils' in sys.modules:
         sys.modules['transformers.configuration_utils'].PreTrainedConfig.__repr__ = object.__repr__
     if 'swift.utils.utils' in sys.modules:
@@ -126,12 +141,14 @@ class Parsers:
 
 def serve(requests: TextIO, answers: TextIO) -> int:
     for line in requests:
+        request = json.loads(line)
         pid = os.fork()
         if pid == 0:
             answers.close()
-            return run(json.loads(line))
+            return run(request)
         print(pid, file=answers, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=answers, flush=True)
+        if not request['stays']:
+            print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=answers, flush=True)
     return 0
 
 

@@ -28,9 +28,6 @@ ONE_STEP = {
 }
 # The fused weights of a tiny Qwen3-MoE's experts, for LoRA.
 EXPERTS = ['mlp.experts.gate_up_proj', 'mlp.experts.down_proj']
-# What every run imports, and with the plugin.
-MODULES = ('deepspeed', 'liger_kernel.transformers', 'peft', 'swift.pipelines.train.rlhf', 'swift.rlhf_trainers.gkd_trainer')
-OURS = ('swift_gkd_plugin.hf.trainer',)
 IN_ORDER = {'train_dataloader_shuffle': 'false', 'dataset_shuffle': 'false'}
 
 
@@ -134,10 +131,10 @@ class JobRunner:
             listed.append({'argv': helpers.command_line(merged), 'output_dir': str(output_dir), 'name': name, **hooks})
         path = root / 'jobs.json'
         path.write_text(json.dumps(listed))
-        variables = {'SWIFT_GKD_PLUGIN': '1' if plugin else '0', **self.environment, **(env or {})}
+        variables = {**starts.ENVIRONMENT, 'SWIFT_GKD_PLUGIN': '1' if plugin else '0', **self.environment, **(env or {})}
         ranks = nproc if nproc > 1 else 0
         _, output = starts.run(
-            self.script, path, modules=(*self.modules, *MODULES, *OURS * plugin), ranks=ranks, env=variables, cwd=root, timeout=timeout
+            self.script, path, modules=(*self.modules, *starts.MODULES), ranks=ranks, env=variables, cwd=root, timeout=timeout
         )
         runs = {}
         for job in listed:

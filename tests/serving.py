@@ -4,42 +4,40 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import helpers
 import pytest
+import starts
 from proxy import KEY
 
 ON_CPU = Path(__file__).parent / 'engine' / 'vllm_on_cpu.py'
+API_SERVER = 'vllm.entrypoints.openai.api_server'
+# For servers beside training runs with vLLM: all of them come from one process.
+WITH_TRAINERS = (API_SERVER, *starts.MODULES)
 LENGTH = 512  # tokens that a server takes
 MOST = 32  # log-probabilities per token that it sends
 
 
 @contextmanager
-def serving(argv: list, port: int, log: Path, env: Mapping[str, str] | None = None) -> Iterator[str]:
+def serving(
+    script: Path | str, options: Sequence[Any], port: int, log: Path, env: Mapping[str, str] | None, modules: Sequence[str]
+) -> Iterator[str]:
     """A server process; its URL once it answers.
 
     Args:
         env: On top of what a process with vLLM needs.
+        modules: What is imported before it starts, once for all that name the same ones and have the same variables.
     """
     url = f'http://127.0.0.1:{port}'
-    with open(log, 'w') as output:
-        process = subprocess.Popen(
-            [str(a) for a in argv],
-            env={**os.environ, **helpers.OFFLINE, **helpers.vllm_environment(), 'VLLM_API_KEY': KEY, **(env or {})},
-            cwd=log.parent,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # the command starts processes of its own; all of them end with it
-        )
+    env = {**starts.ENVIRONMENT, **helpers.vllm_environment(), 'VLLM_API_KEY': KEY, **(env or {})}
+    process = starts.start(script, *options, modules=modules, env=env, cwd=log.parent, log=log)
     try:
         for _ in range(240):
             assert process.poll() is None, f'the server ended:\n{log.read_text()[-6000:]}'
@@ -58,7 +56,9 @@ def serving(argv: list, port: int, log: Path, env: Mapping[str, str] | None = No
 
 
 @contextmanager
-def vllm_serve(model: Path, directory: Path, env: Mapping[str, str] | None = None, *flags: str) -> Iterator[str]:
+def vllm_serve(
+    model: Path, directory: Path, env: Mapping[str, str] | None = None, *flags: str, modules: Sequence[str] = (API_SERVER,)
+) -> Iterator[str]:
     """vLLM's OpenAI-compatible server."""
     port = helpers.free_port()
     options = {
@@ -72,13 +72,15 @@ def vllm_serve(model: Path, directory: Path, env: Mapping[str, str] | None = Non
         'port': port,
         'max-logprobs': MOST,
     }
-    argv = [sys.executable, '-m', 'vllm.entrypoints.openai.api_server', '--enforce-eager', *flags, *helpers.command_line(options)]
-    with serving(argv, port, directory / 'log.txt', env) as url:
+    argv = ['--enforce-eager', *flags, *helpers.command_line(options)]
+    with serving(API_SERVER, argv, port, directory / 'log.txt', env, modules) as url:
         yield url
 
 
 @contextmanager
-def swift_deploy(model: Path, directory: Path, env: Mapping[str, str] | None = None, **options: Any) -> Iterator[str]:
+def swift_deploy(
+    model: Path, directory: Path, env: Mapping[str, str] | None = None, *, modules: Sequence[str] = (API_SERVER,), **options: Any
+) -> Iterator[str]:
     """``swift deploy`` with vLLM behind it."""
     port = helpers.free_port()
     options = {
@@ -97,6 +99,5 @@ def swift_deploy(model: Path, directory: Path, env: Mapping[str, str] | None = N
         'external_plugins': ON_CPU,
         **options,
     }
-    argv = [*helpers.script('deploy'), *helpers.command_line(options)]
-    with serving(argv, port, directory / 'log.txt', env) as url:
+    with serving(helpers.script('deploy')[1], helpers.command_line(options), port, directory / 'log.txt', env, modules) as url:
         yield url

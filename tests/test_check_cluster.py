@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import helpers
-import job_runs
 import pytest
 import starts
 
@@ -256,7 +255,7 @@ def test_every_command_line_holds(tmp_path, monkeypatch, command):
     configurations = [*(c for c in MATRIX if c.command == command), Configuration('wrong', wrong, command=command), unknown]
     matrix = Matrix(tmp_path, gpus=None)
     modules, env = {
-        'swift': ((*job_runs.MODULES, *job_runs.OURS), {'SWIFT_GKD_PLUGIN': '1'}),
+        'swift': (starts.MODULES, {**starts.ENVIRONMENT, 'SWIFT_GKD_PLUGIN': '1'}),
         'megatron': (runs.MODULES, runs.CPU),
     }[command]
 

@@ -17,14 +17,12 @@ import tiny_vision
 
 COLOURS = {'red': (200, 20, 20), 'green': (20, 200, 20), 'blue': (20, 20, 200), 'grey': (90, 90, 90)}
 SOUND_TOKENS = ('<|audio_start|>', '<|audio_end|>', '<|audio_pad|>')
-FEW_FRAMES = {'VIDEO_MAX_TOKEN_NUM': '4', 'VIDEO_MIN_TOKEN_NUM': '1', 'FPS_MIN_FRAMES': '4', 'FPS_MAX_FRAMES': '4'}
 NAMES = {'model_type': 'qwen3_omni_moe', 'template': 'qwen3_omni', 'teacher_model_type': 'qwen3_omni_moe'}
 
 
 def environment(*, vllm: bool = False) -> dict[str, str]:
-    """Variables of a process that handles images, films and sounds. Sounds are read as vLLM reads them, without librosa's many
-    dependencies."""
-    return {**tiny_vision.environment(vllm=vllm), **FEW_FRAMES, 'SWIFT_AUDIO_LOAD_BACKEND': 'soundfile_pyav'}
+    """Variables of a process that handles images, films and sounds."""
+    return tiny_vision.environment(vllm=vllm)
 
 
 def make(directory: Path) -> None:

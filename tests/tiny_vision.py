@@ -25,12 +25,17 @@ SPECIAL = {
 }
 
 
+# Of a film 4 frames; sounds are read as vLLM reads them, without librosa's many dependencies.
+MEDIA = {'VIDEO_MAX_TOKEN_NUM': '4', 'VIDEO_MIN_TOKEN_NUM': '1', 'FPS_MIN_FRAMES': '4', 'FPS_MAX_FRAMES': '4'}
+MEDIA |= {'SWIFT_AUDIO_LOAD_BACKEND': 'soundfile_pyav'}
+
+
 def environment(*, vllm: bool = False) -> dict[str, str]:
-    """Variables of a process that handles images."""
+    """Variables of a process that handles images; and films and sounds, so that tests with either share a process with the imports."""
     variables = helpers.vllm_environment() if vllm else {}
     paths = [str(ON_CPU), str(VISION), *([variables['PYTHONPATH']] if vllm else [])]
     # One patch of an image token has 32 x 32 pixels; at most 4 of them per image.
-    return {**variables, 'PYTHONPATH': ':'.join(paths), 'IMAGE_MAX_TOKEN_NUM': '4', 'IMAGE_MIN_TOKEN_NUM': '1'}
+    return {**variables, **MEDIA, 'PYTHONPATH': ':'.join(paths), 'IMAGE_MAX_TOKEN_NUM': '4', 'IMAGE_MIN_TOKEN_NUM': '1'}
 
 
 def why_none() -> str | None:

@@ -1,4 +1,4 @@
-"""Commands that are given by markers and run two at a time, each in a process and, where it matters, an environment of its own."""
+"""Commands that are given by markers: each in a process and, where it matters, an environment of its own, two at a time; or in a fork."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import commands
 import helpers
 import pytest
+import starts
 from sites import ROOT, build_wheel, make_site
 
 HERE = Path(__file__).parent
+STAND_INS = {'PYTHONPATH': str(HERE / 'stand_ins'), 'WORLD_SIZE': '2'}  # for megatron-core
+MEGATRON = 'swift.megatron.pipelines.train.rlhf'
 
 
 @dataclass
 class Finished:
-    """How a command ended; ``probes`` are what probe.py has printed, one per rank."""
+    """How a command ended; ``probe`` is what probe.py has printed."""
 
     returncode: int
     output: str
 
     @property
-    def probes(self) -> list[dict[str, Any]]:
-        assert self.returncode == 0, self.output[-4000:]
-        # Ranks may print into one line.
-        return [json.JSONDecoder().raw_decode(rest)[0] for rest in self.output.split('PROBE ')[1:]]
-
-    @property
     def probe(self) -> dict[str, Any]:
-        (probe,) = self.probes
-        return probe
+        assert self.returncode == 0, self.output[-4000:]
+        (found,) = self.output.split('PROBE ')[1:]
+        return json.JSONDecoder().raw_decode(found)[0]
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         'markers',
-        'command(line, site, env, config): runs before the test, which finds it in the fixture `finished`. In the line and in config, '
-        'the text of {out}/config.yaml, names of models, data, and files beside the test are filled in. site: editable, wheel or bare.',
+        'command(line, site, env): runs before the test, which finds it in the fixture `finished`. In the line names of models, data, '
+        'and files beside the test are filled in. site: editable, wheel or bare; fork or bare fork, where what has been imported is '
+        'beside the point.',
     )
 
 
@@ -68,16 +68,19 @@ def running(
     }
     models = {'student': tiny_models.student, 'teacher': tiny_models.teacher, 'train': tiny_models.train}
 
-    def run(line: str, *, site: str = 'editable', env: dict[str, str] | None = None, config: str = '') -> Finished:
+    def run(line: str, *, site: str = 'editable', env: dict[str, str] | None = None) -> Finished:
         out = tmp_path_factory.mktemp('out')
-        names = {**files, **models, 'out': out, 'port': helpers.free_port()}
         (out / 'same_student').symlink_to(tiny_models.student)
-        (out / 'config.yaml').write_text(config.format(**names))
-        words = shlex.split(line.format(**names))
-        # The launchers start their children with the Python that runs them, so that these live in the same environment.
-        launchers = {'swift': ['-m', 'swift.cli.main'], 'megatron': ['-m', 'swift.cli._megatron.main'], 'python': []}
-        tool = launchers[words[0]] if words[0] in launchers else [Path(sysconfig.get_path('purelib'), words[0])]
-        return Finished(*helpers.run([sites[site], *tool, *words[1:]], env={'COLUMNS': '200', **(env or {})}, cwd=out))
+        words = shlex.split(line.format(**files, **models, out=out))
+        # The launcher starts its child with the Python that runs it, so that this lives in the same environment.
+        tool = {'swift': ['-m', 'swift.cli.main'], 'python': []}.get(words[0], [Path(sysconfig.get_path('purelib'), words[0])])
+        if site in sites:
+            return Finished(*helpers.run([sites[site], *tool, *words[1:]], env={'COLUMNS': '200', **(env or {})}, cwd=out))
+        megatron = '_megatron' in words[0]
+        how = {'modules': [MEGATRON] if megatron else starts.MODULES, 'env': STAND_INS if megatron else starts.ENVIRONMENT}
+        words = [*([commands.COMMAND] if site == 'fork' else []), *tool, *words[1:]]
+        status, output = starts.run(*words, **how, late={'COLUMNS': '200', **(env or {})}, cwd=out, timeout=300)
+        return Finished(status, output.partition('nanobind: leaked')[0])  # of a fork, whose memory is not looked through when it ends
 
     with ThreadPoolExecutor(max_workers=2) as pool:
         started: dict[str, Future[Finished]] = {}  # a command that several tests look at runs once

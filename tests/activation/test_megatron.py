@@ -1,4 +1,6 @@
-"""``megatron rlhf``: options, old command lines and what is refused, on stand-ins for megatron-core."""
+"""``megatron rlhf``: options, old command lines and what is refused, on stand-ins for megatron-core.
+
+tests/megatron/test_command.py starts the real command."""
 
 from __future__ import annotations
 
@@ -8,13 +10,12 @@ import pytest
 
 from swift_gkd_plugin.arguments import OPTION_NAMES
 
-STAND_INS = {'PYTHONPATH': str(Path(__file__).parent / 'stand_ins'), 'WORLD_SIZE': '2'}
-
 # The commands of the document that users come with, models and data aside.
-SEED_000 = """megatron rlhf --rlhf_type gkd --model {student} --teacher_model {teacher} --load_safetensors true --save_safetensors true
-    --dataset {train} --tensor_model_parallel_size 2 --sequence_parallel true --micro_batch_size 4 --global_batch_size 16
-    --recompute_granularity full --recompute_method uniform --recompute_num_layers 1 --finetune true --cross_entropy_loss_fusion true
-    --lr 1e-5 --max_epochs 1 --save {out}/megatron_output --max_length 2048 --beta 0.5 --temperature 0.9"""
+SEED_000 = """swift/cli/_megatron/rlhf.py --rlhf_type gkd --model {student} --teacher_model {teacher} --load_safetensors true
+    --save_safetensors true --dataset {train} --tensor_model_parallel_size 2 --sequence_parallel true --micro_batch_size 4
+    --global_batch_size 16 --recompute_granularity full --recompute_method uniform --recompute_num_layers 1 --finetune true
+    --cross_entropy_loss_fusion true --lr 1e-5 --max_epochs 1 --save {out}/megatron_output --max_length 2048 --beta 0.5
+    --temperature 0.9"""
 OFF_POLICY = f'{SEED_000} --lr_warmup_fraction 0.05 --min_lr 1e-6 --save_interval 100'
 ON_POLICY = f"""{SEED_000} --lmbda 0.5 --use_vllm true --vllm_mode colocate --vllm_gpu_memory_utilization 0.5 --max_completion_length 512
     --offload_teacher_model true"""
@@ -22,8 +23,8 @@ ON_POLICY = f"""{SEED_000} --lmbda 0.5 --use_vllm true --vllm_mode colocate --vl
 TINY = '--model_type qwen3 --template qwen3 --teacher_model_type qwen3 --check_model false --external_plugins {megatron_probe}'
 
 
-@pytest.mark.command(f'{OFF_POLICY} {TINY}', env=STAND_INS)
-@pytest.mark.command(f'{ON_POLICY} {TINY}', env=STAND_INS)
+@pytest.mark.command(f'{OFF_POLICY} {TINY}', site='fork')
+@pytest.mark.command(f'{ON_POLICY} {TINY}', site='fork')
 def test_commands_of_earlier_versions_run_as_they_are(all_finished):
     off_policy, on_policy = all_finished
     args = off_policy.probe['args']
@@ -41,7 +42,7 @@ def test_commands_of_earlier_versions_run_as_they_are(all_finished):
     assert 'Neither --lmbda' not in on_policy.output and on_policy.probe['args']['lmbda'] == 0.5
 
 
-@pytest.mark.command(f'{OFF_POLICY} {TINY} --beta 1.5', env=STAND_INS)
+@pytest.mark.command(f'{OFF_POLICY} {TINY} --beta 1.5', site='fork')
 def test_a_refusal_is_one_line(finished):
     """tests/megatron/test_options.py has the others."""
     assert finished.returncode == 1
@@ -49,9 +50,9 @@ def test_a_refusal_is_one_line(finished):
     assert 'Traceback' not in finished.output
 
 
-@pytest.mark.command('swift/cli/_megatron/rlhf.py --rlhf_type dpo --help', env={'SWIFT_GKD_PLUGIN': '0', **STAND_INS})
-@pytest.mark.command('swift/cli/_megatron/rlhf.py --rlhf_type dpo --help', env=STAND_INS)
-@pytest.mark.command('swift/cli/_megatron/rlhf.py --help', env=STAND_INS)
+@pytest.mark.command('swift/cli/_megatron/rlhf.py --rlhf_type dpo --help', env={'SWIFT_GKD_PLUGIN': '0'}, site='fork')
+@pytest.mark.command('swift/cli/_megatron/rlhf.py --rlhf_type dpo --help', site='fork')
+@pytest.mark.command('swift/cli/_megatron/rlhf.py --help', site='fork')
 def test_help(all_finished):
     dpo_off, dpo_on, gkd = all_finished
     assert dpo_off.returncode == gkd.returncode == 0 and len(dpo_off.output) > 10000

@@ -13,7 +13,7 @@ from swift_gkd_plugin.arguments import OPTION_NAMES
 QUICK = '--check_model false --use_cpu true --add_version false --output_dir {out}'
 MODEL = '--model {student} --model_type qwen3 --template qwen3 --dataset {train}'
 TEACHER = '--teacher_model {teacher} --teacher_model_type qwen3'
-# The script that `swift rlhf` starts: without the launcher a test takes two seconds less. The first tests and the seeds go through it.
+# The script that `swift rlhf` starts: without the launcher a test takes two seconds less. The first test goes through it.
 GKD = f'swift/cli/rlhf.py --rlhf_type gkd {MODEL} {TEACHER} {QUICK}'
 
 PIPELINE = 'swift_gkd_plugin.hf.pipeline.GKDPipeline'
@@ -42,16 +42,6 @@ def test_options_reach_the_trainer(finished):
     assert probe['args']['_teacher_use_disable_adapter'] is False
 
 
-@pytest.mark.command(
-    'swift rlhf {out}/config.yaml',
-    config='rlhf_type: gkd\ngkd_skew: 0.2\nmodel: {student}\nmodel_type: qwen3\ntemplate: qwen3\ndataset: {train}\n'
-    'check_model: false\nuse_cpu: true\nddp_backend: gloo\nexternal_plugins: [{probe}]\nENV:\n  NPROC_PER_NODE: 2\n  MASTER_PORT: {port}\n',
-)
-def test_yaml_and_every_rank_of_torchrun(finished):
-    assert [probe['pipeline'] for probe in finished.probes] == [PIPELINE] * 2
-    assert [probe['config']['gkd_skew'] for probe in finished.probes] == [0.2] * 2
-
-
 @pytest.mark.command(f'{GKD} --external_plugins {{probe}}', env={'SWIFT_GKD_PLUGIN': '0'})
 def test_switch_gives_stock_back(finished):
     probe = finished.probe
@@ -66,10 +56,10 @@ def test_other_types_are_untouched(finished):
     assert not set(OPTION_NAMES) & {*probe['args'], *probe['config']}
 
 
-@pytest.mark.command('swift/cli/rlhf.py --rlhf_type dpo --help', env={'SWIFT_GKD_PLUGIN': '0'})
-@pytest.mark.command('swift/cli/rlhf.py --rlhf_type dpo --help')
-@pytest.mark.command('swift/cli/pt.py --help', env={'SWIFT_GKD_PLUGIN': '0'})
-@pytest.mark.command('swift/cli/pt.py --help')
+@pytest.mark.command('swift/cli/rlhf.py --rlhf_type dpo --help', env={'SWIFT_GKD_PLUGIN': '0'}, site='fork')
+@pytest.mark.command('swift/cli/rlhf.py --rlhf_type dpo --help', site='fork')
+@pytest.mark.command('swift/cli/pt.py --help', env={'SWIFT_GKD_PLUGIN': '0'}, site='fork')
+@pytest.mark.command('swift/cli/pt.py --help', site='fork')
 def test_help_of_everything_else_is_the_same_byte_for_byte(all_finished):
     dpo_off, dpo_on, pt_off, pt_on = all_finished
     assert dpo_off.returncode == pt_off.returncode == 0 and len(dpo_off.output) > len(pt_off.output) > 10000
@@ -77,8 +67,8 @@ def test_help_of_everything_else_is_the_same_byte_for_byte(all_finished):
     assert pt_on == pt_off
 
 
-@pytest.mark.command('swift/cli/rlhf.py --help')
-@pytest.mark.command('swift/cli/rlhf.py --rlhf_type gkd --help')
+@pytest.mark.command('swift/cli/rlhf.py --help', site='fork')
+@pytest.mark.command('swift/cli/rlhf.py --rlhf_type gkd --help', site='fork')
 def test_help_shows_the_options(all_finished):
     for finished in all_finished:
         assert finished.returncode == 0
@@ -89,7 +79,9 @@ def test_help_shows_the_options(all_finished):
         assert 'Share of the other model in the mixture' in finished.output
 
 
-@pytest.mark.command(f'swift/cli/rlhf.py --rlhf_type gkd --model /nowhere/at/all {TEACHER} {QUICK} --beta 1.5 --vllm_server_host 127.0.0.1')
+@pytest.mark.command(
+    f'swift/cli/rlhf.py --rlhf_type gkd --model /nowhere/at/all {TEACHER} {QUICK} --beta 1.5 --vllm_server_host 127.0.0.1', site='fork'
+)
 def test_wrong_value_is_one_line_before_anything_is_loaded_or_connected(finished):
     assert finished.returncode != 0
     assert finished.output.splitlines()[-1].startswith('swift-gkd-plugin: --beta 1.5: must be in [0, 1]')
@@ -100,7 +92,7 @@ EXTERNAL_OPTIONS = '{{"gkd_skew": 0.3, "gkd_loss_weight": 2, "max_pixels": 10035
 
 
 @pytest.mark.command(f"{GKD} --external_plugins {{external}} {{probe}} --model_kwargs '{EXTERNAL_OPTIONS}' --seq_kd true", site='bare')
-@pytest.mark.command(f"{GKD} --external_plugins {{external}} {{probe}} --model_kwargs '{EXTERNAL_OPTIONS}' --seq_kd true")
+@pytest.mark.command(f"{GKD} --external_plugins {{external}} {{probe}} --model_kwargs '{EXTERNAL_OPTIONS}' --seq_kd true", site='fork')
 def test_external_plugins_without_and_with_an_installation(all_finished):
     for finished in all_finished:
         probe = finished.probe
@@ -110,12 +102,12 @@ def test_external_plugins_without_and_with_an_installation(all_finished):
         assert [Path(path).name for path in probe['args']['external_plugins']] == ['probe.py'], 'args.json must not name our file'
 
 
-@pytest.mark.command(f'{GKD} --external_plugins {{external}} {{probe}} --model_kwargs \'{{{{"gkd_skew": 3.0}}}}\'', site='bare')
+@pytest.mark.command(f'{GKD} --external_plugins {{external}} {{probe}} --model_kwargs \'{{{{"gkd_skew": 3.0}}}}\'', site='bare fork')
 def test_external_options_are_checked(finished):
     assert finished.returncode != 0 and '--gkd_skew 3.0: must be in [1e-6, 1)' in finished.output
 
 
-@pytest.mark.command(f'{GKD} --external_plugins {{external}} {{probe}}', env={'SWIFT_GKD_PLUGIN': '0'}, site='bare')
+@pytest.mark.command(f'{GKD} --external_plugins {{external}} {{probe}}', env={'SWIFT_GKD_PLUGIN': '0'}, site='bare fork')
 def test_switch_holds_for_external_plugins_too(finished):
     assert finished.probe['pipeline'] == STOCK_PIPELINE
     assert 'SWIFT_GKD_PLUGIN=0' in finished.output
@@ -128,7 +120,7 @@ def test_wheel(finished):
 
 
 @pytest.mark.command('python {register_first} {student} {train} {probe}')
-@pytest.mark.command('python {register_late} {student} {train} {probe}')
+@pytest.mark.command('python {register_late} {student} {train} {probe}', site='bare fork')
 def test_register_before_and_after_swift_is_imported(all_finished):
     for finished in all_finished:
         assert (finished.probe['pipeline'], finished.probe['trainer']) == (PIPELINE, TRAINER)
@@ -136,19 +128,20 @@ def test_register_before_and_after_swift_is_imported(all_finished):
 
 
 # The commands of the documents that users come with, models and data aside.
-SEED_001 = 'swift rlhf --rlhf_type gkd --model {student} --teacher_model {teacher} --dataset {train} --seq_kd false'
-SEED_004 = """swift rlhf --rlhf_type gkd --model {student} --teacher_model {out}/same_student --train_type lora --torch_dtype bfloat16
-    --lora_rank 8 --lora_alpha 16 --lora_dropout 0.05 --lora_target_modules ALL --dataset {train} --split_dataset_ratio 0.01
-    --max_length 2048 --max_completion_length 512 --dataloader_num_workers 4 --dataset_num_proc 4 --seq_kd false --lmbda 0.5
-    --temperature 2.0 --beta 0.5 --num_train_epochs 1 --per_device_train_batch_size 4 --per_device_eval_batch_size 4
-    --learning_rate 1e-5 --gradient_accumulation_steps 1 --warmup_ratio 0.05 --deepspeed zero3 --attn_impl flash_attention_2
-    --output_dir output --eval_steps 50 --save_steps 50 --save_total_limit 2 --logging_steps 5 --save_only_model true"""
+SEED_001 = 'swift/cli/rlhf.py --rlhf_type gkd --model {student} --teacher_model {teacher} --dataset {train} --seq_kd false'
+SEED_004 = """swift/cli/rlhf.py --rlhf_type gkd --model {student} --teacher_model {out}/same_student --train_type lora
+    --torch_dtype bfloat16 --lora_rank 8 --lora_alpha 16 --lora_dropout 0.05 --lora_target_modules ALL --dataset {train}
+    --split_dataset_ratio 0.01 --max_length 2048 --max_completion_length 512 --dataloader_num_workers 4 --dataset_num_proc 4
+    --seq_kd false --lmbda 0.5 --temperature 2.0 --beta 0.5 --num_train_epochs 1 --per_device_train_batch_size 4
+    --per_device_eval_batch_size 4 --learning_rate 1e-5 --gradient_accumulation_steps 1 --warmup_ratio 0.05 --deepspeed zero3
+    --attn_impl flash_attention_2 --output_dir output --eval_steps 50 --save_steps 50 --save_total_limit 2 --logging_steps 5
+    --save_only_model true"""
 # What the models of the tests need and real ones do not.
 TINY = '--model_type qwen3 --template qwen3 --teacher_model_type qwen3 --use_cpu true --check_model false --external_plugins {probe}'
 
 
-@pytest.mark.command(f'{SEED_001} {TINY}')
-@pytest.mark.command(f'{SEED_004} --teacher_deepspeed zero3_offload {TINY}')
+@pytest.mark.command(f'{SEED_001} {TINY}', site='fork')
+@pytest.mark.command(f'{SEED_004} --teacher_deepspeed zero3_offload {TINY}', site='fork')
 def test_commands_of_earlier_versions_run_as_they_are(all_finished):
     plain, lora = all_finished
     assert plain.probe['pipeline'] == PIPELINE

@@ -21,7 +21,7 @@ from swift_gkd_plugin.divergence import (
 )
 from swift_gkd_plugin.divergence._eager import Eager
 
-RANK, WORLD = int(sys.argv[1]), int(sys.argv[2])
+RANK, WORLD = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
 TOKENS, DIM, OTHER = 21, 16, 12
 
 
@@ -126,7 +126,7 @@ def compare(divergence, student_vocab, teacher_vocab, uneven, detail, tokens=TOK
 
 
 def main():
-    dist.init_process_group('gloo', init_method=sys.argv[3], rank=RANK, world_size=WORLD, timeout=timedelta(seconds=60))
+    dist.init_process_group('gloo', init_method=sys.argv[1], rank=RANK, world_size=WORLD, timeout=timedelta(seconds=60))
     torch.set_num_threads(1)
     for divergence in (Divergence(temperature=0.9), Divergence('forward_kl'), Divergence(beta=0.2)):
         compare(divergence, 152, 160, uneven=False, detail=divergence.kind == 'jsd')

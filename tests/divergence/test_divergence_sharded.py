@@ -1,40 +1,13 @@
 """A vocabulary sharded over gloo ranks gives the unsharded loss, gradients and statistics, uneven shards included."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parents[2]
+from workers import run_worker
 
 
 @pytest.mark.parametrize('world', [2, 4])
 def test_sharded_vocabulary(world, tmp_path):
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'GLOO_SOCKET_IFNAME': 'lo'}
-    ranks = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                str(Path(__file__).with_name('sharded_worker.py')),
-                str(rank),
-                str(world),
-                f'file://{tmp_path}/store',
-            ],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        errors = [rank.communicate(timeout=150)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert all(rank.returncode == 0 for rank in ranks), '\n'.join(errors)
+    run_worker('sharded_worker.py', f'file://{tmp_path}/store', ranks=world, cwd=tmp_path)
 
 
 def test_d11_local_alignment_of_shards_is_wrong_in_stock():

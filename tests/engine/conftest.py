@@ -32,7 +32,7 @@ def run_jobs(tmp_path_factory, tiny_models) -> job_runs.JobRunner:
 
 @pytest.fixture(scope='session')
 def servers(tmp_path_factory, tiny_models) -> Iterator[dict[str, RolloutServer]]:
-    """Started together: most of their time is imports."""
+    """Started together."""
     logs = tmp_path_factory.mktemp('servers')
     options = {
         'plain': {},

@@ -13,20 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import helpers
+import starts
 from engine_options import ENGINE
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {**helpers.vllm_environment(), 'VLLM_PLUGINS': 'vllm_on_cpu,engine_in_a_fork'}
-MODULES = ('vllm_on_cpu',)
+MODULES = (
+    'vllm_on_cpu',
+    # What an engine imports when it starts.
+    'vllm.entrypoints.llm',
+    'vllm.model_executor.layers.quantization.online.base',
+    'vllm.v1.worker.cpu_worker',
+)
 
 
 class RolloutServer:
-    """What ``swift rollout`` starts, on the loopback, with the tiny student.
+    """What ``swift rollout`` starts, on the loopback, with the tiny student: a fork of the process from which the trainers beside it come.
 
     Args:
         options: On top of what every server of the tests has.
         log: File for its output.
-        command: What takes the options, if it is not ms-swift's own script.
+        command: What takes the options, if it is not ms-swift's own script; it gets a process that has imported nothing.
         env: On top of the environment of every process with an engine.
     """
 
@@ -52,8 +59,12 @@ class RolloutServer:
                 **options,
             }
         )
+        if command is None:
+            script, own = helpers.script('rollout')[1], {**starts.ENVIRONMENT, **ENVIRONMENT, **(env or {})}
+            self.process = starts.start(script, *argv, modules=(*MODULES, *starts.MODULES), env=own, cwd=log.parent, log=log)
+            return
         self.process = subprocess.Popen(
-            [*map(str, command or helpers.script('rollout')), *argv],
+            [*map(str, command), *argv],
             env={
                 **os.environ,
                 'PATH': f'{helpers.SCRIPTS}{os.pathsep}{os.environ["PATH"]}',

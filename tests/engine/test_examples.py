@@ -7,10 +7,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import commands
 import helpers
 import pytest
+import starts
 from engine_options import ENGINE
-from rollout_server import ENVIRONMENT, HERE, RolloutServer
+from rollout_server import ENVIRONMENT, HERE, MODULES, RolloutServer
 
 EXAMPLES = HERE.parents[1] / 'examples'
 
@@ -31,9 +33,15 @@ def small(models: helpers.TinyModels, output_dir: Path) -> list[str]:
 
 
 @pytest.fixture(scope='module')
-def server(tiny_models, tmp_path_factory) -> Iterator[RolloutServer]:
+def path() -> Iterator[str]:
+    with commands.launchers((*MODULES, *starts.MODULES), {**starts.ENVIRONMENT, **ENVIRONMENT}) as directory:
+        yield f'{directory}{os.pathsep}{os.environ["PATH"]}'
+
+
+@pytest.fixture(scope='module')
+def server(tiny_models, tmp_path_factory, path) -> Iterator[RolloutServer]:
     log = tmp_path_factory.mktemp('server') / 'server.log'
-    started = RolloutServer(tiny_models, {}, log, [EXAMPLES / 'vllm_server.sh', 'rollout'])
+    started = RolloutServer(tiny_models, {}, log, [EXAMPLES / 'vllm_server.sh', 'rollout'], {'PATH': path})
     try:
         started.wait()
         yield started
@@ -42,8 +50,8 @@ def server(tiny_models, tmp_path_factory) -> Iterator[RolloutServer]:
 
 
 @pytest.mark.parametrize('example', ['vllm_colocate', 'vllm_server', 'vllm_prefetch'])
-def test_example(request, tiny_models, tmp_path, example):
-    variables = {**ENVIRONMENT, 'PATH': f'{helpers.SCRIPTS}{os.pathsep}{os.environ["PATH"]}', 'MASTER_PORT': str(helpers.free_port())}
+def test_example(request, tiny_models, tmp_path, path, example):
+    variables = {'PATH': path}
     script, argv = EXAMPLES / f'{example}.sh', small(tiny_models, tmp_path)
     if example == 'vllm_colocate':
         argv += ['--ddp_backend', 'gloo']

@@ -9,7 +9,6 @@ from engine_options import LORA, STEP
 ADAPTER = {**LORA, 'vllm_enable_lora': 'true'}
 DEEPSPEED = {
     'zero2 full': {**STEP, 'deepspeed': 'zero2'},
-    'zero2 merged': {**LORA, 'deepspeed': 'zero2'},
     'zero3 full': {**STEP, 'deepspeed': 'zero3'},
     'zero3 merged': {**LORA, 'deepspeed': 'zero3', 'move_model_batches': 2},
     'zero3 adapter': {**ADAPTER, 'deepspeed': 'zero3'},
@@ -23,7 +22,7 @@ FSDP = {
 
 @pytest.fixture(scope='module')
 def deepspeed(run_jobs):
-    return run_jobs(DEEPSPEED, nproc=2, env={'DS_ACCELERATOR': 'cpu'})
+    return run_jobs(DEEPSPEED, nproc=2)
 
 
 @pytest.fixture(scope='module')

@@ -273,7 +273,8 @@ def keep_what_is_foretold() -> None:
 
 
 def main(path: str) -> None:
-    if os.environ.get('DS_ACCELERATOR') == 'cpu' and 'RANK' in os.environ:
+    jobs = json.loads(Path(path).read_text())
+    if 'RANK' in os.environ and any('--deepspeed' in job['argv'] for job in jobs):
         import deepspeed
 
         # All-reduce through shared memory, which would have to be compiled; gloo has one.
@@ -306,7 +307,6 @@ def main(path: str) -> None:
     PreTrainedModel.from_pretrained = classmethod(counted)
     callbacks_map['recorder'] = Recorder
     callbacks_map['stop_at'] = StopAt
-    jobs = json.loads(Path(path).read_text())
     rank = int(os.environ.get('RANK', 0))
     for job in jobs:
         gc.collect()

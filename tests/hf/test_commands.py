@@ -1,12 +1,16 @@
-"""The documented command lines, as a user types them, in processes of their own."""
+"""The documented command lines: training as a user types it, in processes of its own, and what is done with its checkpoints in forks."""
 
 from __future__ import annotations
 
 import json
-import subprocess
+import os
+import signal
+import time
 
+import commands
 import helpers
 import pytest
+import starts
 from helpers import run_swift
 
 pytestmark = pytest.mark.e2e
@@ -35,49 +39,67 @@ def test_trains_and_logs(trained):
         assert len(trained.values(key)) == 3
 
 
-def test_two_ranks_on_the_command_line(tiny_models, tmp_path):
-    last = tmp_path / 'last.py'
-    last.write_text(
-        'import atexit\nimport torch.distributed as dist\natexit.register(lambda: print(f"in a process group: {dist.is_initialized()}"))\n'
-    )
+# How a run goes is beside the point: what each rank is, and how it ends.
+LAST = """
+import atexit
+import torch.distributed as dist
+from swift.pipelines.train.sft import SwiftSft
+
+complete = SwiftSft._prepare_flash_ckpt
+
+def tell(self):
+    print(f'this rank: {type(self).__name__} {self.args.training_args.gkd_skew}', flush=True)
+    complete(self)
+
+SwiftSft._prepare_flash_ckpt = tell
+atexit.register(lambda: print(f'in a process group: {dist.is_initialized()}'))
+"""
+
+
+def test_yaml_and_every_rank_of_torchrun(tiny_models, tmp_path):
+    (tmp_path / 'last.py').write_text(LAST)
+    out = tmp_path / 'out'
     options = {
+        **helpers.QUICK,
         **tiny_models.with_teacher,
         **OPTIONS,
         'tuner_type': 'full',
+        'gkd_skew': 0.2,
         'dataset': f'{tiny_models.train}#21',
         'max_steps': None,
         'num_train_epochs': 1,
         'save_strategy': 'no',
-        'external_plugins': last,
+        'ddp_backend': 'gloo',
+        'output_dir': out,
+        'external_plugins': [tmp_path / 'last.py'],
+        'ENV': {'NPROC_PER_NODE': 2, 'MASTER_PORT': helpers.free_port()},
     }
-    result = run_swift(options, output_dir=tmp_path, nproc=2).ok()
+    given = {name: value for name, value in options.items() if value is not None}
+    (tmp_path / 'config.yaml').write_text(json.dumps(given, default=str))  # which YAML includes
+    result = run_swift([str(tmp_path / 'config.yaml')], output_dir=out, launcher=True).ok()
+    assert result.output.count('this rank: GKDPipeline 0.2') == 2
     assert len(result.values('loss')) == 3  # 21 rows: 8, 8, 5; the last window has one rank with less to do
     assert result.values('tokens/trained')[-1] > 0
     assert result.output.count('in a process group: False') == 2  # whose threads could abort a rank on its way out
 
 
+def run_here(command: str, argv: list, cwd) -> None:
+    status, output = commands.run_here(helpers.script(command)[1], *argv, cwd=cwd)
+    assert status == 0, output[-6000:]
+
+
 def test_checkpoints_need_no_options_of_ours(trained, tiny_models, tmp_path):
     """Where the plugin is installed; tests/activation reads one where it is not."""
     question = helpers.write_rows(tmp_path / 'q.jsonl', [{'messages': [{'role': 'user', 'content': 'what is 1 plus 1 ?'}]}])
-    result = run_swift(
-        [
-            '--adapters',
-            str(trained.output_dir / 'checkpoint-3'),
-            '--val_dataset',
-            str(question),
-            '--max_new_tokens',
-            '4',
-            '--result_path',
-            str(tmp_path / 'answers.jsonl'),
-            '--torch_dtype',
-            'float32',
-            '--load_data_args',
-            'false',
-        ],
-        command='infer',
-        output_dir=tmp_path,
-    ).ok()
-    assert result.returncode == 0
+    options = {
+        'adapters': trained.output_dir / 'checkpoint-3',
+        'val_dataset': question,
+        'max_new_tokens': 4,
+        'result_path': tmp_path / 'answers.jsonl',
+        'torch_dtype': 'float32',
+        'load_data_args': 'false',
+    }
+    run_here('infer', helpers.command_line(options), tmp_path)
     assert json.loads((tmp_path / 'answers.jsonl').read_text().splitlines()[0])['response'] is not None
     assert not json.loads((trained.output_dir / 'checkpoint-3' / 'args.json').read_text()).get('external_plugins')
 
@@ -96,7 +118,7 @@ def test_cached_dataset(trained, run_jobs, tiny_models, tmp_path):
         0,
     ]
     argv += ['--to_cached_dataset', 'true', '--output_dir', tmp_path / 'cache', '--max_length', 128, '--torch_dtype', 'float32']
-    run_swift([*map(str, argv)], command='export', output_dir=tmp_path).ok()
+    run_here('export', argv, tmp_path)
     options = {**tiny_models.with_teacher, **OPTIONS, 'tuner_type': 'lora', 'dataset': None, 'cached_dataset': tmp_path / 'cache' / 'train'}
     cached = run_jobs({'cached': {**options, 'max_steps': 1, 'save_strategy': 'no'}})['cached'].ok()
     assert cached.values('loss')[0] == pytest.approx(trained.values('loss')[0], rel=1e-4)  # the same rows, sources and responses
@@ -105,27 +127,20 @@ def test_cached_dataset(trained, run_jobs, tiny_models, tmp_path):
 
 def test_swift_export_merges_the_adapter(trained, tmp_path):
     argv = ['--adapters', trained.output_dir / 'checkpoint-3', '--merge_lora', 'true', '--output_dir', tmp_path / 'merged']
-    run_swift([*map(str, argv), '--torch_dtype', 'float32'], command='export', output_dir=tmp_path, plugin=False).ok()
+    run_here('export', [*argv, '--torch_dtype', 'float32'], tmp_path)
     assert (tmp_path / 'merged' / 'model.safetensors').exists()
 
 
 def test_a_killed_command_resumes(trained, run_jobs, tiny_models, tmp_path):
     options = {**tiny_models.with_teacher, **OPTIONS, 'tuner_type': 'lora', 'output_dir': tmp_path, 'max_steps': 200}
-    argv = [*helpers.script('rlhf'), *helpers.command_line({**helpers.QUICK, **options})]
-    process = subprocess.Popen(
-        [str(a) for a in argv],
-        env={**helpers.os.environ, **helpers.OFFLINE},
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    for line in process.stdout:
-        if 'Saving model checkpoint to' in line and 'checkpoint-3' in line:
-            helpers.os.killpg(process.pid, helpers.signal.SIGKILL)
-            break
-    process.wait(timeout=60)
+    argv, log = helpers.command_line({**helpers.QUICK, **options}), tmp_path / 'log.txt'
+    how = {'modules': starts.MODULES, 'env': starts.ENVIRONMENT, 'cwd': tmp_path, 'log': log}
+    process = starts.start(commands.COMMAND, helpers.script('rlhf')[1], *argv, **how)
+    while not any('Saving model checkpoint to' in line and 'checkpoint-3' in line for line in log.read_text().splitlines()):
+        assert process.poll() is None, log.read_text()[-6000:]
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
     resumed = run_jobs({'again': {**OPTIONS, 'tuner_type': 'lora', 'max_steps': 5, 'resume_from_checkpoint': tmp_path / 'checkpoint-2'}})
     resumed = resumed['again'].ok()
     assert len(resumed.values('loss')) == 3

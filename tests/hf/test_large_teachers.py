@@ -8,9 +8,11 @@ import shutil
 import sys
 from pathlib import Path
 
+import commands
 import helpers
 import job_runs
 import pytest
+import starts
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
 
@@ -279,7 +281,7 @@ def two_ranks(run_jobs, models):
             'fsdp2 on disk': {**step, 'fsdp': 'fsdp2', 'teacher_device_map': placed('disk', 'disk')},
         },
         nproc=2,
-        env={**WITH_QUANTISER, 'DS_ACCELERATOR': 'cpu'},
+        env=WITH_QUANTISER,
     )
 
 
@@ -327,13 +329,15 @@ deepspeed.init_distributed('gloo')  # before any model asks for ZeRO-3
 """
 
 
-def run_example(script: str, tmp_path: Path, options: dict, variables: dict) -> tuple[list[dict], str]:
+def run_example(
+    script: str, tmp_path: Path, options: dict, variables: dict | None = None, env: dict | None = None
+) -> tuple[list[dict], str]:
     """What follows on the command line of an example wins over what is in it."""
     (tmp_path / 'gloo.py').write_text(GLOO)
     argv = helpers.command_line({**helpers.QUICK, 'max_steps': 2, 'output_dir': tmp_path, **options})
-    environment = {'PATH': f'{helpers.SCRIPTS}{os.pathsep}{os.environ["PATH"]}', 'OUTPUT': str(tmp_path), 'DS_ACCELERATOR': 'cpu'}
-    ranks = {'MASTER_PORT': str(helpers.free_port())}
-    returncode, output = helpers.run([EXAMPLES / script, *argv], env={**environment, **ranks, **variables}, cwd=tmp_path, timeout=600)
+    with commands.launchers(env={**starts.ENVIRONMENT, **(env or {})}) as path:
+        environment = {'PATH': f'{path}{os.pathsep}{os.environ["PATH"]}', 'OUTPUT': str(tmp_path), **(variables or {})}
+        returncode, output = helpers.run([EXAMPLES / script, *argv], env=environment, cwd=tmp_path, timeout=600)
     assert returncode == 0, output[-6000:]
     return [row for row in map(json.loads, (tmp_path / 'logging.jsonl').read_text().splitlines()) if 'loss' in row], output
 
@@ -362,5 +366,5 @@ def test_example_of_self_distillation_under_zero3(tiny_models, tmp_path, script,
 @needs_quantiser
 def test_example_of_a_quantised_teacher(models, tmp_path):
     options = {**models.with_teacher, 'gradient_accumulation_steps': 1}
-    logs, output = run_example('quantised_teacher.sh', tmp_path, options, WITH_QUANTISER)
+    logs, output = run_example('quantised_teacher.sh', tmp_path, options, env=WITH_QUANTISER)
     assert len(logs) == 2 and 'The quantised teacher takes' in output

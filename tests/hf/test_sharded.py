@@ -30,7 +30,6 @@ STEP = {
 ONE_PROCESS = {'per_device_train_batch_size': 2, 'gradient_accumulation_steps': 2}
 TWO_PROCESSES = {'per_device_train_batch_size': 1, 'gradient_accumulation_steps': 2}
 MOVING = {'teacher_model': None, 'teacher_model_type': None, 'gkd_self_teacher': 'ema', 'gkd_ema_decay': 0.5}
-DEEPSPEED = {'DS_ACCELERATOR': 'cpu'}
 
 CASES = (
     'separate',
@@ -266,7 +265,7 @@ def layouts(run_jobs, cases, generating, files, tiny_models, tmp_path_factory):
     sharded['zero2 nan'] = {**sharded['zero2 separate'], 'model': weights}
     sharded['zero3 bf16'] = {**sharded['zero3 separate'], 'torch_dtype': 'bfloat16', 'bf16': 'true'}
     sharded['zero3 bf16 lora'] = {**sharded['zero3 shared base'], 'torch_dtype': 'bfloat16', 'bf16': 'true'}
-    return run_jobs(plain, nproc=2, timeout=900) | run_jobs(sharded, nproc=2, env=DEEPSPEED, timeout=900)
+    return run_jobs(plain, nproc=2, timeout=900) | run_jobs(sharded, nproc=2, timeout=900)
 
 
 @pytest.mark.e2e

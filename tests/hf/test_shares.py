@@ -32,7 +32,7 @@ def runs(run_jobs, tmp_path_factory):
     plain = run_jobs({'ddp': step, 'fsdp2': {**step, 'fsdp': fsdp}}, nproc=2, timeout=900)
     sharded = {'zero3': {**step, 'deepspeed': 'zero3'}}
     sharded['zero3 no gather'] = {**sharded['zero3'], 'ds3_gather_for_generation': 'false'}
-    return plain | run_jobs(sharded, nproc=2, env={'DS_ACCELERATOR': 'cpu'}, timeout=900)
+    return plain | run_jobs(sharded, nproc=2, timeout=900)
 
 
 @pytest.mark.e2e

@@ -281,7 +281,7 @@ def main(path: str) -> None:
     from swift_gkd_plugin.memory.verdict import Card
 
     options.time = SimpleNamespace(sleep=lambda seconds: None)  # here no rank ends the others
-    keeps_cache, attention = generation.keeps_cache, generation.Attention
+    keeps_cache, attention, python_path = generation.keeps_cache, generation.Attention, os.environ['PYTHONPATH']
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     for job in listed:
         gc.collect()
@@ -289,6 +289,7 @@ def main(path: str) -> None:
         os.environ['EXPORT'], os.environ['SAVE'] = str(int(job['export'])), str(int(job['save']))
         generation.keeps_cache = (lambda model: False) if job['no_cache'] else keeps_cache
         generation.Attention = Foreign if job['foreign'] else attention
+        os.environ['PYTHONPATH'] = '' if job['no_path'] else python_path
         card = Card('cuda:0', job['card']) if job['card'] else None
         Card.of_this_rank = lambda card=card: card
         error, trace = None, ''

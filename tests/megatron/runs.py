@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 CPU = {'PYTHONPATH': str(HERE / 'cpu'), 'MEGATRON_ON_CPU': '1', 'MASTER_ADDR': '127.0.0.1', 'USE_HF': '1'}
 
 # What every run imports.
-MODULES = ('swift.megatron.pipelines.train.rlhf', 'swift_gkd_plugin.megatron.trainer')
+MODULES = ('swift.megatron.pipelines.train.rlhf', 'swift_gkd_plugin.megatron.trainer', 'matplotlib.pyplot')
 
 # Ranks and options of each layout.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -177,8 +177,8 @@ def run_jobs(
     Args:
         jobs: Options on top of QUICK, by name; ``model`` and ``teacher_model`` are names of :func:`models.make_models`. The key
             ``export`` keeps the trained weights, ``save`` lets checkpoints be written, ``no_cache`` generates without keys and values
-            that are kept, ``foreign`` has no attention taken for megatron-core's, ``card`` is a card of so many bytes, ``output_dir`` says
-            where another run lies.
+            that are kept, ``foreign`` has no attention taken for megatron-core's, ``card`` is a card of so many bytes, ``no_path`` leaves
+            processes that it starts without PYTHONPATH, ``output_dir`` says where another run lies.
         layout: A key of LAYOUTS.
         modules: What is imported before everything else.
     """
@@ -186,7 +186,7 @@ def run_jobs(
     listed = []
     for name, options in jobs.items():
         options = dict(options)
-        keep = {key: options.pop(key, False) for key in ('export', 'save', 'no_cache', 'foreign', 'card')}
+        keep = {key: options.pop(key, False) for key in ('export', 'save', 'no_cache', 'foreign', 'card', 'no_path')}
         output_dir = Path(options.pop('output_dir', root / name))
         output_dir.mkdir(parents=True, exist_ok=True)
         merged = {**QUICK, 'dataset': train, 'output_dir': output_dir, 'model': 'student', 'teacher_model': 'teacher', **split, **options}

@@ -1,4 +1,4 @@
-"""The commands of Megatron-SWIFT's GKD document, as they are written there, by the real ``megatron`` and torchrun."""
+"""The commands of Megatron-SWIFT's GKD document, as they are written there; one of them by the real ``megatron`` and torchrun."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import shlex
 import sys
 from pathlib import Path
 
+import commands
 import helpers
 import pytest
-from runs import CPU
+from runs import CPU, MODULES
 
 EXAMPLES = Path(__file__).parents[2] / 'examples'
 pytestmark = [pytest.mark.e2e, pytest.mark.megatron]
@@ -26,14 +27,14 @@ TINY = """--model_type qwen3 --template qwen3 --teacher_model_type qwen3 --check
     --no_save_optim true --logging_steps 1 --add_version false"""
 
 
-def run_megatron(line: str, models, tiny_models, out: Path, nproc: int, timeout: float = 300) -> tuple[int, str]:
-    words = shlex.split(line.format(**models, train=tiny_models.train, out=out))
-    env = {**CPU, 'NPROC_PER_NODE': str(nproc), 'MASTER_PORT': str(helpers.free_port()), 'PATH': f'{helpers.SCRIPTS}:{os.environ["PATH"]}'}
-    return helpers.run([sys.executable, '-m', 'swift.cli._megatron.main', *words], env=env, cwd=out, timeout=timeout)
+def words(line: str, models, tiny_models, out: Path) -> list[str]:
+    return shlex.split(line.format(**models, train=tiny_models.train, out=out))
 
 
 def test_off_policy_command_as_it_is_written(models, tiny_models, tmp_path):
-    returncode, output = run_megatron(f'{OFF_POLICY} {TINY}', models, tiny_models, tmp_path, nproc=2)
+    argv = [sys.executable, '-m', 'swift.cli._megatron.main', *words(f'{OFF_POLICY} {TINY}', models, tiny_models, tmp_path)]
+    env = {**CPU, 'NPROC_PER_NODE': '2', 'MASTER_PORT': str(helpers.free_port()), 'PATH': f'{helpers.SCRIPTS}:{os.environ["PATH"]}'}
+    returncode, output = helpers.run(argv, env=env, cwd=tmp_path)
     assert returncode == 0, output[-6000:]
     assert 'swift_gkd_plugin.megatron.trainer.GKDTrainer of swift-gkd-plugin' in output
     assert '--lmbda is 0, the student answers nothing' in output
@@ -50,9 +51,10 @@ def test_off_policy_command_as_it_is_written(models, tiny_models, tmp_path):
 def test_example_of_sequence_level_distillation(models, tiny_models, tmp_path):
     variables = {'MODEL': models['student'], 'TEACHER': models['teacher'], 'DATASET': tiny_models.train, 'OUTPUT': tmp_path / 'out'}
     env = {name: str(value) for name, value in variables.items()}
-    env |= {**CPU, 'NPROC_PER_NODE': '2', 'MASTER_PORT': str(helpers.free_port()), 'PATH': f'{helpers.SCRIPTS}:{os.environ["PATH"]}'}
     argv = ['bash', EXAMPLES / 'megatron_seq_kd.sh', *shlex.split(TINY), '--max_completion_length', 6]
-    returncode, output = helpers.run(argv, env=env, cwd=tmp_path, timeout=300)
+    with commands.launchers(MODULES, CPU) as path:
+        env |= {'NPROC_PER_NODE': '2', 'PATH': f'{path}:{os.environ["PATH"]}'}
+        returncode, output = helpers.run(argv, env=env, cwd=tmp_path, timeout=300)
     assert returncode == 0, output[-6000:]
     rows = [json.loads(row) for row in (tmp_path / 'out' / 'answers.jsonl').read_text().splitlines()]
     assert len(rows) == 64 and all(1 <= len(row['response_token_ids']) <= 6 for row in rows)
@@ -61,7 +63,9 @@ def test_example_of_sequence_level_distillation(models, tiny_models, tmp_path):
 
 
 def test_wrong_layout_is_one_line_before_any_weights(models, tiny_models, tmp_path):
-    returncode, output = run_megatron(f'{OFF_POLICY} {TINY} --pipeline_model_parallel_size 2', models, tiny_models, tmp_path, nproc=2)
-    assert returncode != 0
+    _, *argv = words(f'{OFF_POLICY} {TINY} --pipeline_model_parallel_size 2', models, tiny_models, tmp_path)
+    script = helpers.script('_megatron/rlhf')[1]
+    status, output = commands.run_here(script, *argv, modules=MODULES, env=CPU, ranks=2, cwd=tmp_path)
+    assert status != 0
     lines = [line for line in output.splitlines() if 'does not divide the 2 ranks' in line]
     assert len(lines) == 1 and lines[0].startswith('swift-gkd-plugin: --tensor_model_parallel_size 2 x --pipeline_model_parallel_size 2')

@@ -125,8 +125,8 @@ def test_samples_come_from_the_new_weights(run_here):
 
 @pytest.mark.parametrize(('layout', 'more'), [('TP2', {}), ('PP2', {}), ('CP2', {}), ('DP2', {**SHARDED, 'global_batch_size': 2})])
 def test_ranks_share_the_samples_out(run_here, layout, more):
-    found = run_here({'all': {**STEP, **more}, 'part': {**PART, **more}, 'merged': {**ADAPTER, **more}}, layout)
-    check(found['all'], [0, 1, 2])
+    """Those of some rows, and of all."""
+    found = run_here({'part': {**PART, **more}, 'merged': {**ADAPTER, **more}}, layout)
     check(found['merged'], [0, 1, 2])
     check(found['part'], steps_that_sample(found['part']))
     shares = [call['share'] for rank in calls(found['part']) for call in rank]

@@ -99,7 +99,7 @@ def in_two(run_here, server, tmp_path_factory) -> dict[str, Run]:
                 'too many': {**SAVED, **asks(server), 'gkd_logits_topk': 64},
                 'engine scores': {**SCORED, **ENGINE},
                 'engine answers': {**FULL, **ENGINE},
-                'broken engine': {**SCORED, **ENGINE, 'gkd_teacher_engine_args': '--no-such-option 1'},
+                'broken engine': {**SCORED, **ENGINE, 'no_path': True},  # where it finds no vLLM
             },
             'TP2',
         )

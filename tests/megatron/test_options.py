@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import runs
+import starts
 
 from swift_gkd_plugin.arguments import GKDOptions, OptionError
 from swift_gkd_plugin.megatron.options import (
@@ -363,17 +361,16 @@ assert all(extra['labels'] is not None for extra in given)
 """
 
 
-def in_process(script: str) -> None:
-    path = os.pathsep.join([runs.CPU['PYTHONPATH'], str(Path(__file__).resolve().parents[2])])
-    done = subprocess.run(
-        [sys.executable, '-c', script], env={**os.environ, **runs.CPU, 'PYTHONPATH': path}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def in_process(script: str, directory: Path) -> None:
+    """That has Megatron-SWIFT in it."""
+    (directory / 'script.py').write_text(script)
+    status, output = starts.run(directory / 'script.py', modules=runs.MODULES, env=runs.CPU, cwd=directory, timeout=120)
+    assert status == 0, output[-3000:]
 
 
-def test_no_gradient_of_a_cross_entropy_that_nobody_asked_for():
+def test_no_gradient_of_a_cross_entropy_that_nobody_asked_for(tmp_path):
     """The labels are there all the same, for the cross-entropy that is logged."""
-    in_process(LABELS)
+    in_process(LABELS, tmp_path)
 
 
 TOPK = """
@@ -401,6 +398,6 @@ torch.testing.assert_close(signal.logprobs.double(), exact.topk(8).values, rtol=
 """
 
 
-def test_top_k_of_half_precision_weights_is_that_of_exact_logits():
+def test_top_k_of_half_precision_weights_is_that_of_exact_logits(tmp_path):
     """Logits rounded to bf16 would be off by 0.14 here."""
-    in_process(TOPK)
+    in_process(TOPK, tmp_path)

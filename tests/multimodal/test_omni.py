@@ -159,7 +159,7 @@ def mixed_ranks(run_omni, omni, some_told):
         'shared, student answers': {**step, **SELF, 'dataset': some_told, 'lmbda': 1},
     }
     sharded = {name: {**options, 'per_device_train_batch_size': 1, 'deepspeed': 'zero3'} for name, options in jobs.items()}
-    return run_omni(jobs), run_omni(sharded, nproc=2, env={'DS_ACCELERATOR': 'cpu'}, timeout=600)
+    return run_omni(jobs), run_omni(sharded, nproc=2, timeout=600)
 
 
 @pytest.mark.parametrize('name', ['dataset', 'student answers', 'teacher answers', 'shared', 'shared, student answers'])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import job_runs
 import pytest
-import tiny_omni
 
 STEP = {
     'model_type': 'qwen3_vl_moe',
@@ -42,7 +41,7 @@ def runs(run_jobs, moe_models, omni):
     jobs['answers'] = {**jobs['films'], 'lmbda': 0.5, 'seq_kd': 'true', 'log_completions': 'true', 'max_steps': 4}  # all 16 rows
     jobs['shared'] = {**step, **SELF, 'dataset': omni / 'films.jsonl'}
     jobs['apart'] = {**jobs['shared'], 'nothing_shared': True}
-    return run_jobs(jobs, env=tiny_omni.FEW_FRAMES)
+    return run_jobs(jobs)
 
 
 def test_equals_whole_logits(runs):

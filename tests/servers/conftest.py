@@ -35,14 +35,22 @@ def run_jobs(tmp_path_factory, tiny_models) -> job_runs.JobRunner:
 
 
 @pytest.fixture(scope='session')
+def run_jobs_with_vllm(tmp_path_factory, tiny_models) -> job_runs.JobRunner:
+    """Where vLLM can be imported."""
+    return job_runs.JobRunner(
+        tmp_path_factory, tiny_models, HERE.parent / 'hf' / 'jobs.py', helpers.vllm_environment(), [serving.API_SERVER]
+    )
+
+
+@pytest.fixture(scope='session')
 def vllm_server(tiny_models, tmp_path_factory) -> Iterator[str]:
-    with serving.vllm_serve(tiny_models.teacher, tmp_path_factory.mktemp('vllm')) as url:
+    with serving.vllm_serve(tiny_models.teacher, tmp_path_factory.mktemp('vllm'), modules=serving.WITH_TRAINERS) as url:
         yield url
 
 
 @pytest.fixture(scope='session')
 def deploy_server(tiny_models, tmp_path_factory) -> Iterator[str]:
-    with serving.swift_deploy(tiny_models.teacher, tmp_path_factory.mktemp('deploy')) as url:
+    with serving.swift_deploy(tiny_models.teacher, tmp_path_factory.mktemp('deploy'), modules=serving.WITH_TRAINERS) as url:
         yield url
 
 

@@ -4,41 +4,58 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import commands
 import helpers
 import pytest
 import serving
+import starts
 from proxy import KEY
 
 EXAMPLES = Path(__file__).parents[2] / 'examples'
 
 
-def run(script: str, models: helpers.TinyModels, output_dir: Path, without: tuple[str, ...] = (), **variables: str) -> list[float]:
+@pytest.fixture(scope='module')
+def path() -> Iterator[str]:
+    with commands.launchers() as directory:
+        yield directory
+
+
+@pytest.fixture(scope='module')
+def path_with_vllm() -> Iterator[str]:
+    with commands.launchers(serving.WITH_TRAINERS, {**starts.ENVIRONMENT, **helpers.vllm_environment()}) as directory:
+        yield directory
+
+
+def run(
+    script: str, path: str, models: helpers.TinyModels, output_dir: Path, without: tuple[str, ...] = (), **variables: str
+) -> list[float]:
     options = {k: v for k, v in models.with_teacher.items() if k not in without}
     argv = helpers.command_line(
         {**helpers.QUICK, **options, 'fp16': 'false', 'max_steps': 2, 'gradient_accumulation_steps': 1, 'output_dir': output_dir}
     )
-    environment = {'PATH': f'{helpers.SCRIPTS}{os.pathsep}{os.environ["PATH"]}', 'GKD_TEACHER_API_KEY': KEY, 'OUTPUT': str(output_dir)}
+    environment = {'PATH': f'{path}{os.pathsep}{os.environ["PATH"]}', 'GKD_TEACHER_API_KEY': KEY, 'OUTPUT': str(output_dir)}
     returncode, output = helpers.run([EXAMPLES / script, *argv], env={**environment, **variables}, cwd=output_dir, timeout=600)
     assert returncode == 0, output[-6000:]
     return [row['loss'] for row in map(json.loads, (output_dir / 'logging.jsonl').read_text().splitlines()) if 'loss' in row]
 
 
-def test_teacher_server(vllm_server, tiny_models, tmp_path):
+def test_teacher_server(vllm_server, path, tiny_models, tmp_path):
     server = ('teacher_model', 'teacher_model_type')
-    losses = run('teacher_server.sh', tiny_models, tmp_path, server, SERVER=vllm_server, K='8')
+    losses = run('teacher_server.sh', path, tiny_models, tmp_path, server, SERVER=vllm_server, K='8')
     assert len(losses) == 2
     assert all(json.loads(line)['response_token_ids'] for line in (tmp_path / 'answers.jsonl').read_text().splitlines())
 
 
-def test_teacher_engine(tiny_models, tmp_path):
-    losses = run('teacher_engine.sh', tiny_models, tmp_path, K='8', ENGINE=helpers.VLLM_ENGINE_FLAGS, **helpers.vllm_environment())
+def test_teacher_engine(path_with_vllm, tiny_models, tmp_path):
+    losses = run('teacher_engine.sh', path_with_vllm, tiny_models, tmp_path, K='8', ENGINE=helpers.VLLM_ENGINE_FLAGS)
     assert len(losses) == 2
 
 
 @pytest.mark.parametrize('backend', ['vllm', 'transformers'])
-def test_presampled(tiny_models, tmp_path, backend):
+def test_presampled(request, tiny_models, tmp_path, backend):
     """Seed 001's two steps: `swift infer`, then training with --seq_kd false."""
     first = {
         'model_type': 'qwen3',
@@ -56,6 +73,6 @@ def test_presampled(tiny_models, tmp_path, backend):
     variables = {'BACKEND': backend, 'TEACHER': str(tiny_models.teacher), 'DATASET': f'{tiny_models.train}#16', 'LMBDA': '0'}
     variables['INFER_OPTIONS'] = ' '.join(map(str, helpers.command_line(first)))
     answers = tmp_path / 'teacher_generated_data.jsonl'
-    environment = helpers.vllm_environment() if backend == 'vllm' else {}
-    losses = run('presampled.sh', tiny_models, tmp_path, ('dataset',), **variables, **environment)
+    path = request.getfixturevalue('path_with_vllm' if backend == 'vllm' else 'path')
+    losses = run('presampled.sh', path, tiny_models, tmp_path, ('dataset',), **variables)
     assert len(losses) == 2 and len(answers.read_text().splitlines()) == 16

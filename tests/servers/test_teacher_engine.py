@@ -12,15 +12,14 @@ SEQ_KD = {**STEP, 'seq_kd': 'true', 'gkd_logits_topk': None, 'temperature': 0, '
 
 
 @pytest.fixture(scope='module')
-def runs(run_jobs):
-    return run_jobs(
+def runs(run_jobs_with_vllm):
+    return run_jobs_with_vllm(
         {
             'local': STEP,
             'scores': {**STEP, **ENGINE},
             'transformers answers': SEQ_KD,
             'answers': {**SEQ_KD, **ENGINE},
         },
-        env=helpers.vllm_environment(),
         timeout=900,
     )
 
