@@ -259,7 +259,7 @@ def test_questions_that_wait_for_a_dead_server_do_not_keep_a_run_from_its_end():
 
 def test_a_server_that_will_not_come_back_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(server_module, 'for_good', threading.Event())
-    servers = TeacherServers('http://127.0.0.1:9', ServerOptions(2, timeout=1, retry_seconds=600, in_flight=1))
+    servers = TeacherServers('http://127.0.0.1:9', ServerOptions(2, timeout=1, retry_seconds=60, in_flight=1))
     servers.servers[0].protocol = SimpleNamespace(score=lambda question, k: ('/', {}, lambda reply: reply))
     asked = servers.begin(lambda server, one: server.score(one), question(), question())
     time.sleep(0.5)
