@@ -20,6 +20,7 @@ from swift_gkd_plugin.step.data import Row
 from swift_gkd_plugin.step.samples import Sample
 from swift_gkd_plugin.step.teaching import TeacherBatches
 from swift_gkd_plugin.teachers import HiddenStates, TopK, joined, split
+from swift_gkd_plugin.teachers import server as server_module
 from swift_gkd_plugin.teachers.server import Question, ServerOptions, TeacherServerError, TeacherServers
 
 # -- how rows are grouped ------------------------------------------------------------------------------------------------------------------
@@ -254,6 +255,17 @@ def test_questions_that_wait_for_a_dead_server_do_not_keep_a_run_from_its_end():
     servers.stop()
     under_way = [future for future in futures if not future.cancelled()]
     assert len(under_way) == 2 and all(isinstance(future.exception(timeout=10), TeacherServerError) for future in under_way)
+
+
+def test_a_server_that_will_not_come_back_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(server_module, 'for_good', threading.Event())
+    servers = TeacherServers('http://127.0.0.1:9', ServerOptions(2, timeout=1, retry_seconds=60, in_flight=1))
+    servers.servers[0].protocol = SimpleNamespace(score=lambda question, k: ('/', {}, lambda reply: reply))
+    asked = servers.begin(lambda server, one: server.score(one), question(), question())
+    time.sleep(0.5)
+    assert not asked.done()
+    server_module.for_good.set()
+    assert isinstance(asked.exception(timeout=10), TeacherServerError)
 
 
 def test_replicas_have_as_many_requests_each():
