@@ -101,7 +101,8 @@ class EngineRollout(MegatronRolloutMixin):
     def gathered_weights(self) -> Iterator[None]:
         """With --overlap_param_gather a rank has the new weights of the others only when a forward pass has asked for them, too late for
         an engine that gets them now. ms-swift does the same around evaluations and checkpoints."""
-        if not self._pre_hook_enabled:
+        # Where it saves, ms-swift takes the hooks off without a note (4.6.0, megatron/trainers/base.py:776).
+        if not self._pre_hook_enabled or not all(model.remove_forward_pre_hook_handles for model in self.wrapped_models):
             yield
             return
         disable_forward_pre_hook(self.wrapped_models)
