@@ -12,6 +12,7 @@ from swift.utils import get_logger
 from .. import checks
 from ..arguments import OptionError
 from ..divergence import Clipping, Divergence, TokenStats, topk_divergence
+from ..sources import STUDENT
 from ..teachers import Signal, TopK
 from .samples import MicroBatch
 
@@ -131,7 +132,10 @@ class LossInForward:
         found['label_weights'] = weights * imitated * options.alpha if weighs else None
         if batch.advantages is not None:
             found['label_weights'] += here(batch.advantages) * (options.reward_weight * of_rewards)
-            found['label_temperature'] = torch.where(imitated > 0, 1.0, options.sampling_temperature)
+            # One number for all tokens costs nothing where it is the divergence's.
+            sampled = all(sample.source == STUDENT or not sample.row.counts for sample in batch.samples)
+            temperature = options.sampling_temperature
+            found['label_temperature'] = temperature if sampled else torch.where(imitated > 0, 1.0, temperature)
             if batch.old_logprobs is not None:
                 found['clipping'] = Clipping(here(batch.old_logprobs), *options.clip)
         return found
