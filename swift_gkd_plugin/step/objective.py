@@ -133,9 +133,9 @@ class LossInForward:
         if batch.advantages is not None:
             found['label_weights'] += here(batch.advantages) * (options.reward_weight * of_rewards)
             # One number for all tokens costs nothing where it is the divergence's.
-            sampled = all(sample.source == STUDENT or not sample.row.counts for sample in batch.samples)
             temperature = options.sampling_temperature
-            found['label_temperature'] = temperature if sampled else torch.where(imitated > 0, 1.0, temperature)
+            one = temperature == 1 or all(sample.source == STUDENT or not sample.row.counts for sample in batch.samples)
+            found['label_temperature'] = temperature if one else torch.where(imitated > 0, 1.0, temperature)
             if batch.old_logprobs is not None:
                 found['clipping'] = Clipping(here(batch.old_logprobs), *options.clip)
         return found
