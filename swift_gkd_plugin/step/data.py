@@ -92,7 +92,7 @@ class RowBatchSampler:
 
     Trainers count on epochs of one length. Where the draws give each pass over the data another number of responses, the passes are one
     long sequence, an "epoch" is the next ``responses`` places of it, wherever that begins in a pass, and the keys name the true pass.
-    So ``epochs`` of them hold all responses of as many passes, and fewer than ``epochs`` places of the pass after those.
+    So ``epochs`` of them hold all responses of as many passes, and fewer than ``epochs`` places of what comes after those.
 
     Args:
         num_rows: Length of the dataset.

@@ -109,7 +109,7 @@ def test_every_response_of_every_epoch_once(draw, num_rows, epochs, batch):
     expected = list(order_of_passes(draw, num_rows, epochs))
     found = [key for window in windows for keys in window for key in keys]
     assert found[: len(expected)] == expected and len(found) < len(expected) + epochs
-    assert all(epoch == epochs for epoch, _, _ in found[len(expected) :])
+    assert all(epoch >= epochs for epoch, _, _ in found[len(expected) :])  # of one row several passes
     full = batch[0] * batch[1]
     assert all(len(keys) == full for window in windows for keys in window[:-1]) and all(window[-1] for window in windows)
 

@@ -43,7 +43,7 @@ def test_no_float64_on_the_device(make):
     with Places():
         for row in lost:
             batch = SimpleNamespace(imitated=torch.ones(7).to(device), lengths=[7], samples=[SimpleNamespace()], advantages=None)
-            stats = TokenStats(True, *([row.to(device)] * 9))
+            stats = TokenStats(True, *([row.to(device)] * 10))
             books.add_loss(batch, row.to(device).sum(), stats)
         books.metrics.total('tokens/generated', 2**40 + 1)
         found = books.metrics.pop()
