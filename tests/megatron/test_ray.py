@@ -156,7 +156,7 @@ FAILURES = {
         ['waits'],
         {'rollout': {'gpus': 1, 'model': 'ends'}},
         ['OptionError', 'The rollout engine 0 on 127.0.0.1 has ended: exit status -9 (its output is in '],
-        2,
+        1,  # perhaps before the rank has begun
     ),
     # The ranks end by themselves.
     'a teacher ends': (
