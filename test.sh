@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Lint, format and all tests, by three workers: on two cores one of them often waits for a server or for ranks. Arguments go to pytest: ./test.sh tests/activation -k yaml -n 0
+# Lint, format and all tests, by three workers: on two cores one of them often waits for a server or for ranks.
+# Arguments go to pytest: ./test.sh tests/activation -k yaml -n 0
 set -euo pipefail
 cd "$(dirname "$0")"
 scripts/setup.sh

@@ -22,7 +22,7 @@ from .arguments import OptionError, learns_from_rewards
 logger = get_logger()
 
 # Beside the dataset's columns, what ms-swift gives a reward function by name (4.6.0, rl_core/data.py: to_reward_row).
-GIVEN = (*('trainer_state', 'messages', 'prompt_id', 'request_id', 'finish_reason', 'is_truncated', 'rollout_infos', 'response_token_ids'),)
+GIVEN = ('trainer_state', 'messages', 'prompt_id', 'request_id', 'finish_reason', 'is_truncated', 'rollout_infos', 'response_token_ids')
 
 
 class RewardError(RuntimeError):
@@ -76,12 +76,12 @@ class Rewards:
                 f'--reward_funcs {unknown[0]}: not a reward function; there are {", ".join(sorted(orms))}, and what a file of '
                 '--external_plugins puts into swift.rewards.orms.'
             )
-        # As ms-swift does it for grpo alone (4.6.0, arguments/rlhf_args.py: _init_grpo).
-        if 'cosine' in args.reward_funcs:
-            args.cosine_max_len = args.cosine_max_len or args.max_completion_length
         wrong = [name for name in args.reward_funcs if not isinstance(orms[name], type)]
         if wrong:
             raise OptionError(f'--reward_funcs {wrong[0]}: it must be a class, of swift.rewards.ORM or AsyncORM.')
+        # These two as ms-swift has them for grpo alone (4.6.0, arguments/rlhf_args.py: _init_grpo).
+        if 'cosine' in args.reward_funcs:
+            args.cosine_max_len = args.cosine_max_len or args.max_completion_length
         if 'soft_overlong' in args.reward_funcs:
             if args.soft_cache_length is None:
                 raise OptionError(
@@ -96,7 +96,7 @@ class Rewards:
         count = len(args.reward_weights or self.names)
         if count != len(self.names):
             raise OptionError(f'--reward_weights has {count} numbers for {len(self.names)} reward functions ({", ".join(self.names)}).')
-        self.weights = make_reward_weights(args.reward_weights, count, torch.device('cpu'))
+        self.weights = make_reward_weights(args.reward_weights or None, count, torch.device('cpu'))
         self.group, self.estimator, self.compares = args.gkd_num_samples, args.advantage_estimator, learns_from_rewards(args)
         self.scale = args.scale_rewards or {'grpo': 'group', 'rloo': 'none', 'reinforce_plus_plus': 'batch'}[self.estimator]
 

@@ -149,7 +149,7 @@ class GKDPipeline(SwiftRLHF):
         checks.check_teacher_engine(args)
         checks.check_topk(args)
         say_unused(args, NOT_USED)
-        if teacher_is_idle(args):
+        if teacher_is_idle(args):  # ms-swift would load it all the same
             args.teacher_model = self._teacher_loading = None
 
     def _checked_rewards(self) -> Rewards | None:

@@ -10,7 +10,7 @@ import torch
 from swift.utils import get_logger
 
 from .. import checks
-from ..arguments import OptionError
+from ..arguments import OptionError, learns_from_rewards
 from ..divergence import Clipping, Divergence, TokenStats, topk_divergence
 from ..sources import STUDENT
 from ..teachers import Signal, TopK
@@ -76,7 +76,7 @@ class LossOptions:
             args.sft_alpha,
             args.gkd_tail,
             columns,
-            args.gkd_rl_weight if args.reward_funcs else 0.0,
+            args.gkd_rl_weight if learns_from_rewards(args) else 0.0,
             args.temperature,
             (args.epsilon, args.epsilon if args.epsilon_high is None else args.epsilon_high, args.delta),
             (args.gkd_rl_schedule, args.gkd_rl_switch),

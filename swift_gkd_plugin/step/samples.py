@@ -609,16 +609,17 @@ class SampleEncoder:
             return None
         least = passing - 1e-6 * max(abs(passing), 1)  # a sum of numbers in float32
         passed = [None if sample.reward is None else sample.reward.total >= least for sample in samples]
-        counts = torch.tensor([float(one is None or one == (which == 'passed')) for one in passed])
-        return counts.repeat_interleave(torch.tensor(lengths))
+        return _per_token([float(one is None or one == (which == 'passed')) for one in passed], lengths)
+
+    def _text(self, response: Response) -> str:
+        """For people: without the token that ends it."""
+        return self.template.safe_decode(response.token_ids if response.cut_off else response.token_ids[:-1])
 
     def for_reward(self, sample: Sample) -> GKDSample:
-        """ms-swift's sample with the response as a reward function reads it: without the token that ends it."""
+        """ms-swift's sample with the response as a reward function reads it."""
         answered = copy.copy(self._answered(sample))
         if sample.generated is None:
-            ids = sample.response.token_ids
-            text = self.template.safe_decode(ids if sample.response.cut_off else ids[:-1])
-            answered.messages = [*answered.messages[:-1], {'role': 'assistant', 'content': text}]
+            answered.messages = [*answered.messages[:-1], {'role': 'assistant', 'content': self._text(sample.response)}]
             answered.finish_reason = sample.response.finish_reason
         answered.prompt_id = f'{sample.row.epoch}-{sample.row.number}'
         answered.request_id = f'{answered.prompt_id}-{sample.row.repeat}'
@@ -646,7 +647,7 @@ class SampleEncoder:
         inner, ids = self.inner(sample), sample.response.token_ids
         remove_response(inner.messages)
         media = {kind: values for kind in MEDIA if (values := getattr(inner.to_infer_request(), kind))}
-        text = self.template.safe_decode(ids if sample.response.cut_off else ids[:-1])
+        text = self._text(sample.response)
         messages = [*inner.messages, {'role': 'assistant', 'content': text}]
         kept = {k: v for k, v in sample.content.items() if v is not None}
         return {**kept, **media, 'messages': messages, **dict(zip(RESPONSE_COLUMNS, (ids, False), strict=True))}
@@ -704,12 +705,16 @@ class SampleEncoder:
         return inputs, index
 
 
+def _per_token(of_samples: list[float], lengths: list[int]) -> torch.Tensor:
+    """[n] float32, a number of each sample for each of its tokens."""
+    return torch.tensor(of_samples, dtype=torch.float32).repeat_interleave(torch.tensor(lengths))
+
+
 def _advantages(samples: list[Sample], lengths: list[int]) -> torch.Tensor | None:
     """[n] float32, of the samples' tokens; None if no sample has any."""
     if not any(sample.reward for sample in samples):
         return None
-    of_samples = torch.tensor([sample.reward.advantage if sample.reward else 0.0 for sample in samples])
-    return of_samples.repeat_interleave(torch.tensor(lengths))
+    return _per_token([sample.reward.advantage if sample.reward else 0.0 for sample in samples], lengths)
 
 
 def _old_logprobs(samples: list[Sample], lengths: list[int]) -> torch.Tensor | None:

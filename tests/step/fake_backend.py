@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from swift.rewards import ORM, AsyncORM, orms
 
-from swift_gkd_plugin.arguments import GKDOptions
+from swift_gkd_plugin.arguments import GKDOptions, learns_from_rewards
 from swift_gkd_plugin.divergence import Divergence, TokenStats
 from swift_gkd_plugin.responses import Response
 from swift_gkd_plugin.rewards import Rewards
@@ -394,7 +394,7 @@ class FakeRun:
         self.backend = FakeBackend(args, ranks or Ranks(CPU), template)
         remote = None if server is None else remote_teacher(server)
         who = {None: None, 'local': SimpleNamespace(description='a table', host_copy=None), 'server': remote}[teacher]
-        weighs = args.gkd_rl_weight if args.reward_funcs else 0.0
+        weighs = args.gkd_rl_weight if learns_from_rewards(args) else 0.0
         how = {'schedule': (args.gkd_rl_schedule, args.gkd_rl_switch), 'distilled': (args.gkd_on, args.gkd_passing_reward)}
         options = LossOptions(Divergence(), args.gkd_loss_weight, args.sft_alpha, 'bucket', None, weighs, args.temperature, **how)
         rewards = Rewards(args) if args.reward_funcs else None
