@@ -23,7 +23,7 @@ def checks(tiny: bool) -> list[dict]:
         *(dict(name=f'top-k, {variant}', topk=variant) for variant in ('bucket', 'renormalize', 'temperature', 'labels')),
         *(dict(name=name) for name in ('cross-entropy', 'statistics', 'ready logits')),
         dict(name='extremes', limit=300),  # as many kernels as it has divergences
-        *(dict(name=kind, kind=kind) for kind in (*DIVERGENCES[1:], 'jsd 0.001', 'jsd 0.999')),
+        *(dict(name=kind, kind=kind) for kind in ((*DIVERGENCES[1:], 'jsd 0.001', 'jsd 0.999'), ('tvd',))[tiny]),
         dict(name='more than 2^31 logits', limit=240),
         dict(name='the same twice'),
     ]
@@ -47,7 +47,7 @@ def sweeps(tiny: bool) -> list[dict]:
     found += [dict(name=f'one load, {kind}', kind=kind, one_load=True) for kind in ('jsd', 'forward_kl')]
     found += [dict(name=f'jsd, {what}', kind='jsd', what=what) for what in ('labels', 'top-k', 'cross-entropy', 'statistics')]
     found += [dict(name='jsd, 151665', kind='jsd', vocab=151_665)]
-    found += [dict(name=kind, kind=kind) for kind in DIVERGENCES[1:]]
+    found += [dict(name=kind, kind=kind) for kind in (DIVERGENCES[1:], ('tvd',))[tiny]]
     return [{**case, 'env': {'TRITON_INTERPRET': '1'}} for case in found] if tiny else found
 
 

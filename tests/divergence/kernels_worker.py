@@ -90,7 +90,9 @@ def inputs(distance=1.0):
 
 
 def dense(kinds=KINDS + SMALL, distances=(1e-3, 1.0, 4.0)):
-    for divergence in kinds[: len(KINDS) + 2] if compiled else kinds:
+    if compiled:  # each takes seconds: every kind once, and of one a second weight
+        kinds = [kind for kind in KINDS if kind.beta == 0.5] + SMALL[1:2]
+    for divergence in kinds:
         for distance in distances:
             x, other, labels, weights = inputs(distance)
             # One head for both sides gives the difference of their logits; with a softcap, or another head, both are made.
@@ -100,15 +102,18 @@ def dense(kinds=KINDS + SMALL, distances=(1e-3, 1.0, 4.0)):
                 (x['weight'], LogitTransform(0.7, 9.0), labels, True, TEMPERATURES),
             ]
             if divergence in SMALL or (divergence is not KINDS[0] and compiled):
-                variants = [(None, None, None, False, 1.0)]  # each variant takes seconds; this one is needed below
+                variants = [(None, None, None, False, 1.0)]  # which is needed below
+            elif compiled:
+                variants[:2] = [(None, None, labels, True, 1.0)]
             if distance != 1:
                 variants = variants[:1]  # other numbers for the same code
             for head, transform, wanted, detail, temperature in variants:
                 args = (divergence, x, other, head, transform, wanted, weights, detail, 3, temperature)
                 (loss, gradients, stats), (right, right_gradients, right_stats) = run(sweeps, *args), run(Eager, *args)
                 close(loss, right, 1e-4 if distance == 1e-3 else 1e-5, f'{divergence.kind} at {distance}')
+                jumps = divergence.kind == 'tvd' and distance == 1e-3  # at columns of which a rounding says who is ahead
                 for one, other_one in zip(gradients, right_gradients, strict=True):
-                    close(one, other_one, 1e-4, f'{divergence.kind} gradient at {distance}')
+                    close(one, other_one, 1e-3 if jumps else 1e-4, f'{divergence.kind} gradient at {distance}')
                 for name, value in vars(right_stats).items():
                     if isinstance(value, torch.Tensor):
                         assert torch.allclose(getattr(stats, name), value, rtol=1e-4, atol=1e-5), (

@@ -102,6 +102,8 @@ SERVER_CASES: dict[str, dict[str, Any]] = {
 
 # megatron-core trains experts under tensor parallelism only with sequence parallelism.
 DENSE_ONLY = ('TP2',)
+# What only the vocabulary can tell from another case, which tensor parallelism alone splits.
+OF_THE_VOCABULARY = ('dense beta 0', 'dense beta 1', 'top-k renormalised', 'LoRA beta 0')
 
 
 def cases_of(layout: str) -> dict[str, dict[str, Any]]:
@@ -112,6 +114,8 @@ def cases_of(layout: str) -> dict[str, dict[str, Any]]:
     if ranks > 2:
         return EIGHT.get(layout, {})
     chosen = {name: case for name, case in CASES.items() if not name.startswith('8 ')}
+    if not layout.startswith('TP'):
+        chosen = {name: case for name, case in chosen.items() if name not in OF_THE_VOCABULARY}
     if layout in DENSE_ONLY:
         chosen = {name: case for name, case in chosen.items() if case.get('model') != 'moe'}
     if layout == 'EP2':
