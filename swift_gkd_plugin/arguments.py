@@ -13,6 +13,7 @@ from typing import Any, Literal, Optional
 
 DIVERGENCES = ('jsd', 'forward_kl', 'reverse_kl', 'skew_forward_kl', 'skew_reverse_kl', 'tvd')
 SOURCES = ('dataset', 'student', 'teacher')
+SIGNALS = ('distribution', 'sampled')
 RL_SCHEDULES = ('constant', 'linear', 'switch')
 DISTILLED = ('all', 'failed', 'passed')
 # transformers' quantisers that ms-swift knows, and the bits that each takes.
@@ -43,6 +44,11 @@ class GKDOptions:
     )
     gkd_skew: float = option(
         0.1, 'Share of the other model in the mixture of skew_forward_kl and skew_reverse_kl (DistiLLM), in [1e-6, 1).'
+    )
+    gkd_signal: Literal[SIGNALS] = option(
+        'distribution',
+        "What the loss knows of the teacher: its distribution at each token, or (sampled) only its log-probability of the student's own "
+        'token, from which the reverse KL is estimated as a policy gradient; for servers that send no more than that.',
     )
     gkd_loss_weight: float = option(
         1.0,
@@ -223,8 +229,8 @@ def teacher_offload(args: Any) -> Optional[str]:
 
 
 def engine_scores(args: Any) -> bool:
-    """Whether a vLLM engine of the teacher's sends the k largest log-probabilities, so that nothing else needs its weights for them."""
-    return args.gkd_teacher_engine == 'vllm' and args.gkd_logits_topk is not None
+    """Whether a vLLM engine of the teacher's sends log-probabilities, so that nothing else needs its weights for them."""
+    return args.gkd_teacher_engine == 'vllm' and (args.gkd_logits_topk is not None or args.gkd_signal == 'sampled')
 
 
 def learns_from_rewards(args: Any) -> bool:
@@ -235,6 +241,49 @@ def learns_from_rewards(args: Any) -> bool:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise OptionError(message)
+
+
+def _check_sampled(args: Any) -> None:
+    if args.gkd_signal != 'sampled':
+        return
+    divergence = f'{args.gkd_divergence} of --beta {args.beta}' if args.gkd_divergence == 'jsd' else args.gkd_divergence
+    _require(
+        divergence in ('reverse_kl', 'jsd of --beta 1', 'jsd of --beta 1.0'),
+        f'--gkd_signal sampled with --gkd_divergence {divergence}: a token that the student has sampled tells the reverse KL only; add '
+        '--gkd_divergence reverse_kl.',
+    )
+    _require(args.gkd_loss_weight > 0, f'--gkd_signal sampled with --gkd_loss_weight {args.gkd_loss_weight}: there is no divergence.')
+    _require(
+        args.lmbda == 1 or (args.lmbda > 0 and args.sft_alpha > 0),
+        f"--gkd_signal sampled with --lmbda {args.lmbda} and --sft_alpha {args.sft_alpha}: responses that are not the student's would have "
+        'no loss; set --lmbda 1, or --sft_alpha > 0 for those.',
+    )
+    _require(
+        args.gkd_logits_topk is None,
+        f'--gkd_signal sampled and --gkd_logits_topk {args.gkd_logits_topk}: the teacher is asked about one token, or about the k '
+        'likeliest; leave one of them out.',
+    )
+    _require(
+        args.gkd_routing == 'own',
+        f'--gkd_signal sampled with --gkd_routing {args.gkd_routing}: the student that samples chooses its own experts, and its '
+        'log-probabilities would be of another; leave one of them out.',
+    )
+    elsewhere = args.teacher_model_server is not None or args.gkd_teacher_engine == 'vllm'
+    wanted = 1.0 if elsewhere else args.temperature
+    found = args.temperature if args.gkd_temperature is None else args.gkd_temperature
+    _require(
+        found == wanted and args.temperature > 0,
+        f'--gkd_signal sampled with --gkd_temperature {found} and --temperature {args.temperature}: '
+        + (
+            "a server's log-probabilities are taken at 1; add --gkd_temperature 1."
+            if elsewhere
+            else 'tokens say something about the temperature that they were sampled at; leave --gkd_temperature out, and --temperature > 0.'
+        ),
+    )
+    _require(
+        args.importance_sampling_level != 'sequence',
+        '--gkd_signal sampled with --importance_sampling_level sequence: each token has a weight of its own; use sequence_token.',
+    )
 
 
 def _check_rewards(args: Any) -> None:
@@ -321,6 +370,7 @@ def check_values(args: Any) -> None:
     _require(args.max_completion_length > 0, f'--max_completion_length {args.max_completion_length}: must be > 0.')
     _require(args.sft_alpha >= 0, f'--sft_alpha {args.sft_alpha}: must be >= 0 (the weight of the cross-entropy).')
     _require(args.gkd_loss_weight >= 0, f'--gkd_loss_weight {args.gkd_loss_weight}: must be >= 0 (the weight of the divergence).')
+    _check_sampled(args)
     _check_rewards(args)
     _require(
         args.gkd_loss_weight > 0 or args.sft_alpha > 0 or learns_from_rewards(args),
@@ -342,6 +392,7 @@ def check_values(args: Any) -> None:
         ('gkd_eval_source', SOURCES),
         ('gkd_teacher_engine', ('transformers', 'vllm')),
         ('gkd_routing', ('own', 'teacher')),
+        ('gkd_signal', SIGNALS),
         ('gkd_rl_schedule', RL_SCHEDULES),
         ('gkd_on', DISTILLED),
     ):
@@ -386,7 +437,7 @@ def check_values(args: Any) -> None:
         f'--teacher_model {args.teacher_model} and --teacher_model_server {args.teacher_model_server}: give one of them.',
     )
     _require(
-        args.teacher_model_server is None or args.gkd_logits_topk is not None,
+        args.teacher_model_server is None or args.gkd_logits_topk is not None or args.gkd_signal == 'sampled',
         '--teacher_model_server without --gkd_logits_topk: a server sends the k largest log-probabilities; say how many.',
     )
     _require(

@@ -41,7 +41,8 @@ def nobody_generates(args: Any) -> bool:
 
 
 MEASURED = 'rewards are measured only: --gkd_rl_weight 0, or --lmbda 0'
-OF_COMPARISON = ('scale_rewards', 'advantage_estimator', 'epsilon', 'epsilon_high', 'delta', 'gkd_rl_schedule', 'gkd_rl_switch')
+OF_COMPARISON = ('scale_rewards', 'advantage_estimator', 'gkd_rl_schedule', 'gkd_rl_switch')
+OF_RATIOS = ('epsilon', 'epsilon_high', 'delta', 'importance_sampling_level')
 OF_REWARDS = ('reward_weights', 'gkd_rl_weight', 'gkd_passing_reward', *OF_COMPARISON)
 BLIND = 'at --gkd_loss_weight 0 no teacher looks at the responses'
 IDLE = f'{BLIND}, and without --seq_kd or --gkd_eval_source teacher it answers nothing'
@@ -52,8 +53,16 @@ ONLY_IN_ENGINE = 'the engine has the only copy of the teacher; see --gkd_teacher
 OF_OTHERS: dict[str, tuple[str, ...]] = {
     'GRPO': (
         *('reward_model_plugin', 'overlong_filter', 'dynamic_sample'),
-        *('advantage_reweight', 'importance_sampling_level', 'kl_in_reward'),
-        *('num_iterations', 'num_generations_eval', 'teacher_kl_coef', 'sdar_loss_coef', 'top_entropy_quantile', 'log_entropy'),
+        *(
+            'advantage_reweight',
+            'kl_in_reward',
+            'num_iterations',
+            'num_generations_eval',
+            'teacher_kl_coef',
+            'sdar_loss_coef',
+            'top_entropy_quantile',
+            'log_entropy',
+        ),
         *('rollout_importance_sampling_mode', 'log_rollout_offpolicy_metrics', 'off_policy_sequence_mask_delta', 'sync_ref_model'),
         *('chord_sft_dataset', 'chord_enable_phi_function'),
     ),
@@ -94,7 +103,7 @@ NOT_USED: tuple[Entry, ...] = (
     ('gkd_teacher_max_completion_length', teacher_is_silent, 'the teacher answers with --seq_kd or --gkd_eval_source teacher'),
     (
         'gkd_teacher_engine',
-        lambda a: teacher_is_silent(a) and (a.gkd_logits_topk is None or teacher_is_blind(a)),
+        lambda a: teacher_is_silent(a) and (not engine_scores(a) or teacher_is_blind(a)),
         'it answers with --seq_kd, and scores with --gkd_logits_topk',
     ),
     ('gkd_teacher_engine_args', lambda a: a.gkd_teacher_engine != 'vllm', 'it belongs to --gkd_teacher_engine vllm'),
@@ -123,11 +132,16 @@ NOT_USED: tuple[Entry, ...] = (
     ('gkd_passing_reward', lambda a: a.reward_funcs and a.gkd_on == 'all', 'it belongs to --gkd_on failed or passed'),
     ('gkd_on', lambda a: a.reward_funcs and teacher_is_blind(a), BLIND),
     *((name, lambda a: a.reward_funcs and not learns_from_rewards(a), MEASURED) for name in OF_COMPARISON),
+    *((name, lambda a: a.reward_funcs and not learns_from_rewards(a) and a.gkd_signal != 'sampled', MEASURED) for name in OF_RATIOS),
     *(
         (name, lambda a: 'soft_overlong' not in a.reward_funcs, 'it belongs to --reward_funcs soft_overlong')
         for name in ('soft_max_length', 'soft_cache_length')
     ),
     *((name, lambda a: not a.reward_funcs, 'it belongs to --reward_funcs') for name in OF_REWARDS),
+    *(
+        (name, lambda a: not a.reward_funcs and a.gkd_signal != 'sampled', 'it belongs to --reward_funcs and --gkd_signal sampled')
+        for name in OF_RATIOS
+    ),
     ('loss_type', lambda a: True, '--gkd_divergence chooses the loss'),
     ('enable_dft_loss', lambda a: True, 'it belongs to SFT'),
     ('enable_channel_loss', lambda a: True, 'it belongs to SFT'),

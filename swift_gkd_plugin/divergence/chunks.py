@@ -48,6 +48,7 @@ class Weights:
     cross_entropy: Tensor | None = None  # of any sign; None: it is not part of the loss
     label_temperature: float | Tensor = 1.0  # of the cross-entropy, of all tokens or of each
     clipping: Clipping | None = None  # of what the cross-entropy's weights then weigh in its place
+    teacher_logprobs: Tensor | None = None  # of the labels; the divergence's weights then weigh its estimate; NaN where there is none
 
     def scaled(self, by: Tensor) -> 'Weights':
         return replace(self, divergence=self.divergence * by, cross_entropy=None if self.cross_entropy is None else self.cross_entropy * by)
@@ -161,9 +162,9 @@ def _work_on(call: Call, sweeps: Sweeps, rows: slice, logits: Logits, tokens: To
     teacher, reduce = call.teacher, call.vocabulary.reduce
     if tokens.label is not None:
         sweeps.take(logits.student, tokens.label[:, None], tokens.label_logit[:, None])
-    clipped, dense, listed = tokens.log_ratio is not None, isinstance(teacher, LogitsTeacher), None
-    # Ratios take what is known after the first sweep.
-    if dense and into is not None and not clipped and reduce.group is None and sweeps.at_once(logits, tokens, into):
+    by_logprob, dense, listed = _weighs_by_logprob(call.weights), isinstance(teacher, LogitsTeacher), None
+    # Those take what is known after the first sweep.
+    if dense and into is not None and not by_logprob and reduce.group is None and sweeps.at_once(logits, tokens, into):
         return
     if isinstance(teacher, TopKTeacher):
         ids = teacher.ids[rows]
@@ -171,9 +172,9 @@ def _work_on(call: Call, sweeps: Sweeps, rows: slice, logits: Logits, tokens: To
     sweeps.normalise(logits, tokens)
     if reduce.group is not None:
         _over_group(sweeps, reduce, tokens)
-    if clipped:
+    if by_logprob:
         reduce.sum(tokens.label_logit)
-        _weigh_by_ratio(call.weights, rows, tokens, tokens.label_lse if listed is None else listed.label_lse(tokens))
+        _weigh_by_logprob(call, rows, tokens, tokens.label_lse if listed is None else listed.label_lse(tokens))
     if listed is not None:
         tail_weight, per_id = sweeps.compare(listed, tokens)
     elif teacher is not None:
@@ -194,11 +195,22 @@ def _work_on(call: Call, sweeps: Sweeps, rows: slice, logits: Logits, tokens: To
         sweeps.put(listed.ids, per_id, into)
 
 
-def _weigh_by_ratio(weights: Weights, rows: slice, tokens: Tokens, label_lse: Tensor) -> None:
+def _weighs_by_logprob(weights: Weights) -> bool:
+    """Whether the weights of the labels' gradient depend on their log-probabilities."""
+    return weights.clipping is not None or weights.teacher_logprobs is not None
+
+
+def _weigh_by_logprob(call: Call, rows: slice, tokens: Tokens, label_lse: Tensor) -> None:
     """The labels' ratios, and the weights of their gradient. label_lse: [rows], of all columns."""
-    logprobs = tokens.log_ratio.copy_(tokens.label_logit).mul_(tokens.label_scale).sub_(label_lse)
-    weights.clipping.to_ratio(rows, logprobs)
-    tokens.label_weight.mul_(weights.clipping.slope(tokens.log_ratio, weights.cross_entropy[rows]))
+    weights, logprobs = call.weights, tokens.label_logit.double().mul_(tokens.label_scale).sub_(label_lse)
+    if weights.teacher_logprobs is not None:
+        ahead = (weights.teacher_logprobs[rows] - logprobs).nan_to_num(nan=0).mul_(weights.divergence[rows])
+        at = weights.label_temperature
+        ahead *= call.student.slope / (at[rows] if isinstance(at, Tensor) else at)
+        tokens.label_weight.add_(ahead * _counts(call, rows))
+    if weights.clipping is not None:
+        tokens.log_ratio.copy_(weights.clipping.log_ratio(rows, logprobs))
+        tokens.label_weight.mul_(weights.clipping.slope(tokens.log_ratio, weights.cross_entropy[rows]))
 
 
 def _unclipped(weights: Weights, tokens: Tokens) -> Weights:
@@ -237,9 +249,9 @@ def _compare_in_detail(call: Call, sweeps: Sweeps, logits: Logits, tokens: Token
         tokens.label_prob.copy_((reduce.sum(logit)[:, 0] - tokens.lse[1]).exp())
 
 
-def _counts(call: Call) -> Tensor:
+def _counts(call: Call, rows: slice = slice(None)) -> Tensor:
     """1 for tokens whose label is one of the vocabulary, else 0."""
-    labels = call.weights.labels
+    labels = call.weights.labels[rows]
     return ((labels >= 0) & (labels < call.vocabulary.size)).to(call.student.dtype)
 
 
@@ -249,7 +261,7 @@ def _losses(call: Call, tokens: Tokens) -> Tensor:
     loss = torch.zeros(call.tokens, dtype=dtype, device=call.device)
     found = {}
     if tokens.label is not None:
-        logit = tokens.label_logit if weights.clipping is not None else call.vocabulary.reduce.sum(tokens.label_logit)
+        logit = tokens.label_logit if _weighs_by_logprob(weights) else call.vocabulary.reduce.sum(tokens.label_logit)
         found['cross_entropy'] = (tokens.label_lse - logit.double() * tokens.label_scale.double()).to(dtype) * _counts(call)
         weighed = found['cross_entropy']
         if weights.clipping is not None:
@@ -260,6 +272,9 @@ def _losses(call: Call, tokens: Tokens) -> Tensor:
             loss += weights.cross_entropy.to(dtype) * weighed
     if tokens.sums is not None:
         found['divergence'] = tokens.sums[0]
+    elif weights.teacher_logprobs is not None:
+        found['divergence'] = (-found['cross_entropy'] - weights.teacher_logprobs.to(dtype)).nan_to_num(nan=0) * _counts(call)
+    if 'divergence' in found:
         loss += weights.divergence.to(dtype) * found['divergence']
     if call.stats is None:
         return loss

@@ -25,6 +25,8 @@ class Clipping:
 
     Args:
         old_logprobs: [tokens], the older policy's log-probabilities of the labels, at their temperatures. NaN: the token keeps w·CE.
+        log_ratios: [tokens] log r, where r is of more than the label: of its whole response, the mean over its tokens (GSPO,
+            arXiv 2507.18071). NaN as above. None: r is that of the label.
         low, high: how far below and above 1 a ratio counts, >= 0.
         delta: the most that a ratio counts for where w < 0, > 0; None: there is no most, but for exp(80).
 
@@ -35,6 +37,7 @@ class Clipping:
     low: float
     high: float
     delta: float | None = None
+    log_ratios: Tensor | None = None
 
     def __post_init__(self):
         for name, bound in (('low', self.low), ('high', self.high)):
@@ -43,9 +46,10 @@ class Clipping:
         if self.delta is not None and not self.delta > 0:
             raise ValueError(f'delta of a clipping must be > 0 or None, got {self.delta}')
 
-    def to_ratio(self, rows: slice, logprobs: Tensor) -> Tensor:
-        """Make of `logprobs` [rows] in fp64 log r, in place; NaN where a label's term has no ratio."""
-        return logprobs.sub_(self.old_logprobs[rows]).clamp_max_(_MAX_LOG_RATIO)
+    def log_ratio(self, rows: slice, logprobs: Tensor) -> Tensor:
+        """log r of labels with these `logprobs` [rows]; NaN where a label's term has no ratio."""
+        found = logprobs - self.old_logprobs[rows] if self.log_ratios is None else self.log_ratios[rows]
+        return found.clamp(max=_MAX_LOG_RATIO)
 
     def slope(self, log_ratio: Tensor, weight: Tensor) -> Tensor:
         """What the gradient of w·CE is multiplied by [rows]: r, 0 beyond the bounds, 1 where there is no ratio."""

@@ -91,6 +91,7 @@ def linear_divergence(
     label_weights: Tensor | None = None,
     label_temperature: float | Tensor = 1.0,
     clipping: Clipping | None = None,
+    teacher_logprobs: Tensor | None = None,
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
     vocab_group=None,
@@ -122,6 +123,11 @@ def linear_divergence(
             the divergence's own temperature, there is one exponential per logit less.
         clipping: puts importance ratios, clipped as in PPO, in the place of cross-entropies of tokens that an older policy
             sampled; label_weights, which it needs, are their advantages.
+        teacher_logprobs: [tokens] log T(label), of a teacher of which nothing else is known (teacher_hidden None); labels are
+            tokens that the student sampled, at the label_temperature. In the place of D comes its estimate by one sample,
+            log S(label) - log T(label), whose expectation is KL(student‖teacher), and the gradient is that of the policy gradient,
+            (log S(label) - log T(label))·∇log S(label), whose expectation is the gradient of KL(student‖teacher). NaN: a token
+            without one.
         vocab_size: number of leading ids over which both sides are normalised; default: the smaller vocabulary. Columns
             from there on are masked on both sides, with gradient 0.
         chunk_tokens: tokens whose logits exist at a time; chosen from the shape and the device by default.
@@ -137,9 +143,9 @@ def linear_divergence(
         stats: filled with per-token statistics.
 
     Returns:
-        fp32 (fp64 from fp64 inputs) scalar or [tokens]. Always finite for finite hidden states; >= 0 for a divergence,
-        and exactly 0 where both sides' logits are equal. An empty token set gives 0 or an empty tensor, connected to
-        the graph.
+        fp32 (fp64 from fp64 inputs) scalar or [tokens]. Always finite for finite hidden states; >= 0 for a divergence (its
+        estimate by one sample has any sign), and exactly 0 where both sides' logits are equal. An empty token set gives 0 or
+        an empty tensor, connected to the graph.
 
     Raises:
         ValueError: shapes that do not fit one another, naming both sizes; a label_temperature that is not positive and finite.
@@ -179,7 +185,7 @@ def linear_divergence(
             lora = None if b_rows is None else (a, b_rows, scaling)
             heads.append((column, LinearHead(teacher_hidden, weight, bias, lora, teacher_transform, len(weight), temperature)))
         teacher = LogitsTeacher(heads, difference)
-    weights = _weights(student, teacher, token_weights, labels, label_weights, label_temperature, clipping)
+    weights = _weights(student, teacher, token_weights, labels, label_weights, label_temperature, clipping, teacher_logprobs)
     return _apply(Call(divergence, student, teacher, weights, vocabulary, chunk_tokens, stats), reduction)
 
 
@@ -280,6 +286,7 @@ def logits_divergence(
     label_weights: Tensor | None = None,
     label_temperature: float | Tensor = 1.0,
     clipping: Clipping | None = None,
+    teacher_logprobs: Tensor | None = None,
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
     stats: TokenStats | None = None,
@@ -300,7 +307,7 @@ def logits_divergence(
     student, teacher = ReadyLogits(student_logits, size, divergence.temperature), None
     if teacher_logits is not None:
         teacher = LogitsTeacher([(0, ReadyLogits(teacher_logits, size, divergence.temperature))])
-    weights = _weights(student, teacher, token_weights, labels, label_weights, label_temperature, clipping)
+    weights = _weights(student, teacher, token_weights, labels, label_weights, label_temperature, clipping, teacher_logprobs)
     return _apply(Call(divergence, student, teacher, weights, Vocabulary.whole(size), chunk_tokens, stats), reduction)
 
 
@@ -321,10 +328,12 @@ def _weights(
     label_weights: Tensor | None,
     label_temperature: float | Tensor,
     clipping: Clipping | None,
+    teacher_logprobs: Tensor | None = None,
 ) -> Weights:
     tokens = len(student.hidden)
     given = dict(token_weights=token_weights, labels=labels, label_weights=label_weights, label_temperature=label_temperature)
-    given['old_logprobs'] = None if clipping is None else clipping.old_logprobs
+    given['teacher_logprobs'] = teacher_logprobs
+    given |= {} if clipping is None else dict(old_logprobs=clipping.old_logprobs, log_ratios=clipping.log_ratios)
     for name, x in given.items():
         if isinstance(x, Tensor) and x.shape != (tokens,):
             raise ValueError(f'{name} must have shape [{tokens}] like the tokens, got {list(x.shape)}')
@@ -336,18 +345,23 @@ def _weights(
         raise ValueError('label_weights were given without labels')
     if teacher is None and labels is None:
         raise ValueError('without a teacher there must be labels')
+    if teacher_logprobs is not None and teacher is not None:
+        raise ValueError('teacher_logprobs are of a teacher of which nothing else is known; another one was given beside them')
     ones = torch.ones(tokens, dtype=student.dtype, device=student.hidden.device)
     if label_weights is None and teacher is None:
-        label_weights = ones
+        label_weights = ones if teacher_logprobs is None else torch.zeros_like(ones)
     divergence = ones if token_weights is None else token_weights.detach()
     if clipping is not None:
         if label_weights is None:
             raise ValueError('a clipping needs label_weights: those that it clips')
-        clipping = replace(clipping, old_logprobs=clipping.old_logprobs.detach())
+        ratios = clipping.log_ratios
+        clipping = replace(clipping, old_logprobs=clipping.old_logprobs.detach(), log_ratios=None if ratios is None else ratios.detach())
     if labels is None:
         return Weights(divergence)
     labels = labels.contiguous()  # kernels read them one after the other
-    return Weights(divergence, labels, None if label_weights is None else label_weights.detach(), label_temperature, clipping)
+    label_weights = None if label_weights is None else label_weights.detach()
+    teacher_logprobs = None if teacher_logprobs is None else teacher_logprobs.detach()
+    return Weights(divergence, labels, label_weights, label_temperature, clipping, teacher_logprobs)
 
 
 def _apply(call: Call, reduction: str) -> Tensor:

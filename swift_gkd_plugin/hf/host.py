@@ -36,7 +36,7 @@ RENAMED = {
 # Options of RLHFArguments that stock GKDConfig lacks. TrainerFactory passes on only what both have, so that a GKD run lost them silently.
 LOST_OPTIONS = (
     *('multi_turn_scheduler', 'max_turns', 'completion_length_limit_scope', 'vllm_server_pass_dataset', 'use_gym_env', 'gym_env'),
-    *('epsilon', 'epsilon_high', 'delta'),
+    *('epsilon', 'epsilon_high', 'delta', 'importance_sampling_level'),
 )
 
 

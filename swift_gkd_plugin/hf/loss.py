@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,25 +57,21 @@ class DistillationLoss(LossInForward):
     ) -> torch.Tensor:
         """``chosen`` [n, dim] hidden states, or [n, vocab] logits if ``head`` is None; all else comes to their device."""
         options, device = self.options, chosen.device
-        common = self._of_tokens(batch, lambda x: x.to(device), signal, stats)
-        if head is not None:
-            student = dict(student_bias=head.bias, student_transform=head.transform, student_lora=head.lora)
-        if options.weight > 0:  # also where no teacher looks at these tokens: their log-probabilities are compared with others'
-            common['vocab_size'] = options.vocab_size
-        if signal is None:
-            if head is None:
-                return logits_divergence(chosen, None, options.divergence, **common)
-            return linear_divergence(chosen, head.weight, None, None, options.divergence, **student, **common)
+        alone = partial(self._alone, chosen, head)
+        common = self._of_tokens(batch, lambda x: x.to(device), signal, stats, alone, partial(self._teacher_alone, signal, device))
+        if signal is None or options.sampled:
+            return alone(**common)
+        common |= self._vocabulary
+        student = {} if head is None else of_student(head)
         if isinstance(signal, TopK):
-            if head is None:
-                return self._from_topk(chosen, None, signal, **common)
-            return self._from_topk(chosen, head.weight, signal, **student, **common)
+            return self._from_topk(chosen, None if head is None else head.weight, signal, **student, **common)
         if head is None or isinstance(signal, Logits):
             logits = chosen if head is None else head.logits_with_gradient(chosen)
-            return logits_divergence(logits, self._teacher_logits(signal, device), options.divergence, **common)
+            return self._run(logits_divergence, logits, self._teacher_logits(signal, device), options.divergence, **common)
         with self._whole(signal.head):
             teacher = signal.head.tensors(self.teacher_adapter).detached(device)
-            return linear_divergence(
+            return self._run(
+                linear_divergence,
                 chosen,
                 head.weight,
                 signal.hidden.to(device),
@@ -86,6 +83,24 @@ class DistillationLoss(LossInForward):
                 **student,
                 **common,
             )
+
+    @property
+    def _vocabulary(self) -> dict[str, int | None]:
+        """Also where no teacher looks at the tokens: their log-probabilities are compared with others'."""
+        return dict(vocab_size=self.options.vocab_size) if self.options.weight > 0 else {}
+
+    def _alone(self, states: torch.Tensor, head: HeadTensors | None, **common: Any) -> torch.Tensor:
+        """The operator over one model."""
+        common |= self._vocabulary
+        if head is None:
+            return self._run(logits_divergence, states, None, self.options.divergence, **common)
+        return self._run(linear_divergence, states, head.weight, None, None, self.options.divergence, **of_student(head), **common)
+
+    def _teacher_alone(self, signal: HiddenStates | Logits, device: torch.device, **common: Any) -> torch.Tensor:
+        if isinstance(signal, Logits):
+            return self._alone(signal.logits.to(device), None, **common)
+        with self._whole(signal.head):
+            return self._alone(signal.hidden.to(device), signal.head.tensors(self.teacher_adapter).detached(device), **common)
 
     def _whole(self, teacher: OutputHead) -> AbstractContextManager:
         """The teacher's head with whole weights. If it is the module whose forward this is, they are whole already, and ZeRO-3 would
@@ -100,3 +115,8 @@ class DistillationLoss(LossInForward):
         with torch.no_grad(), self._whole(signal.head):
             head = signal.head.tensors(self.teacher_adapter)
             return head.logits(signal.hidden.to(head.weight.device)).to(device)
+
+
+def of_student(head: HeadTensors) -> dict[str, Any]:
+    """A head as the operator's student has it, beside its weight."""
+    return dict(student_bias=head.bias, student_transform=head.transform, student_lora=head.lora)

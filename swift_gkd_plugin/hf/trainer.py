@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from .. import checks, versions
-from ..arguments import teacher_offload
+from ..arguments import engine_scores, teacher_offload
 from ..divergence import TokenStats
 from ..responses.local import evaluation_mode
 from ..sources import TEACHER, Draw
@@ -115,7 +115,7 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
         self.loss = DistillationLoss(self._loss_options(), OutputHead(self.bare), self.teacher.adapter if self.teacher else True)
         self.heads_verified = False
         self.conductor = Conductor(backend, self.template, self.loss.options, self.teacher, self.answering, rewards=rewards)
-        self.loss.shares = self.conductor.shares
+        self.conductor.connect(self.loss)
         if args.gkd_routing == 'teacher' and self.conductor.scored_locally:
             self.teacher.routing = RoutingReplay(self.bare, self.teacher.bare)
         if args.use_vllm:
@@ -151,7 +151,7 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
             self.teacher_model = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
 
     def _resolve_teacher(self, server_urls: str | None) -> LocalTeacher | RemoteTeacher:
-        scores = self.answering is not None and (server_urls is not None or self.args.gkd_logits_topk is not None)
+        scores = self.answering is not None and (server_urls is not None or engine_scores(self.args))
         teacher = self.answering if scores else local_teacher(self)
         student = 'base + adapter (trainable)' if isinstance(teacher, SharedBase) else type(self.bare).__name__
         logger.info(f'Student: {student}; teacher: {teacher.description}.')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from megatron.core import mpu
 from ..divergence import TokenStats, linear_divergence
 from ..step.objective import LossInForward
 from ..step.samples import MicroBatch
-from ..teachers import Signal, TopK
-from .head import OutputHead
+from ..teachers import HiddenStates, Signal, TopK
+from .head import HeadTensors, OutputHead
 from .views import LocalView
 
 
@@ -44,19 +45,16 @@ class DistillationLoss(LossInForward):
     def _sum(self, chosen: torch.Tensor, batch: MicroBatch, view: LocalView, signal: Signal | None, stats: TokenStats) -> torch.Tensor:
         options, device = self.options, chosen.device
         head = self.head.tensors()
-        common = dict(
-            self._of_tokens(batch, lambda x: view.of(x).to(device), signal, stats),
-            student_bias=head.bias,
-            student_transform=head.transform,
-            vocab_size=options.vocab_size,
-            vocab_group=mpu.get_tensor_model_parallel_group() if mpu.get_tensor_model_parallel_world_size() > 1 else None,
-        )
-        if signal is None:
-            return linear_divergence(chosen, head.weight, None, None, options.divergence, **common)
+        alone = partial(self._alone, chosen, head)
+        common = self._of_tokens(batch, lambda x: view.of(x).to(device), signal, stats, alone, partial(self._teacher_alone, signal))
+        if signal is None or options.sampled:
+            return alone(**common)
+        common |= self._of_student(head)
         if isinstance(signal, TopK):
             return self._from_topk(chosen, head.weight, signal, **common)
         teacher = signal.head.tensors(self.teacher_adapter)
-        return linear_divergence(
+        return self._run(
+            linear_divergence,
             chosen,
             head.weight,
             signal.hidden,
@@ -66,3 +64,19 @@ class DistillationLoss(LossInForward):
             teacher_transform=teacher.transform,
             **common,
         )
+
+    def _of_student(self, head: HeadTensors) -> dict[str, Any]:
+        """A head as the operator's student has it, beside its weight."""
+        return dict(
+            student_bias=head.bias,
+            student_transform=head.transform,
+            vocab_size=self.options.vocab_size,
+            vocab_group=mpu.get_tensor_model_parallel_group() if mpu.get_tensor_model_parallel_world_size() > 1 else None,
+        )
+
+    def _alone(self, states: torch.Tensor, head: HeadTensors, **common: Any) -> torch.Tensor:
+        """The operator over one model."""
+        return self._run(linear_divergence, states, head.weight, None, None, self.options.divergence, **self._of_student(head), **common)
+
+    def _teacher_alone(self, signal: HiddenStates, **common: Any) -> torch.Tensor:
+        return self._alone(signal.hidden, signal.head.tensors(self.teacher_adapter), **common)

@@ -113,6 +113,7 @@ def _rollout(pipeline: Any, options: dict[str, Any], own: dict[str, Any]) -> Gro
 
 def _teacher(pipeline: Any, options: dict[str, Any], own: dict[str, Any]) -> Group:
     gpus, topk, server = pipeline.group_gpus['teacher'], options.get('gkd_logits_topk'), options.get('teacher_model_server')
+    topk = 1 if options.get('gkd_signal') == 'sampled' else topk
     if topk is None:
         raise OptionError(f'teacher.gpus {gpus} without gkd_logits_topk: engines send the k largest log-probabilities; say how many.')
     if server is not None:

@@ -98,7 +98,7 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
         self.conductor = Conductor(
             backend, template, self.loss.options, self.teacher, self.answering, write_on_rank='last', rewards=rewards
         )
-        self.loss.shares = self.conductor.shares
+        self.conductor.connect(self.loss)
         if isinstance(self.teacher, AveragedStudent):
             self.callbacks.append(Follower(self))
         self._init_rollout_engine()

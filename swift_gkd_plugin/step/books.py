@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
@@ -115,18 +116,26 @@ class Books:
         imitated = part(batch.imitated).to(device)
         count = len(imitated)
         self.metrics.add('loss', total.detach(), count)
+        by_student = 1 - imitated
         if stats.divergence is not None:
             self.metrics.add('divergence', _sum(stats.divergence), count)
+            if self.encoder.sampled:
+                self.metrics.add('kl_sampled', _sum(stats.divergence.to(device) * by_student), by_student.sum())
+            if self.training and self.encoder.with_rewards:
+                compared = part(batch.weights if batch.compared is None else batch.weights * batch.compared)
+                self.metrics.add('distill_loss', _sum(stats.divergence.to(device) * compared.to(device)), count)
         if stats.cross_entropy is not None:
             cross_entropy = stats.cross_entropy.to(device)
             self.metrics.add('cross_entropy', _sum(cross_entropy * imitated), imitated.sum())
             if self.evaluating:
                 self.metrics.add('all_cross_entropy', _sum(cross_entropy), count)
-            elif self.encoder.with_rewards:
+            else:
                 advantages = torch.zeros_like(imitated) if batch.advantages is None else part(batch.advantages).to(device)
-                self.metrics.add('pg_loss', _sum(cross_entropy * advantages), count)
+                if self.encoder.with_rewards:
+                    self.metrics.add('pg_loss', _sum(cross_entropy * advantages), count)
                 if stats.clipped is not None:
-                    self.metrics.add('clip_ratio', _sum(stats.clipped), (advantages != 0).sum())
+                    weighed = by_student if self.encoder.sampled else advantages
+                    self.metrics.add('clip_ratio', _sum(stats.clipped), (weighed != 0).sum())
         for name in DETAILS if stats.detail else ():
             values = getattr(stats, name)
             if values is not None:
@@ -141,6 +150,11 @@ class Books:
             sums[1].index_add_(0, of_sample, torch.ones_like(sums[0])[of_sample])
             for sample, sum_and_count in zip(batch.samples, sums.unbind(1), strict=True):
                 sample.divergence = sum_and_count
+
+    def add_norms(self, of_rewards: torch.Tensor, of_divergence: torch.Tensor) -> None:
+        """Book the squared norms of a micro-batch's gradients."""
+        if self.training:
+            self.metrics.add('gradient_ratio', of_rewards, of_divergence)
 
     def not_finite(self) -> list[Sample]:
         """This rank's samples of micro-batches whose loss is not."""
@@ -196,6 +210,8 @@ class Books:
         tokens, seconds = metrics.pop('tokens/generated', 0), metrics.pop('seconds/sampling', 0)
         if tokens and seconds > 0:
             metrics['generation/tokens_per_second'] = tokens / seconds
+        if 'gradient_ratio' in metrics:
+            metrics['gradient_ratio'] = math.sqrt(metrics['gradient_ratio'])
         self.completions.show()
         return metrics
 

@@ -34,7 +34,7 @@ from .books import Books, all_of
 from .cycle import Cycle
 from .data import Row
 from .evaluation import Evaluation
-from .objective import LossOptions
+from .objective import LossInForward, LossOptions
 from .random_state import RandomState
 from .remote import RemoteTeacher, asked_once
 from .rewarding import Rewarding
@@ -81,7 +81,7 @@ class Conductor:
         view = TeacherView(args.gkd_teacher_system, args.gkd_teacher_enable_thinking)
         tag_key = args.teacher_tag_key if isinstance(teacher, RemoteTeacher) else None
         scored = teacher is not None and args.gkd_loss_weight > 0
-        self.encoder = SampleEncoder(template, view, scored, tag_key, options.reward_weight > 0, options.distilled)
+        self.encoder = SampleEncoder(template, view, scored, tag_key, options.reward_weight > 0, options.sampled, options.distilled)
         self.options = options
         self.books = Books(backend, self.encoder, write_on_rank, rewards.names if rewards else ())
         if teacher is None:
@@ -94,7 +94,7 @@ class Conductor:
             self.answers,
             self.books,
             lambda samples: InTurn(self._taught(samples), self._in_turn),
-            scored,
+            scored and self._scores_evaluations,
             self.rewarding,
         )
         self.cycle: Cycle | None = None
@@ -159,7 +159,13 @@ class Conductor:
     @property
     def _scores(self) -> bool:
         """Whether a teacher looks at what is run."""
-        return self.args.gkd_loss_weight > 0 and self.books.looked_up is None and self.shares()[0] > 0
+        looks = self._scores_evaluations if self.books.evaluating else self.books.looked_up is None
+        return looks and self.args.gkd_loss_weight > 0 and self.shares()[0] > 0
+
+    @property
+    def _scores_evaluations(self) -> bool:
+        """One token says something of the student that has sampled it."""
+        return not self.options.sampled or self.args.gkd_eval_source == STUDENT
 
     def shares(self) -> tuple[float, float]:
         """Of the weights of divergence and rewards, as they are in this step; an evaluation measures with the whole ones."""
@@ -214,10 +220,12 @@ class Conductor:
         return InTurn(batches, self._in_turn)
 
     def _remember(self) -> None:
-        """The log-probabilities of rewarded responses that later steps will learn from, under the weights that gave them. A collective
-        call."""
-        waiting = [samples for samples in self._ready if any(s.reward is not None and s.old_logprobs is None for s in samples)]
-        if not self.encoder.with_rewards or not self.ranks.anywhere(len(waiting)):
+        """The log-probabilities of responses whose tokens have weights of their own and that later steps will learn from, under the weights
+        that gave them. A collective call."""
+        if not self.options.weighs_samples:
+            return
+        waiting = [samples for samples in self._ready if any(self._weighed(s) and s.old_logprobs is None for s in samples)]
+        if not self.ranks.anywhere(len(waiting)):
             return
         multiple = self.backend.multiple
         count = -(-self.ranks.at_most(len(waiting)) // multiple) * multiple
@@ -236,9 +244,14 @@ class Conductor:
         for samples, logprobs in zip(batches, known, strict=True):
             parts = logprobs.split([self.encoder.trained_tokens(sample) for sample in samples])
             for sample, part in zip(samples, parts, strict=True):
-                if sample.reward is not None:
+                if self._weighed(sample):
                     sample.old_logprobs = part.clone()
                     sample.views = None  # with its images
+
+    def _weighed(self, sample: Sample) -> bool:
+        if self.options.sampled:
+            return sample.row.counts and sample.source == STUDENT and sample.response is not None
+        return sample.reward is not None
 
     def _new_cycle(self, rows: Iterator[list[Row]], length: int) -> list[list[Sample]]:
         """A cycle's samples with their responses. Empty where the rows end."""
@@ -422,7 +435,7 @@ class Conductor:
 
     def _ask_ahead(self, rows: Iterator[list[Row]], num_batches: int, cycle_length: int) -> None:
         """A server is asked about the next step's responses of the dataset while this step trains."""
-        if not (self.scored_by_server and self.teacher.is_free) or self.backend.is_last_step:
+        if not (self.scored_by_server and self.teacher.is_free) or self.backend.is_last_step or self.options.sampled:
             return
         if self.options.shares(self.backend.step + 1, self.backend.num_steps)[0] == 0:
             return
@@ -441,6 +454,11 @@ class Conductor:
     ) -> None:
         """Book what a micro-batch's forward has found: see :meth:`.books.Books.add_loss`."""
         self.books.add_loss(batch, total, stats, part)
+
+    def connect(self, loss: LossInForward) -> None:
+        """Give the loss what it needs to know of the step."""
+        loss.shares, loss.whole = self.shares, self.backend.whole
+        loss.norms = self.books.add_norms if self.args.gkd_detailed_metrics and self.encoder.with_rewards else None
 
     def before_update(self) -> None:
         """Between a step's last backward pass and its update. A collective call.

@@ -43,7 +43,7 @@ def check_servers(args, tokenizer, datasets: Iterable[Iterable[dict[str, Any]] |
     """
     if args.teacher_model_server is None or (args.gkd_loss_weight == 0 and not args.seq_kd):
         return
-    options = ServerOptions(args.gkd_logits_topk, args.gkd_server_timeout, 0, 1)
+    options = ServerOptions(args.gkd_logits_topk or 0, args.gkd_server_timeout, 0, 1)
     try:
         servers = TeacherServers(args.teacher_model_server, options)
         if len(servers.teachers) > 1:
@@ -139,7 +139,7 @@ class RemoteTeacher:
 
     Args:
         servers: Connected.
-        topk: Log-probabilities per token.
+        topk: Log-probabilities per token, as :attr:`ServerOptions.topk`.
         awake: A context in which the servers can answer.
         is_free: Whether they may be asked at any time, because they share no device with the student; the same on every rank.
     """
@@ -148,7 +148,7 @@ class RemoteTeacher:
     model = bare = None
 
     def __init__(self, servers: TeacherServers, topk: int, awake: Callable[[], AbstractContextManager] = nullcontext, is_free: bool = True):
-        self.servers, self.topk, self.awake, self.is_free = servers, topk, awake, is_free
+        self.servers, self.topk, self.awake, self.is_free = servers, max(topk, 1), awake, is_free
         self.description = ' and '.join(f'the server {server.url}' for server in servers.servers)
 
     def make_room(self, ranks: Ranks) -> None:
@@ -167,6 +167,8 @@ class RemoteTeacher:
             again: Also what a server has failed to say ahead of time, when nobody needed it yet.
         """
         for sample in samples:
+            if sample.question is None:
+                continue
             if again and sample.asked is not None and sample.asked.done() and sample.asked.exception() is not None:
                 sample.asked = None
             if sample.asked is None and self._known(sample) is None:
@@ -179,18 +181,23 @@ class RemoteTeacher:
             TeacherServerError: A server gave up.
         """
         samples = [sample for batch in batches for sample in batch.samples]
-        needed = any(sample.question.positions and self._known(sample) is None for sample in samples)
+        needed = any(sample.question and sample.question.positions and self._known(sample) is None for sample in samples)
         with self.awake() if needed else nullcontext():
             self.begin(samples)
             wait([sample.asked for sample in samples if sample.asked is not None])
         for batch in batches:
-            parts = [sample.asked.result() if sample.asked is not None else self._known(sample) for sample in batch.samples]
+            parts = [self._scores(sample, n) for sample, n in zip(batch.samples, batch.lengths, strict=True)]
             batch.signal = self._signal(parts or [Scores.empty(0, self.topk)])
+
+    def _scores(self, sample: Sample, n: int) -> Scores:
+        if sample.question is None:
+            return Scores.unknown(n, self.topk)
+        return sample.asked.result() if sample.asked is not None else self._known(sample)
 
     def silence(self, batch: Counted) -> TopK:
         """A signal that says nothing, for a step that will not be taken."""
-        n = batch.num_tokens
-        return self._signal([Scores(np.full((n, self.topk), -np.log(2 * self.topk), np.float32), np.tile(np.arange(self.topk), (n, 1)))])
+        n, k = batch.num_tokens, self.topk
+        return self._signal([Scores(np.full((n, k), -np.log(2 * k), np.float32), np.tile(np.arange(k), (n, 1)))])
 
     @staticmethod
     def _signal(parts: list[Scores]) -> TopK:
@@ -200,8 +207,10 @@ class RemoteTeacher:
     @staticmethod
     def _known(sample: Sample) -> Scores | None:
         """The scores that came with the answer, if every one of its tokens is trained and no other."""
+        if sample.scores is None:
+            return None
         trained = [sample.question.ids[position] for position in sample.question.positions]
-        return sample.scores if sample.scores is not None and trained == sample.response.token_ids else None
+        return sample.scores if trained == sample.response.token_ids else None
 
     def answer(
         self, samples: list[Sample], prompts: list[Question], seeds: list[int], options: SamplingOptions, stop_ids: list[int]

@@ -378,6 +378,7 @@ class SampleEncoder:
         needs_teacher: Whether any teacher looks at the samples.
         tag_key: The column that tells which of several teacher servers a row belongs to; None without a server.
         with_rewards: Whether rewards are in the loss.
+        sampled: Whether the teacher is asked about tokens that the student sampled only.
         distilled: Which rewarded responses are compared with the teacher, as ``LossOptions`` has it.
     """
 
@@ -388,10 +389,11 @@ class SampleEncoder:
         needs_teacher: bool = True,
         tag_key: str | None = None,
         with_rewards: bool = False,
+        sampled: bool = False,
         distilled: tuple[str, float] = ('all', 1.0),
     ):
         self.template, self.teacher_view, self.needs_teacher, self.tag_key = template, teacher_view, needs_teacher, tag_key
-        self.with_rewards, self.distilled = with_rewards, distilled
+        self.with_rewards, self.sampled, self.distilled = with_rewards, sampled, distilled
         self._continue = Continuation(template)
 
     @contextmanager
@@ -655,7 +657,7 @@ class SampleEncoder:
     def ask(self, samples: Iterable[Sample]) -> None:
         """Give each sample its question for a teacher server, if there is one."""
         for sample in samples:
-            if self.tag_key is not None and sample.question is None:
+            if self.tag_key is not None and sample.question is None and (sample.source == STUDENT or not self.sampled):
                 student, teacher = self.views(sample)
                 sample.question = self.question(sample, teacher or student)
 

@@ -69,7 +69,7 @@ class _Final(Exception):
 @dataclass(frozen=True)
 class ServerOptions:
     """Attributes:
-    topk: Log-probabilities per token.
+    topk: Log-probabilities per token; 0 for that of the token itself.
     timeout: Seconds for one request.
     retry_seconds: How long failures that may pass are retried.
     in_flight: Requests of this process at a time, per server.
@@ -109,7 +109,7 @@ class Scores:
     """The k largest log-probabilities for n tokens.
 
     Attributes:
-        logprobs: [n, k] float32, natural logarithm, at temperature 1, over the teacher's whole vocabulary.
+        logprobs: [n, k] float32, natural logarithm, at temperature 1, over the teacher's whole vocabulary; NaN if nobody was asked.
         ids: [n, k] int64.
     """
 
@@ -119,6 +119,10 @@ class Scores:
     @classmethod
     def empty(cls, n: int, k: int) -> Scores:
         return cls(np.full((n, k), -np.inf, np.float32), np.zeros((n, k), np.int64))
+
+    @classmethod
+    def unknown(cls, n: int, k: int) -> Scores:
+        return cls(np.full((n, k), np.nan, np.float32), np.zeros((n, k), np.int64))
 
     def put(self, row: int, ids: Iterable[int], logprobs: Iterable[float]) -> None:
         """The k largest of at least k entries; a server adds the token that is there if it is not among them."""
@@ -243,9 +247,9 @@ def _scores_of_prompt(entries: _PromptLogprobs | None, question: Question, k: in
             )
     if len(entries) < len(ids):
         raise _Invalid(f'it has {len(entries)} of {len(ids)} positions')
-    scores = Scores.empty(len(question.positions), k)
+    scores = Scores.empty(len(question.positions), max(k, 1))
     for row, position in enumerate(question.positions):
-        entry = entries[position]
+        entry = entries[position] if k else {ids[position]: entries[position][ids[position]]}
         scores.put(row, entry, (e.logprob for e in entry.values()))
     return scores
 
@@ -260,10 +264,10 @@ class _VLLM:
 
     def score(self, question: Question, k: int) -> tuple[str, dict[str, Any], Callable[[bytes], Scores]]:
         if question.has_media:
-            sampling = {'max_tokens': 1, 'temperature': 0.0, 'prompt_logprobs': k, 'detokenize': False}
+            sampling = {'max_tokens': 1, 'temperature': 0.0, 'prompt_logprobs': max(k, 1), 'detokenize': False}
             payload = {**self._with_media(question), 'sampling_params': sampling}
             return '/inference/v1/generate', payload, lambda reply: _scores_of_prompt(_read(_Generated, reply).prompt_logprobs, question, k)
-        payload = {'model': self.model, 'prompt': question.ids, 'max_tokens': 1, 'temperature': 0.0, 'prompt_logprobs': k}
+        payload = {'model': self.model, 'prompt': question.ids, 'max_tokens': 1, 'temperature': 0.0, 'prompt_logprobs': max(k, 1)}
         return '/v1/completions', payload, lambda reply: _scores_of_prompt(_only(_read(_Completion, reply)).prompt_logprobs, question, k)
 
     def check(self, request: Callable[..., bytes], ids: list[int], k: int, media: bool) -> None:
@@ -355,13 +359,13 @@ class _SwiftDeploy:
     name = 'swift deploy'
 
     def score(self, question: Question, k: int) -> tuple[str, dict[str, Any], Callable[[bytes], Scores]]:
-        config = {'prompt_logprobs': k, 'max_tokens': 1, 'temperature': 0.0}
+        config = {'prompt_logprobs': max(k, 1), 'max_tokens': 1, 'temperature': 0.0}
         return '/infer/', _infer(question, config), lambda reply: _scores_of_prompt(_first(reply).prompt_logprobs, question, k)
 
     def check(self, request: Callable[..., bytes], ids: list[int], k: int, media: bool) -> None:
         """PROBE as a message, in the server's own tokens, and k log-probabilities of each."""
         question = Question([], [], [], {'messages': [{'role': 'user', 'content': PROBE}]})
-        config = {'prompt_logprobs': k, 'max_tokens': 1, 'temperature': 0.0, 'return_details': True}
+        config = {'prompt_logprobs': max(k, 1), 'max_tokens': 1, 'temperature': 0.0, 'return_details': True}
         reply = _first(request('POST', '/infer/', _infer(question, config)))
         theirs, entries = reply.prompt_token_ids or [], reply.prompt_logprobs
         at = next((i for i in range(len(theirs)) if theirs[i : i + len(ids) - 1] == ids[:-1]), None)
@@ -531,7 +535,7 @@ class TeacherServer:
     def score(self, question: Question) -> Scores:
         """The k largest log-probabilities at the question's positions; no request is made if it has none."""
         if not question.positions:
-            return Scores.empty(0, self.options.topk)
+            return Scores.empty(0, max(self.options.topk, 1))
         path, payload, parse = self.protocol.score(question, self.options.topk)
         return self._ask('POST', path, payload, parse)
 

@@ -1,4 +1,5 @@
-"""The labels' term against float64 and autograd: temperatures, signed weights, importance ratios and their clipping."""
+"""The labels' term against float64 and autograd: temperatures, signed weights, importance ratios and their clipping, and what the
+log-probabilities of sampled tokens tell of a teacher."""
 
 import divergence_reference as reference
 import pytest
@@ -283,3 +284,97 @@ def test_bad_clippings_are_refused(case):
         call(labels=labels, clipping=Clipping(old, 0.2, 0.2))
     with pytest.raises(ValueError, match=r'old_logprobs must have shape \[14\]'):
         call(labels=labels, label_weights=old, clipping=Clipping(old[:3], 0.2, 0.2))
+
+
+def test_ratios_of_whole_responses(case):
+    """Given from outside: each token's term has the ratio and the bounds of its response (GSPO-token, arXiv 2507.18071)."""
+    responses = torch.arange(TOKENS) // 5
+    for options in CLIPPINGS:
+        call, _, z, x, exact = calls(case, 'none', torch.float64, Divergence())
+        weight, labels = case['label_weights'].double(), case['labels']
+        logprobs = -reference.cross_entropy(z, labels, temperature=MIXED)
+        old = logprobs.detach() + torch.linspace(-0.5, 0.4, TOKENS, dtype=torch.float64)
+        ratios = torch.stack([(logprobs - old)[responses == n].mean() for n in range(3)])[responses].detach()
+        # The value is the sequence's, the gradient each token's own.
+        expected = policy_loss(logprobs - logprobs.detach() + ratios, 0, weight, **options) * (labels >= 0)
+        clipping = Clipping(old, **options, log_ratios=ratios)
+        found = call(labels=labels, label_weights=weight, label_temperature=MIXED, clipping=clipping, chunk_tokens=4)
+        assert torch.allclose(found, expected)
+        gradients = torch.autograd.grad(found.sum(), list(x.values()))
+        for one, right in zip(gradients, torch.autograd.grad(expected.sum(), list(exact.values())), strict=True):
+            assert relative(one, right) < 1e-9
+
+
+# ---- a teacher of which nothing is known but the log-probability of the student's token ----
+
+
+@pytest.mark.parametrize('temperature', [1.0, 0.7])
+def test_the_expected_gradient_is_that_of_the_reverse_kl(case, temperature):
+    """Over all tokens that the student may sample, each as often as it is likely to: exactly, and so is the value."""
+    divergence = Divergence('reverse_kl', temperature=temperature)
+    hidden, other = (case[name][:1].clone() for name in ('hidden', 'other'))
+    heads = [case[name].clone() for name in ('weight', 'head')]
+    x = [hidden.requires_grad_(), heads[0].requires_grad_()]
+    exact = linear_divergence(hidden, heads[0], other, heads[1], divergence).sum()
+    right = torch.autograd.grad(exact, x)
+    student, teacher = (torch.log_softmax(a @ b.t() / temperature, -1)[0].detach() for a, b in zip((hidden, other), heads, strict=True))
+    estimate = linear_divergence(
+        hidden.expand(VOCAB, DIM),
+        heads[0],
+        None,
+        None,
+        divergence,
+        labels=torch.arange(VOCAB),
+        label_temperature=temperature,
+        teacher_logprobs=teacher,
+        token_weights=student.exp(),
+        reduction='sum',
+        chunk_tokens=64,
+    )
+    assert torch.allclose(estimate, exact, rtol=1e-12)
+    for one, expected in zip(torch.autograd.grad(estimate, x), right, strict=True):
+        assert relative(one, expected) < 1e-12
+
+
+@pytest.mark.parametrize('dtype, bound', [(torch.float64, 1e-7), (torch.float32, 3e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize('reduction', ['sum', 'none'])
+def test_the_estimate_of_one_token(case, dtype, bound, reduction):
+    """Beside a cross-entropy and clipped ratios, in chunks; tokens of which the teacher has said nothing have none."""
+    wide = torch.promote_types(dtype, torch.float32)
+    for temperature in (1.0, 0.7, MIXED):
+        call, _, z, x, exact = calls(case, 'none', dtype, Divergence('reverse_kl', temperature=0.7))
+        labels, known = case['labels'], torch.linspace(-9, -1, TOKENS, dtype=torch.float64)
+        known[4] = torch.nan
+        logprobs = -reference.cross_entropy(z, labels, temperature=temperature)
+        old = torch.where(torch.arange(TOKENS) < 6, logprobs.detach() + 0.1, torch.nan).to(wide)
+        told, counts = (labels >= 0) & ~known.isnan(), (labels >= 0).double()
+        ahead = torch.where(told, logprobs.detach() - known, 0)
+        advantages, of_estimate = case['label_weights'].double(), case['token_weights'].double() * old.isnan()
+        clipped = policy_loss(logprobs, old.nan_to_num().double(), advantages, 0.2, 0.2)
+        others = torch.where(old.isnan(), -advantages * logprobs, clipped) * counts
+        found = call(
+            labels=labels,
+            label_weights=case['label_weights'],
+            label_temperature=temperature,
+            teacher_logprobs=known.to(wide),
+            token_weights=case['token_weights'] * old.isnan(),
+            clipping=Clipping(old, 0.2, 0.2),
+            reduction=reduction,
+            chunk_tokens=5,
+            stats=(stats := TokenStats()),
+        )
+        expected = (of_estimate * ahead + others).detach()
+        assert relative(found, expected.sum() if reduction == 'sum' else expected) < min(bound, 1e-4)
+        assert relative(stats.divergence, ahead) < 1e-5
+        right = torch.autograd.grad((of_estimate * ahead * logprobs + others).sum(), list(exact.values()))
+        for name, one, wanted in zip(x, torch.autograd.grad(found.sum(), list(x.values())), right, strict=True):
+            assert relative(one, wanted) < bound, (name, temperature)
+
+
+def test_what_a_sampled_teacher_cannot_be_beside(case):
+    call, *_ = calls(case, 'two heads', torch.float32, Divergence())
+    with pytest.raises(ValueError, match='another one was given beside them'):
+        call(labels=case['labels'], teacher_logprobs=torch.zeros(TOKENS))
+    call, *_ = calls(case, 'none', torch.float32, Divergence())
+    with pytest.raises(ValueError, match=r'teacher_logprobs must have shape \[14\]'):
+        call(labels=case['labels'], teacher_logprobs=torch.zeros(3))

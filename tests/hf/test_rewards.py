@@ -36,6 +36,9 @@ GRPO = {
     'lmbda': None,
     'gkd_num_samples': None,
 }
+# With a teacher, of whose log-probability of the sampled token a part of the advantage is made.
+TAUGHT = {**{name: value for name, value in GRPO.items() if not name.startswith('teacher')}, 'teacher_kl_coef': 0.7}
+SAMPLED = {'gkd_signal': 'sampled', 'gkd_divergence': 'reverse_kl', 'gkd_loss_weight': 0.7}
 
 # Two updates per generation, the second of which is clipped here and there.
 TWICE = {'steps_per_generation': 4, 'learning_rate': 0.1, 'weight_decay': 0, 'epsilon': 0.002, 'epsilon_high': 0.004}
@@ -55,13 +58,28 @@ def runs(run_jobs, dataset, tmp_path_factory):
     alone = {**STEP, 'dataset': dataset, 'gkd_loss_weight': 0}
     both = {**STEP, 'dataset': dataset, 'gkd_rl_weight': 0.3}
     root = tmp_path_factory.mktemp('twice')
-    twice = {**alone, **TWICE}
+    twice, sampled, taught = {**alone, **TWICE}, {**alone, **SAMPLED}, {**alone, **TAUGHT, 'gkd_loss_weight': None}
+    of_response, of_each = ({'importance_sampling_level': level} for level in ('sequence', 'sequence_token'))
     return run_jobs(
         {
             'gkd': {**alone, 'log_completions': 'true'},
             'grpo': {**alone, **GRPO, 'gkd_loss_weight': None},
             'twice': {**twice, 'output_dir': root / 'gkd'},
             'twice, grpo': {**twice, **GRPO, 'gkd_loss_weight': None, 'learning_rate': 0.2, 'output_dir': root / 'grpo'},
+            'twice, of responses': {**twice, **of_response, 'output_dir': root / 'of responses'},
+            'twice, of responses, grpo': {
+                **twice,
+                **GRPO,
+                **of_response,
+                'gkd_loss_weight': None,
+                'learning_rate': 0.2,
+                'output_dir': root / 'of responses, grpo',
+            },
+            'sampled': sampled,
+            'sampled, grpo': taught,
+            'sampled twice': {**sampled, **TWICE, **of_each, 'output_dir': root / 'sampled'},
+            'sampled twice, grpo': {**taught, **TWICE, **of_each, 'learning_rate': 0.2, 'output_dir': root / 'sampled, grpo'},
+            'sampled alone': {**sampled, 'reward_funcs': None, 'reward_weights': None, 'gkd_rl_weight': None},
             'both': {**both, 'gkd_detailed_metrics': 'true'},
             'split': {**both, 'per_device_train_batch_size': 2, 'gradient_accumulation_steps': 4},
         }
@@ -80,15 +98,29 @@ def test_without_a_divergence_it_is_grpo(runs):
 
 
 @pytest.mark.e2e
-def test_after_two_updates_it_is_grpo(runs):
+@pytest.mark.parametrize('name', ['twice', 'twice, of responses', 'sampled twice'])
+def test_after_two_updates_it_is_grpo(runs, name):
     """ms-swift divides by the tokens of a generation batch, not by those of a step, so its steps are half as large."""
-    ours, stock = runs['twice'].ok(), runs['twice, grpo'].ok()
+    ours, stock = runs[name].ok(), runs[f'{name}, grpo'].ok()
     assert ours.values('tokens/trained') == [96, 96]
     for step in (1, 2):
         halves = {name: gradient / 2 for name, gradient in ours.gradients(step).items()}
         assert job_runs.relative(halves, stock.gradients(step)) < 1e-5
     (clipped,) = ours.values('clip_ratio')
     assert 0.05 < clipped < 0.95
+
+
+@pytest.mark.e2e
+def test_with_a_sampled_signal_it_is_grpo_with_a_teacher(runs):
+    """ms-swift's --teacher_kl_coef, of a local teacher at the temperature of the student."""
+    ours, stock = runs['sampled'].ok(), runs['sampled, grpo'].ok()
+    for step in (1, 2):
+        assert job_runs.relative(ours.gradients(step), stock.gradients(step)) < 1e-5
+    parts = [0.7 * d + p for d, p in zip(ours.values('distill_loss'), ours.values('pg_loss'), strict=True)]
+    assert ours.losses == pytest.approx(parts, rel=1e-5)
+    alone = runs['sampled alone'].ok()
+    assert alone.losses == pytest.approx([0.7 * value for value in alone.values('kl_sampled')], rel=1e-5)
+    assert alone.values('kl_sampled') == alone.values('divergence')
 
 
 @pytest.mark.e2e
@@ -102,7 +134,9 @@ def test_the_same_however_it_is_split(runs):
 @pytest.mark.e2e
 def test_the_loss_is_the_divergence_and_the_rewards(runs):
     run = runs['both'].ok()
-    parts = [d + 0.3 * p for d, p in zip(run.values('divergence'), run.values('pg_loss'), strict=True)]
+    parts = [d + 0.3 * p for d, p in zip(run.values('distill_loss'), run.values('pg_loss'), strict=True)]
+    assert run.values('distill_loss') == run.values('divergence')
+    assert len(run.values('gradient_ratio')) == 2 and min(run.values('gradient_ratio')) > 0
     assert run.losses == pytest.approx(parts, rel=1e-5)
 
 

@@ -54,6 +54,14 @@ REWARDED = {
     'gkd_rl_weight': 2.0,
     'epsilon': 0.001,
 }
+# The teacher's log-probability of the sampled token is all that is known of it, and ratios are those of whole responses.
+SAMPLED = {
+    **REWARDED,
+    'sft_alpha': 0.5,
+    'gkd_signal': 'sampled',
+    'gkd_divergence': 'reverse_kl',
+    'importance_sampling_level': 'sequence_token',
+}
 
 MEGATRON_ONLY = ('train_iters', 'adam_eps', 'dataset')
 BOTH_AWAY = {'offload_teacher_model': 'true', 'gkd_optimizer_offload': 'true'}
@@ -116,6 +124,7 @@ def alone(run_jobs, data, tmp_path_factory) -> dict[str, Run]:
             streamed_resumed={**STREAMED, 'mcore_model': streamed / 'checkpoint-3', 'finetune': 'false'},
             endless={**STREAMED, 'train_iters': None},
             rewarded={**REWARDED, **SGD},
+            sampled={**SAMPLED, **SGD},
             broken_reward={**REWARDED, 'reward_funcs': ['broken']},
             cut_groups={**REWARDED, 'gkd_num_samples': 3},
             passes={**PASSES, 'save': True, 'output_dir': passes},
@@ -157,6 +166,7 @@ def parallel(run_jobs, data) -> dict[str, Run]:
             on_policy={**ON_POLICY, **SHARDED},
             streamed=STREAMED,
             rewarded={**REWARDED, **SGD},
+            sampled={**SAMPLED, **SGD},
             rewarded_sharded={**REWARDED, **SHARDED},
             evaluated=EVALUATED,
             evaluated_offloaded={**EVALUATED, 'offload_teacher_model': 'true'},
@@ -178,6 +188,7 @@ def split(run_jobs, data, alone, tmp_path_factory) -> dict[str, Run]:
             on_policy_lora={**LORA, **ON_POLICY, 'lmbda': 1},
             streamed=STREAMED,
             rewarded={**REWARDED, **SGD},
+            sampled={**SAMPLED, **SGD},
             averaged={**AVERAGED, 'save_steps': 2, 'save': True, 'save_safetensors': 'true', 'output_dir': averaged},
             averaged_by_weights={**GOES_ON, 'model': averaged / 'checkpoint-2'},
             averaged_elsewhere={**GOES_ON, 'mcore_model': alone['averaged'].output_dir / 'checkpoint-2'},
@@ -204,7 +215,7 @@ def test_student_answers_the_same_in_every_layout(alone, parallel, split):
 
 @pytest.fixture(scope='module')
 def in_context_parallel(run_jobs, data) -> dict[str, Run]:
-    return run_jobs(jobs(data, rewarded={**REWARDED, **SGD}), 'CP2')
+    return run_jobs(jobs(data, rewarded={**REWARDED, **SGD}, sampled={**SAMPLED, **SGD}), 'CP2')
 
 
 def test_rewards_are_the_same_in_every_layout(alone, parallel, split, in_context_parallel):
@@ -220,6 +231,19 @@ def test_rewards_are_the_same_in_every_layout(alone, parallel, split, in_context
             assert other.values(name) == pytest.approx(run.values(name), rel=1e-4, abs=1e-6), name
         assert other.values('clip_ratio') == pytest.approx(clipped, abs=0.05)
     assert parallel['rewarded_sharded'].ok().values('reward')
+
+
+def test_a_sampled_signal_is_the_same_in_every_layout(alone, parallel, split, in_context_parallel):
+    """With the ratios of responses that lie on two ranks."""
+    run = alone['sampled'].ok()
+    clipped = run.values('clip_ratio')
+    assert min(map(abs, run.values('kl_sampled'))) > 1e-3 and min(clipped) > 0
+    for others in (parallel, split, in_context_parallel):
+        other = others['sampled'].ok()
+        assert completions(other) == completions(run)
+        for name in ('loss', 'kl_sampled', 'distill_loss', 'pg_loss'):
+            assert other.values(name) == pytest.approx(run.values(name), rel=1e-4, abs=1e-6), name
+        assert other.values('clip_ratio') == pytest.approx(clipped, abs=0.05)
 
 
 def test_rewards_that_cannot_be(alone):
@@ -433,11 +457,11 @@ def test_average_of_the_start_is_a_copy_of_it(alone):
     assert kept.loaded == copy.loaded - 1
 
 
-@pytest.mark.parametrize('name', ['evaluated', 'averaged', 'rewarded'])
+@pytest.mark.parametrize('name', ['evaluated', 'averaged', 'rewarded', 'sampled'])
 def test_same_numbers_as_swift_rlhf(alone, models, data, tmp_path, name):
     sgd = {'learning_rate': 0.2, 'optim': 'sgd', 'lr_scheduler_type': 'constant', 'warmup_ratio': 0, 'weight_decay': 0, 'max_grad_norm': 0}
     teacher = {'teacher_model': models['teacher'], 'teacher_model_type': 'qwen3'}
-    rewarded = {name: value for name, value in REWARDED.items() if name not in MEGATRON_ONLY}
+    rewarded, sampled = ({key: value for key, value in of.items() if key not in MEGATRON_ONLY} for of in (REWARDED, SAMPLED))
     options = {
         'rlhf_type': 'gkd',
         'model': models['student'],
@@ -454,6 +478,7 @@ def test_same_numbers_as_swift_rlhf(alone, models, data, tmp_path, name):
             'evaluated': {**teacher, 'learning_rate': 0},
             'averaged': {**sgd, 'gkd_self_teacher': 'ema', 'gkd_ema_decay': 0.5, 'sft_alpha': 1},
             'rewarded': {**sgd, **teacher, **rewarded, 'steps_per_generation': 8},  # in micro-batches
+            'sampled': {**sgd, **teacher, **sampled, 'steps_per_generation': 8},
         }[name],
         'output_dir': tmp_path,
     }

@@ -296,7 +296,7 @@ class FakeBackend(Backend):
         if batch.advantages is not None:
             loss = loss + self._of_rewards(batch, cross_entropy, stats)
         if batch.signal is not None:
-            divergence = (weights - self.part(batch.signal.logprobs)[:, 0]) ** 2
+            divergence = ((weights - self.part(batch.signal.logprobs)[:, 0]) ** 2).nan_to_num(0)  # what a server was not asked about
             counts = 1 if batch.compared is None else self.part(batch.compared)
             loss = loss + self.args.gkd_loss_weight * self.conductor.shares()[0] * counts * divergence
             stats.divergence = divergence.detach().float()
@@ -396,6 +396,7 @@ class FakeRun:
         who = {None: None, 'local': SimpleNamespace(description='a table', host_copy=None), 'server': remote}[teacher]
         weighs = args.gkd_rl_weight if learns_from_rewards(args) else 0.0
         how = {'schedule': (args.gkd_rl_schedule, args.gkd_rl_switch), 'distilled': (args.gkd_on, args.gkd_passing_reward)}
+        how['sampled'] = args.gkd_signal == 'sampled'
         options = LossOptions(Divergence(), args.gkd_loss_weight, args.sft_alpha, 'bucket', None, weighs, args.temperature, **how)
         rewards = Rewards(args) if args.reward_funcs else None
         self.conductor = self.backend.conductor = Conductor(self.backend, template, options, who, remote, rewards=rewards)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from fake_backend import REWARDS, flat, opinion
+from fake_backend import REWARDS, FakeServer, flat, opinion
 from swift.rewards import ORM, orms
 
 from swift_gkd_plugin.arguments import OptionError
@@ -177,6 +177,40 @@ def test_what_is_logged(make):
             *reward['parts'],
             reward['advantage'],
         ]
+
+
+SAMPLED = {'gkd_signal': 'sampled', 'lmbda': 0.5, 'sft_alpha': 0.5, 'gkd_num_samples': 1}
+
+
+def test_a_server_is_asked_about_what_the_student_sampled_only(make):
+    server = FakeServer()
+    run = make('server', server, **SAMPLED, max_steps=6).train()
+    counted = flat(run)
+    assert {one['source'] for one in counted} == {'student', 'dataset'}
+    answers = [str(one['response'][0])[1:-1] for one in counted if one['source'] == 'student']
+    assert len(server.scored) == len(answers) and all(any(answer in str(ids) for answer in answers) for ids in server.scored)
+    assert all(math.isfinite(loss) for loss in run.losses)
+
+
+@pytest.mark.parametrize('options', [{}, {**REWARDS, 'gkd_num_samples': 2}])
+def test_later_steps_of_a_cycle_know_the_student_that_sampled(make, options):
+    """With rewards and without, and of no other responses."""
+    run = make(None, **{**SAMPLED, **options, 'steps_per_generation': 4, 'max_steps': 2})
+    found, look = [], run.backend.look
+    run.backend.look = lambda batch: found.append((run.backend.step, batch)) or look(batch)
+    run.train()
+    for step, batch in found:
+        if not run.conductor.books.training or step == 0:
+            continue
+        old = batch.old_logprobs if batch.old_logprobs is not None else torch.full((batch.num_tokens,), torch.nan)
+        assert torch.equal(old.isnan(), batch.imitated.bool())
+    assert any(batch.old_logprobs is not None for step, batch in found if step == 1)
+
+
+def test_an_evaluation_of_others_has_no_divergence(make, dataset):
+    for source, has in (('dataset', False), ('student', True)):
+        run = make(**{**SAMPLED, 'gkd_eval_source': source})
+        assert ('divergence' in run.evaluate(dataset)) == has and bool(run.backend.looked_at) == has
 
 
 @pytest.mark.parametrize('weight', [0.0, 1.0])
