@@ -202,7 +202,7 @@ def _weighs_by_logprob(weights: Weights) -> bool:
 
 def _weigh_by_logprob(call: Call, rows: slice, tokens: Tokens, label_lse: Tensor) -> None:
     """The labels' ratios, and the weights of their gradient. label_lse: [rows], of all columns."""
-    weights, logprobs = call.weights, tokens.label_logit.double().mul_(tokens.label_scale).sub_(label_lse)
+    weights, logprobs = call.weights, tokens.label_logit.to(torch.float64, copy=True).mul_(tokens.label_scale).sub_(label_lse)
     if weights.teacher_logprobs is not None:
         ahead = (weights.teacher_logprobs[rows] - logprobs).nan_to_num(nan=0).mul_(weights.divergence[rows])
         at = weights.label_temperature

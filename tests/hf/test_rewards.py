@@ -57,8 +57,9 @@ def dataset(tiny_models, tmp_path_factory) -> Path:
 def runs(run_jobs, dataset, tmp_path_factory):
     alone = {**STEP, 'dataset': dataset, 'gkd_loss_weight': 0}
     both = {**STEP, 'dataset': dataset, 'gkd_rl_weight': 0.3}
-    root = tmp_path_factory.mktemp('twice')
-    twice, sampled, taught = {**alone, **TWICE}, {**alone, **SAMPLED}, {**alone, **TAUGHT, 'gkd_loss_weight': None}
+    root, updates = (tmp_path_factory.mktemp(name) for name in ('twice', 'updates'))  # stock takes the responses of the run beside it
+    twice, updated = {**alone, **TWICE}, {**alone, 'learning_rate': 1e-3}
+    sampled, taught = {**updated, **SAMPLED}, {**updated, **TAUGHT, 'gkd_loss_weight': None}
     of_response, of_each = ({'importance_sampling_level': level} for level in ('sequence', 'sequence_token'))
     return run_jobs(
         {
@@ -75,8 +76,8 @@ def runs(run_jobs, dataset, tmp_path_factory):
                 'learning_rate': 0.2,
                 'output_dir': root / 'of responses, grpo',
             },
-            'sampled': sampled,
-            'sampled, grpo': taught,
+            'sampled': {**sampled, 'output_dir': updates / 'gkd'},
+            'sampled, grpo': {**taught, 'output_dir': updates / 'grpo'},
             'sampled twice': {**sampled, **TWICE, **of_each, 'output_dir': root / 'sampled'},
             'sampled twice, grpo': {**taught, **TWICE, **of_each, 'learning_rate': 0.2, 'output_dir': root / 'sampled, grpo'},
             'sampled alone': {**sampled, 'reward_funcs': None, 'reward_weights': None, 'gkd_rl_weight': None},

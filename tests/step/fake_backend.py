@@ -296,7 +296,8 @@ class FakeBackend(Backend):
         if batch.advantages is not None:
             loss = loss + self._of_rewards(batch, cross_entropy, stats)
         if batch.signal is not None:
-            divergence = ((weights - self.part(batch.signal.logprobs)[:, 0]) ** 2).nan_to_num(0)  # what a server was not asked about
+            says = self.part(batch.signal.logprobs)[:, 0]  # NaN where a server was not asked
+            divergence = (weights - says.nan_to_num()) ** 2 * ~says.isnan()
             counts = 1 if batch.compared is None else self.part(batch.compared)
             loss = loss + self.args.gkd_loss_weight * self.conductor.shares()[0] * counts * divergence
             stats.divergence = divergence.detach().float()
