@@ -10,7 +10,8 @@ import functools
 import os
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Optional
 
 from .arguments import OPTION_NAMES, GKDOptions, OptionError
@@ -91,6 +92,19 @@ def take_options(args: Any) -> None:
                 raise OptionError(f'--{f.name} {value} and --model_kwargs {f.name} {wanted}: give one of them.')
             value = wanted
         setattr(args, f.name, value)
+
+
+@contextmanager
+def allowed(args: Any) -> Iterator[None]:
+    """The arguments without what ms-swift's checks refuse in gkd runs: seq_kd as not implemented, a teacher server without k."""
+    given = args.seq_kd, args.gkd_logits_topk
+    args.seq_kd = False
+    if args.gkd_signal == 'sampled' and args.teacher_model_server is not None:
+        args.gkd_logits_topk = 1
+    try:
+        yield
+    finally:
+        args.seq_kd, args.gkd_logits_topk = given
 
 
 def check_first(cls: type, check: Callable[[Any], None]) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal, Optional
 from ..arguments import OPTION_NAMES, check_values
 from ..seams import (
     Renamed,
+    allowed,
     become_ours,
     check_first,
     extended,
@@ -48,11 +49,10 @@ def take_over_arguments(module: ModuleType) -> dict[str, Any]:
     recognise_base(cls, shared_base.recognise)
 
     @for_gkd(cls, '_check_gkd')
-    def allow_seq_kd(self: Any, stock: Callable[[], None]) -> None:
-        # Stock refuses seq_kd as not implemented. Its other checks hold.
-        seq_kd, self.seq_kd = self.seq_kd, False
-        stock()
-        self.seq_kd = seq_kd
+    def allow_more(self: Any, stock: Callable[[], None]) -> None:
+        # Stock refuses seq_kd as not implemented, and a server without k. Its other checks hold.
+        with allowed(self):
+            stock()
 
     @for_gkd(cls, '_prepare_training_args')
     def pass_options_on(self: Any, stock: Callable[[dict], None], training_args: dict[str, Any]) -> None:

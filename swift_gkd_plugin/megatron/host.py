@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import field
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ from ..arguments import check_values
 from ..checks import base_of_adapters, teaches_as_base
 from ..seams import (
     Renamed,
+    allowed,
     become_ours,
     check_first,
     extended,
@@ -53,14 +55,16 @@ def take_over_arguments(module: ModuleType) -> dict[str, Any]:
     recognise_base(cls, _recognise)
 
     @for_gkd(cls, '_check_teacher')
-    def hide_seq_kd(self: Any, stock: Callable[[], None]) -> None:
+    def hide_what_is_refused(self: Any, stock: Callable[[], None]) -> None:
         # Stock refuses it between this call and that of _init_generation_batch_params.
         stock()
-        self._seq_kd, self.seq_kd = self.seq_kd, False
+        self._allowed = ExitStack()
+        self._allowed.enter_context(allowed(self))
 
     @for_gkd(cls, '_init_generation_batch_params')
     def count_generation_batches(self: Any, stock: Callable[[], None]) -> None:
-        self.seq_kd = self._seq_kd
+        self._allowed.close()
+        del self._allowed
         # Stock wants a row of every cycle for each rank. Ours share out what there is.
         self.generation_batch_size, self.steps_per_generation = self.resolve_generation_batch_size(
             self.generation_batch_size, self.steps_per_generation, self.global_batch_size, self.num_generations

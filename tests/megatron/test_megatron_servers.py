@@ -31,6 +31,16 @@ ENVIRONMENT = {
 }
 # Adam's large epsilon: see test_megatron_training.py.
 SCORED = {'gkd_logits_topk': 8, 'gkd_temperature': 1, 'train_iters': 3, 'adam_eps': 1e-3}
+# Of the student's own tokens, of each its log-probability alone.
+SAMPLED = {
+    'gkd_signal': 'sampled',
+    'gkd_divergence': 'reverse_kl',
+    'lmbda': 1,
+    'temperature': 1,
+    'max_completion_length': 6,
+    'train_iters': 2,
+    'adam_eps': 1e-3,
+}
 LONG = {'gkd_teacher_max_completion_length': 12, 'seq_kd': 'true', 'temperature': 0}
 FULL = {**SCORED, **LONG, 'gkd_logits_topk': None}
 ENGINE = {'gkd_teacher_engine': 'vllm', 'gkd_teacher_engine_args': helpers.VLLM_ENGINE_FLAGS}
@@ -67,12 +77,13 @@ def asks(url: str, **options) -> dict:
 def local(run_here, server) -> dict[str, Run]:
     """The teacher in the training process; a server where the two would differ, for it knows nothing of the student's vocabulary."""
     jobs = {layout: case | asks(server) if case.get('model') == 'tied' else case for layout, case in SERVER_CASES.items()}
-    return run_here({**jobs, 'answered': {**SCORED, **LONG}, 'scored': SCORED, 'answered, whole distributions': FULL}, '1')
+    jobs |= {'answered': {**SCORED, **LONG}, 'scored': SCORED, 'answered, whole distributions': FULL, 'sampled': SAMPLED}
+    return run_here(jobs, '1')
 
 
 @pytest.mark.parametrize('layout', SERVER_CASES)
 def test_server_is_the_local_teacher(local, run_here, server, layout):
-    jobs = {'answered': {**SCORED, **LONG}, layout: SERVER_CASES[layout]}
+    jobs = {'answered': {**SCORED, **LONG}, 'sampled': SAMPLED, layout: SERVER_CASES[layout]}
     found = run_here({name: {**job, **asks(server)} for name, job in jobs.items()}, layout)
     for name, run in found.items():
         assert run.ok().losses == pytest.approx(local[name].ok().losses, abs=1e-5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import helpers
 import job_runs
 import pytest
-from test_teacher_server import STEP
+from test_teacher_server import SAMPLED, STEP
 
 ENGINE = {'gkd_teacher_engine': 'vllm', 'gkd_teacher_engine_args': helpers.VLLM_ENGINE_FLAGS}
 SEQ_KD = {**STEP, 'seq_kd': 'true', 'gkd_logits_topk': None, 'temperature': 0, 'gkd_temperature': 1, 'max_steps': 2}
@@ -17,6 +17,8 @@ def runs(run_jobs_with_vllm):
         {
             'local': STEP,
             'scores': {**STEP, **ENGINE},
+            'local, sampled': SAMPLED,
+            'scores, sampled': {**SAMPLED, **ENGINE},
             'transformers answers': SEQ_KD,
             'answers': {**SEQ_KD, **ENGINE},
         },
@@ -24,10 +26,12 @@ def runs(run_jobs_with_vllm):
     )
 
 
-def test_it_scores_without_another_copy(runs):
-    assert runs['scores'].ok().loaded == 1 and runs['local'].ok().loaded == 2
-    assert runs['scores'].losses == pytest.approx(runs['local'].losses, rel=1e-5)
-    assert job_runs.relative(runs['scores'].gradients(1), runs['local'].gradients(1)) < 1e-5
+@pytest.mark.parametrize('signal', ['', ', sampled'])
+def test_it_scores_without_another_copy(runs, signal):
+    engine, local = runs[f'scores{signal}'].ok(), runs[f'local{signal}'].ok()
+    assert engine.loaded == 1 and local.loaded == 2
+    assert engine.losses == pytest.approx(local.losses, rel=1e-5)
+    assert job_runs.relative(engine.gradients(1), local.gradients(1)) < 1e-5
 
 
 def test_it_answers_what_transformers_would(runs):

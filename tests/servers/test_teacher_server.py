@@ -25,6 +25,14 @@ STEP = {
     'temperature': 1,
     'max_grad_norm': 1e6,
 }
+SAMPLED = {
+    **STEP,
+    'lmbda': 1,
+    'gkd_logits_topk': None,
+    'gkd_signal': 'sampled',
+    'gkd_divergence': 'reverse_kl',
+    'max_completion_length': 8,
+}
 MIXED = {**STEP, 'lmbda': 0.5, 'seq_kd': 'true', 'temperature': 0.7, 'top_p': 0.8, 'gkd_temperature': 1, 'max_steps': 2}
 
 
@@ -61,6 +69,9 @@ def runs(run_jobs, tiny_models, vllm_server, deploy_server, proxies, spoilt, tmp
         {
             'local': STEP,
             'vllm': {**STEP, **asks(vllm_server)},
+            'local, sampled': SAMPLED,
+            'vllm, sampled': {**SAMPLED, **asks(vllm_server)},
+            'deploy, sampled': {**SAMPLED, **asks(deploy_server)},
             'deploy': {**STEP, **asks(deploy_server)},
             'two servers': {**STEP, **asks(tags), 'dataset': tagged, 'teacher_tag_key': 'kind'},
             'spoilt': {**STEP, **asks(spoilt.url, gkd_server_timeout=2, gkd_server_in_flight=1)},
@@ -77,9 +88,10 @@ def runs(run_jobs, tiny_models, vllm_server, deploy_server, proxies, spoilt, tmp
     return found, root, kept
 
 
-@pytest.mark.parametrize('name', ['vllm', 'deploy', 'two servers'])
+@pytest.mark.parametrize('name', ['vllm', 'deploy', 'two servers', 'vllm, sampled', 'deploy, sampled'])
 def test_equals_the_local_teacher(runs, name):
-    found, local = runs[0][name].ok(), runs[0]['local'].ok()
+    """Of k log-probabilities, and of the one of the token that the student sampled."""
+    found, local = runs[0][name].ok(), runs[0]['local, sampled' if 'sampled' in name else 'local'].ok()
     assert found.losses == pytest.approx(local.losses, rel=1e-5)
     for step in (1, 2, 3):
         assert job_runs.relative(found.gradients(step), local.gradients(step)) < (1e-4 if step > 1 else 1e-5)
