@@ -112,6 +112,21 @@ def compare(divergence, student_vocab, teacher_vocab, uneven, detail, tokens=TOK
             **common,
         )
         out.append((loss, torch.autograd.grad(loss, list(tensors.values())), stats))
+        loss = linear_divergence(
+            tensors['hidden'],
+            tensors['weight'],
+            None,
+            None,
+            divergence,
+            reduction='sum',
+            vocab_group=group,
+            teacher_logprobs=torch.linspace(-9, -1, tokens),
+            student_bias=tensors['bias'],
+            student_lora=(tensors['a'], tensors['b'], 0.5),
+            stats=(stats := TokenStats(detail=detail)),
+            **common,
+        )
+        out.append((loss, torch.autograd.grad(loss, list(tensors.values())), stats))
     for (loss, gradients, stats), (right, right_gradients, right_stats) in zip(found, expected, strict=True):
         close(loss, right, 'loss')
         for name, one, whole in zip(x, gradients, right_gradients, strict=True):
