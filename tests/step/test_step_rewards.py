@@ -207,6 +207,14 @@ def test_later_steps_of_a_cycle_know_the_student_that_sampled(make, options):
     assert any(batch.old_logprobs is not None for step, batch in found if step == 1)
 
 
+def test_a_part_of_the_distribution_is_warned_of(make, said):
+    make(**SAMPLED)
+    assert not any('a part of the distribution' in line for line in said)
+    make(**SAMPLED, top_p=0.9, top_k=50)
+    (line,) = (line for line in said if 'a part of the distribution' in line)
+    assert '--gkd_signal sampled with --top_k 50 --top_p 0.9: ' in line
+
+
 def test_an_evaluation_of_others_has_no_divergence(make, dataset):
     for source, has in (('dataset', False), ('student', True)):
         run = make(**{**SAMPLED, 'gkd_eval_source': source})
