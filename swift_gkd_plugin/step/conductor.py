@@ -86,17 +86,13 @@ class Conductor:
         self.books = Books(backend, self.encoder, write_on_rank, rewards.names if rewards else ())
         if teacher is None:
             logger.info('No teacher: the loss has no divergence.')
-        cut = {
-            'top_k': args.top_k > 0,
-            'top_p': args.top_p < 1,
-            'min_p': args.min_p > 0,
-            'repetition_penalty': args.repetition_penalty != 1,
-        }
+        cut = {'top_k': args.top_k > 0, 'top_p': args.top_p < 1, 'min_p': args.min_p > 0}
+        cut['repetition_penalty'] = args.repetition_penalty != 1
         if options.sampled and any(cut.values()):
             given = ' '.join(f'--{name} {getattr(args, name)}' for name, applies in cut.items() if applies)
             logger.warning(
-                f'--gkd_signal sampled with {given}: tokens come from a part of the distribution, and the estimate is not that of the reverse '
-                'KL; --top_k -1 --top_p 1 samples from all of it.'
+                f'--gkd_signal sampled with {given}: tokens come from a part of the distribution, and the estimate is not that of the '
+                'reverse KL; --top_k -1 --top_p 1 samples from all of it.'
             )
         self.rewarding = Rewarding(rewards, backend, self.encoder, self.books) if rewards else None
         self.answers = Answers(backend, self.encoder, self.books, answering, options.vocab_size, write_on_rank)
