@@ -258,12 +258,22 @@ def state_of(ready: list[list[Sample]], drawn: int) -> dict[str, Any]:
         if sample.scores is not None:
             state['scores'] = _packed(sample.scores)
         if sample.generated is not None:
-            media = [name for name in MEDIA if name in sample.generated.rollout_infos]  # of a scheduler's own
+            infos = sample.generated.rollout_infos  # of a scheduler's own
+            media = [name for name in MEDIA if name in infos]
             state['generated'] = {name: getattr(sample.generated, name) for name in (*FROM_ROLLOUT, *media)}
+            state['rollout_infos'] = {name: value for name, value in infos.items() if name not in media and _fits_json(value)}
         return state
 
     micro_batches = [list(map(one, samples)) for samples in ready]
     return {'version': STATE_VERSION, 'world_size': world_size(), 'cycles': drawn, 'micro_batches': micro_batches}
+
+
+def _fits_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _packed(scores: Scores) -> dict[str, Any]:
@@ -320,7 +330,8 @@ def restored(cycle: Cycle, state: dict[str, Any], micro_batches: list[list[Row]]
                 sample.generated = cycle.encoder.inner(sample)
                 for name, value in one['generated'].items():
                     setattr(sample.generated, name, value)
-                sample.generated.rollout_infos = {name: value for name, value in one['generated'].items() if name in MEDIA}
+                media = {name: value for name, value in one['generated'].items() if name in MEDIA}
+                sample.generated.rollout_infos = {**one.get('rollout_infos', {}), **media}
     # A teacher server may have failed in the middle of the cycle.
     unanswered = any(s.row.counts and s.source != DATASET and s.response is None for samples in result for s in samples)
     return cycle.answer(result) if cycle.ranks.anywhere(int(unanswered)) else result

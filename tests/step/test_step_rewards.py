@@ -283,6 +283,30 @@ def test_a_function_that_fails_costs_no_response(make, monkeypatch, how, says):
     assert resumed.steps == whole.steps[1:] and resumed.losses == whole.losses[1:]
 
 
+def test_what_a_scheduler_says_is_there_when_the_run_goes_on(make, monkeypatch):
+    """As far as a checkpoint can hold it."""
+    seen = []
+
+    class OfTurns(ORM):
+        fails = True
+
+        def __call__(self, completions, rollout_infos, **kwargs):
+            if self.fails:
+                raise ValueError('not now')
+            seen.extend(rollout_infos)
+            return [float(infos['turns']) for infos in rollout_infos]
+
+    monkeypatch.setitem(orms, 'of_turns', OfTurns)
+    options = {**GROUPED, 'reward_funcs': ['of_turns'], 'reward_weights': None, 'use_vllm': True, 'multi_turn_scheduler': 'asks once more'}
+    run = make(**options, max_steps=1)
+    with pytest.raises(RewardError, match='not now'):
+        run.train()
+    monkeypatch.setattr(OfTurns, 'fails', False)
+    resumed = make(**options, max_steps=1).train(run.backend.checkpoint)
+    assert len(seen) == 4 and set(seen[0]) == {'turns'}
+    assert [one['reward']['total'] for one in flat(resumed)] == [infos['turns'] for infos in seen]
+
+
 @pytest.mark.parametrize(
     ('options', 'says'),
     [
