@@ -15,8 +15,8 @@ from torch import Tensor
 from . import memory
 from ._eager import Eager
 from .clipping import Clipping
-from .gradients import HeadGradients, ReadyGradients
 from .extrapolation import extrapolate
+from .gradients import HeadGradients, ReadyGradients
 from .heads import LinearHead, ReadyLogits
 from .kinds import Divergence
 from .sharding import Reduce, Vocabulary
