@@ -35,6 +35,7 @@ class LossOptions:
         sampling_temperature: The student's.
         schedule: How the two weights change over the run (``--gkd_rl_schedule``), and the share of it after which they are switched.
         distilled: Which of the student's responses are compared with the teacher (``--gkd_on``), and the reward from which one has passed.
+        extrapolation: How far the teacher is moved away from the student's base (``--gkd_extrapolation``); 1 for not at all.
         clip: How far the ratio of a token's probability to that under the student that sampled it may fall below 1, and rise above, before
             its reward teaches nothing more (``--epsilon``, ``--epsilon_high``), and the most that it counts for (``--delta``).
     """
@@ -49,6 +50,7 @@ class LossOptions:
     clip: tuple[float, float, float | None] = (0.2, 0.2, None)
     schedule: tuple[str, float] = ('constant', 0.5)
     distilled: tuple[str, float] = ('all', 1.0)
+    extrapolation: float = 1.0
 
     @classmethod
     def of(cls, args, student: int | None, teacher: int | None = None, tokens: tuple[int, int] | None = None) -> LossOptions:
@@ -81,6 +83,7 @@ class LossOptions:
             (args.epsilon, args.epsilon if args.epsilon_high is None else args.epsilon_high, args.delta),
             (args.gkd_rl_schedule, args.gkd_rl_switch),
             (args.gkd_on, args.gkd_passing_reward),
+            args.gkd_extrapolation,
         )
 
     def shares(self, step: int, steps: int) -> tuple[float, float]:
