@@ -313,8 +313,8 @@ def _check_extrapolation(args: Any) -> None:
     )
     _require(
         args.gkd_routing == 'own',
-        f'{given} with --gkd_routing {args.gkd_routing}: the base that it begins at would choose other experts than the student, and differ '
-        'from it by them; leave one of them out.',
+        f'{given} with --gkd_routing {args.gkd_routing}: the base would choose other experts than the student, and differ from it by them; '
+        'leave one of them out.',
     )
 
 
