@@ -98,6 +98,7 @@ def options(**given) -> SimpleNamespace:
         dict(task_type='seq_cls'),
         dict(tuner_type='lora_llm'),
         dict(tuner_type='lora', target_modules=['all-router'], teacher_model='student'),
+        dict(tuner_type='lora', target_modules=['all-router'], gkd_extrapolation=1.5),
     ],
     ids=str,
 )
