@@ -165,9 +165,9 @@ def linear_divergence(
     sides = {'student': _Side(student_hidden, student_weight, student_bias, student_lora, student_transform)}
     if teacher_hidden is not None:
         sides['teacher'] = _Side(teacher_hidden, teacher_weight, teacher_bias, teacher_lora, teacher_transform)
-    if reference is not None:
-        if teacher_hidden is None or reference.weight is None:
-            raise ValueError('a reference needs a teacher beside it, and a weight of its own')
+    if reference is not None and (teacher_hidden is None or reference.weight is None):
+        raise ValueError('a reference needs a teacher beside it, and a weight of its own')
+    if reference is not None and reference.extrapolation != 1:
         sides['reference'] = _Side(reference.hidden, reference.weight, reference.bias, reference.lora, reference.transform)
     tokens = len(student_hidden)
     for name, side in sides.items():
@@ -300,7 +300,7 @@ def logits_divergence(
     if reference is not None and (teacher_logits is None or reference.weight is not None):
         raise ValueError('a reference needs teacher_logits beside it, and ready logits of its own without a weight')
     given = dict(student_logits=student_logits, teacher_logits=teacher_logits)
-    given['reference_logits'] = None if reference is None else reference.hidden
+    given['reference_logits'] = None if reference is None or reference.extrapolation == 1 else reference.hidden
     given = {name: logits for name, logits in given.items() if logits is not None}
     for name, logits in given.items():
         if logits.dim() != 2:
