@@ -42,9 +42,10 @@ CASES: dict[str, dict[str, Any]] = {
     'LoRA, shared base, beta 1': {**LORA, 'teacher_model': 'student', 'beta': 1, 'micro_batch_size': 2, **FILLERS},
     'LoRA, shared base, top-k': {**LORA, 'teacher_model': 'student', 'gkd_logits_topk': 8},
     'LoRA, live student, privileged': {**LORA, 'teacher_model': None, 'dataset': 'privileged'},
-    'LoRA, extrapolated, privileged': {**LORA, 'gkd_extrapolation': 1.5, 'beta': 1, 'dataset': 'privileged', 'micro_batch_size': 2},
+    'LoRA, extrapolated, privileged, soft caps': {
+        **{**LORA, **CAPPED, 'gkd_extrapolation': 1.5, 'beta': 1, 'dataset': 'privileged', 'micro_batch_size': 2}
+    },
     'LoRA, extrapolated, unequal vocabularies': {**LORA, 'gkd_extrapolation': 0.4, 'teacher_model': 'wide', **FILLERS},
-    'LoRA, live student, extrapolated, soft caps': {**LORA, 'model': 'capped', 'teacher_model': None, 'gkd_extrapolation': 2},
     'separate teacher, privileged, soft caps': {**CAPPED, 'dataset': 'privileged', 'micro_batch_size': 2},
     'MoE beta 0.5': MOE,
     'MoE beta 1, recomputed': {
@@ -241,13 +242,12 @@ def plain(
     The gradients have the auxiliary loss of each layer's router in them.
     """
     student, teacher = (
-        name and AutoModelForCausalLM.from_pretrained(models[name], dtype=dtype, attn_implementation='eager')
-        for name in (case.get('model', 'student'), case.get('teacher_model', 'teacher'))
+        AutoModelForCausalLM.from_pretrained(models[case.get(key, default)], dtype=dtype, attn_implementation='eager')
+        for key, default in (('model', 'student'), ('teacher_model', 'teacher'))
     )
     if 'adapters' in case:
         student = PeftModel.from_pretrained(student, models[case['adapters']], is_trainable=True)
-    teacher, by = teacher or student, case.get('gkd_extrapolation', 1)
-    temperature, beta, columns = 0.9, case.get('beta', 0.5), None
+    temperature, beta, by, columns = 0.9, case.get('beta', 0.5), case.get('gkd_extrapolation', 1), None
     if student.config.vocab_size != teacher.config.vocab_size:
         columns = len(AutoTokenizer.from_pretrained(models['student']))
     total, auxiliary, tokens = 0.0, 0.0, 0
