@@ -156,6 +156,18 @@ def test_a_factor_of_one_and_a_teacher_that_is_the_reference_change_nothing(head
     assert torch.equal(linear_divergence(*student, *teacher, Divergence(), reference=same), plain)
 
 
+@pytest.mark.parametrize('together', ['student and teacher', 'student and reference', 'teacher and reference', 'all'])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_one_head_for_some_of_the_three(together, dtype):
+    """And another one for the third, say a trained head and that of the base."""
+    (h, w), (h_t, _), (h_r, _) = parts('one head', dtype)
+    other, bias = draw(VOCAB, DIM).to(dtype), draw(VOCAB).to(dtype)
+    w_s, w_t, w_r = (w if name in together or together == 'all' else other for name in ('student', 'teacher', 'reference'))
+    loss = linear_divergence(h, w_s, h_t, w_t, Divergence(), student_bias=bias, teacher_bias=bias, reference=Reference(h_r, w_r, 1.5, bias))
+    logits = [x.double() @ y.double().t() + bias.double() for x, y in ((h, w_s), (h_t, w_t), (h_r, w_r))]
+    assert relative(loss, beyond(Divergence(), *logits, 1.5)) < 1e-5
+
+
 @pytest.mark.parametrize(('dtype', 'bound'), [(torch.float32, 1e-5), (torch.bfloat16, 1e-4)])
 @pytest.mark.parametrize('heads', HEADS)
 def test_accuracy_of_close_models(heads, dtype, bound):
