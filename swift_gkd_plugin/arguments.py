@@ -8,6 +8,7 @@ Nothing heavy is imported: the start-up hook reads this file before torch or ms-
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Optional
 
@@ -54,6 +55,11 @@ class GKDOptions:
         1.0,
         'Weight of the divergence in the loss, >= 0. At 0 no teacher forward runs: with --sft_alpha and --seq_kd '
         'this is SeqKD as plain cross-entropy.',
+    )
+    gkd_extrapolation: float = option(
+        1.0,
+        "The teacher T is replaced by T^x · R^(1-x), normalised, with R the student's base without its adapter: beyond the teacher above 1 "
+        '(reward extrapolation, G-OPD), on the way to it below, the teacher itself at 1; > 0.',
     )
     gkd_temperature: Optional[float] = option(
         None,
@@ -238,6 +244,11 @@ def learns_from_rewards(args: Any) -> bool:
     return bool(args.reward_funcs) and args.gkd_rl_weight > 0 and args.lmbda > 0
 
 
+def extrapolates(args: Any) -> bool:
+    """Whether the student's base is looked at beside the teacher."""
+    return args.gkd_extrapolation != 1
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise OptionError(message)
@@ -335,6 +346,31 @@ def _check_rewards(args: Any) -> None:
     )
 
 
+def _check_extrapolation(args: Any) -> None:
+    given = f'--gkd_extrapolation {args.gkd_extrapolation}'
+    _require(0 < args.gkd_extrapolation < math.inf, f'{given}: must be > 0 and finite; 1 is the plain teacher.')
+    if not extrapolates(args):
+        return
+    _require(args.gkd_loss_weight > 0, f'{given} with --gkd_loss_weight 0: there is no divergence; leave it out.')
+    _require(
+        args.teacher_model_server is None,
+        f'{given} and --teacher_model_server {args.teacher_model_server}: a server sends no whole distribution; give a local teacher.',
+    )
+    _require(
+        args.gkd_logits_topk is None,
+        f'{given} with --gkd_logits_topk {args.gkd_logits_topk}: the logits of all ids are needed; leave one of them out.',
+    )
+    _require(
+        args.gkd_signal == 'distribution',
+        f'{given} with --gkd_signal {args.gkd_signal}: the logits of all ids are needed; leave one of them out.',
+    )
+    _require(
+        args.gkd_routing == 'own',
+        f'{given} with --gkd_routing {args.gkd_routing}: the base would choose other experts than the student, and differ from it by them; '
+        'leave one of them out.',
+    )
+
+
 def check_values(args: Any) -> None:
     """Check every number and combination that needs nothing but the command line. Runs before the first network call.
 
@@ -371,6 +407,7 @@ def check_values(args: Any) -> None:
     _require(args.sft_alpha >= 0, f'--sft_alpha {args.sft_alpha}: must be >= 0 (the weight of the cross-entropy).')
     _require(args.gkd_loss_weight >= 0, f'--gkd_loss_weight {args.gkd_loss_weight}: must be >= 0 (the weight of the divergence).')
     _check_sampled(args)
+    _check_extrapolation(args)
     _check_rewards(args)
     _require(
         args.gkd_loss_weight > 0 or args.sft_alpha > 0 or learns_from_rewards(args),

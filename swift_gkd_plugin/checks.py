@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from .arguments import OptionError
+from .arguments import OptionError, extrapolates
 
 SAMPLED_ROWS = 1000  # rows that are looked at before training; the others are checked when their turn comes
 
@@ -295,6 +295,18 @@ def base_of_adapters(args: Any, teacher: str | None, can_share: bool) -> str | N
         args.teacher_model_revision = args.teacher_model_revision or args.model_revision
         return args.model
     return teacher
+
+
+def check_reference(args: Any, why: str | None) -> None:
+    """
+    Args:
+        why: Why the student's adapter can't be switched off, or leaves something else than the base; None if it can.
+
+    Raises:
+        OptionError: ``--gkd_extrapolation`` without a base to begin at.
+    """
+    if extrapolates(args) and why is not None:
+        raise OptionError(f'--gkd_extrapolation {args.gkd_extrapolation} with {why}')
 
 
 def teacher_is_start(args: Any) -> bool:

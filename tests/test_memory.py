@@ -96,7 +96,7 @@ ROWS = Rows(rows=2, length=2048, trained=1024, micro_batches=4, answers=0, answe
 
 
 # Full training of 8B on 8 ranks by a teacher of 32B: what both back ends know of it, and what each of them does.
-COMMON = dict(rows=ROWS, averaged=False, scores=True, offload=None, topk=None, engines=Engines(), card=None)
+COMMON = dict(rows=ROWS, averaged=False, scores=True, offload=None, topk=None, extrapolates=False, engines=Engines(), card=None)
 TRANSFORMERS = COMMON | dict(
     world=8,
     sharding=hf.DDP,
@@ -230,6 +230,16 @@ def test_an_answering_teacher_has_their_room_too(sizes):
     # Keys and values of the student's alone: nothing would be gained.
     alone = replace(answering, rows=replace(answering.rows, answers_of_teacher=False), card=Card('cuda:0', 1))
     assert not megatron.optimizer_leaves(alone)
+
+
+def test_what_the_reference_leaves_waits_for_the_student(sizes):
+    """In bf16: of a micro-batch, or in Megatron, where it looks at a step, of that."""
+    for found, tokens in (
+        (hf.table(setup(sizes, extrapolates=True)), 2048),
+        (megatron.table(megatron_setup(sizes, extrapolates=True)), 8192),
+    ):
+        (part,) = (part for part in found.parts if part.name == 'what the reference leaves')
+        assert part.bytes == 2 * 4096 * tokens and STUDENT in part.phases
 
 
 def test_the_peak_is_no_sum():

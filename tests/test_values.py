@@ -65,6 +65,8 @@ SERVER = {'teacher_model': None, 'teacher_model_server': 'http://127.0.0.1:9'}
         ({**SAMPLED, 'gkd_temperature': 1.0}, ['--gkd_temperature 1.0', '--temperature 0.9', 'leave --gkd_temperature out']),
         ({**SAMPLED, **SERVER}, ['--gkd_temperature 0.9', 'add --gkd_temperature 1']),
         ({**SAMPLED, 'importance_sampling_level': 'sequence'}, ['--importance_sampling_level sequence', 'use sequence_token']),
+        ({'gkd_extrapolation': 0.0}, ['--gkd_extrapolation 0.0', '> 0']),
+        ({**SAMPLED, 'gkd_extrapolation': 1.25}, ['--gkd_extrapolation 1.25', '--gkd_signal sampled', 'leave one of them out']),
         ({'gkd_signal': 'some'}, ['--gkd_signal some', 'distribution, sampled']),
     ],
     ids=str,

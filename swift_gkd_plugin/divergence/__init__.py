@@ -12,6 +12,7 @@ In the order to read them:
     _triton.py     by Triton's kernels, which are in _triton_kernels.py; _trial.py tries them out on a device
     topk.py        a teacher of which k log-probabilities are known
     clipping.py    labels of an older policy: importance ratios
+    extrapolation.py     a teacher beyond itself, as seen from a reference
     heads.py, gradients.py, sharding.py, memory.py, stats.py
 
 A divergence is added by its form in `kinds.py` (`Divergence.form`, `KINDS`, `_FORMS`) and its definition in
@@ -19,6 +20,7 @@ tests/divergence/divergence_reference.py. A GPU takes torch operations for it un
 """
 
 from .clipping import Clipping
+from .extrapolation import Reference
 from .heads import LogitTransform, linear_logits
 from .kinds import Divergence
 from .operator import linear_divergence, logits_divergence, topk_divergence
@@ -28,6 +30,7 @@ __all__ = [
     'Clipping',
     'Divergence',
     'LogitTransform',
+    'Reference',
     'TokenStats',
     'linear_divergence',
     'linear_logits',

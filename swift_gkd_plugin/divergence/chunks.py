@@ -15,6 +15,7 @@ from torch import Tensor
 from . import memory
 from ._eager import Eager
 from .clipping import Clipping
+from .extrapolation import extrapolate
 from .gradients import HeadGradients, ReadyGradients
 from .heads import LinearHead, ReadyLogits
 from .kinds import Divergence
@@ -33,10 +34,21 @@ class LogitsTeacher:
 
     heads: list[tuple[int, LinearHead | ReadyLogits]]
     difference: bool = False  # they give the teacher's logits minus the student's
+    reference: list[tuple[int, LinearHead | ReadyLogits]] | None = None  # pieces of what the teacher is extrapolated from
+    extrapolation: float = 1.0
 
-    def logits(self, rows: slice, out: Tensor) -> None:
-        for first, head in self.heads:
-            head.logits(rows, out if head.columns == out.shape[1] else out[:, first : first + head.columns])
+    def logits(self, rows: slice, out: Tensor, spare: Tensor) -> None:
+        """Fill out [rows, columns]. spare: memory of the same shape, for the reference's."""
+        _fill(self.heads, rows, out)
+        if self.reference is not None:
+            _fill(self.reference, rows, spare)
+            masked = any(head.may_mask for _, head in (*self.heads, *self.reference))
+            extrapolate(out, spare, self.extrapolation, masked)
+
+
+def _fill(heads: list[tuple[int, LinearHead | ReadyLogits]], rows: slice, out: Tensor) -> None:
+    for first, head in heads:
+        head.logits(rows, out if head.columns == out.shape[1] else out[:, first : first + head.columns])
 
 
 @dataclass(frozen=True)
@@ -105,10 +117,10 @@ def run(call: Call, gradients: HeadGradients | ReadyGradients | None, implementa
         rows = slice(start, min(start + chunk, call.tokens))
         n = rows.stop - rows.start
         logits = Logits(student_logits[0:n], None)
-        student.logits(rows, logits.student)
         if teacher_logits is not None:
             logits = Logits(logits.student, teacher_logits[0:n], teacher.difference)
-            teacher.logits(rows, logits.teacher)
+            teacher.logits(rows, logits.teacher, spare=logits.student)  # first: the student's place is still free
+        student.logits(rows, logits.student)
         into = None
         if gradients is not None:
             into = logits.student if sweeps.in_place else gradients.place(rows, logits.student)

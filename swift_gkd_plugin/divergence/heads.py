@@ -102,6 +102,11 @@ class LinearHead:
         """d(logit)/d(product), the softcap's tanh' left out."""
         return self.transform.scale
 
+    @property
+    def may_mask(self) -> bool:
+        """Whether a logit can stand for -inf."""
+        return self.bias is not None
+
     def logits(self, rows: slice, out: Tensor) -> None:
         """Fill out [rows, columns] (of `self.dtype`, each row contiguous)."""
         x = self.hidden[rows].detach()
@@ -161,6 +166,7 @@ class ReadyLogits:
 
     softcap = None
     slope = 1.0
+    may_mask = True
 
     def __init__(self, logits: Tensor, columns: int, temperature: float):
         self.hidden, self.columns, self.temperature = logits, columns, temperature

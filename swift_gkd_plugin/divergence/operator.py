@@ -1,6 +1,7 @@
 """The operators: output heads and divergence, with all gradients in closed form."""
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from . import implementations
 from .chunks import Call, LogitsTeacher, Weights, run
 from .clipping import Clipping
+from .extrapolation import Reference
 from .gradients import Found, HeadGradients, ReadyGradients
 from .heads import LinearHead, LogitTransform, ReadyLogits
 from .kinds import Divergence
@@ -17,6 +19,16 @@ from .stats import TokenStats
 from .topk import TopKTeacher
 
 Lora = tuple[Tensor, Tensor, float]
+
+
+class _Side(NamedTuple):
+    """What a model's logits are made of."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    lora: Lora | None
+    transform: LogitTransform | None
 
 
 class _Operator(torch.autograd.Function):
@@ -87,6 +99,7 @@ def linear_divergence(
     teacher_transform: LogitTransform | None = None,
     student_lora: Lora | None = None,
     teacher_lora: Lora | None = None,
+    reference: Reference | None = None,
     labels: Tensor | None = None,
     label_weights: Tensor | None = None,
     label_temperature: float | Tensor = 1.0,
@@ -115,6 +128,9 @@ def linear_divergence(
         student_bias, teacher_bias: [vocab], added to the products.
         student_transform, teacher_transform: what the model does to its logits after the head.
         student_lora, teacher_lora: (A [rank, dim], B [vocab, rank], scaling), a low-rank term of the head.
+        reference: puts T^λ · R^(1-λ), normalised, in the place of the teacher's distribution T, with R the reference's; what is said of
+            the teacher here is then true of that, statistics included. It costs a product more per chunk and no memory. Where it has
+            the teacher's head, which is linear and like the hidden states in fp32 or fp64, these are mixed and it costs nothing.
         labels: [tokens] long; those outside [0, vocab_size), -100 for instance, have no cross-entropy.
         label_weights: [tokens] weight of the cross-entropy, a constant of any sign: a policy gradient's are the advantages of
             sampled tokens. None: labels are for `stats` only, or weighted by ones where there is no teacher.
@@ -136,10 +152,10 @@ def linear_divergence(
             and gets the whole loss; head gradients are those of its rows, hidden-state (and LoRA A) gradients are
             all-reduced. Collectives per chunk, of a few numbers per token: an all-gather and an all-reduce; with
             `stats.detail` three of the former and two of the latter more. Per call: one all-gather of the ranks' numbers of
-            rows, for which the host waits, one all-reduce of the labels' logits (with a clipping one per chunk), one of the
+            rows, for which the host waits, one all-reduce of the labels' logits (with a clipping or teacher_logprobs one per chunk), one of the
             hidden-state gradient (one more for LoRA A), and where the two heads are split at different ids one all-to-all of
-            teacher rows (one more each for a bias and for LoRA B). The backward pass has none, but for reduction='none' with
-            a trained head, where it is a second pass.
+            teacher rows (one more each for a bias and for LoRA B), and so for a reference. The backward pass has none, but for
+            reduction='none' with a trained head, where it is a second pass.
         stats: filled with per-token statistics.
 
     Returns:
@@ -150,41 +166,31 @@ def linear_divergence(
     Raises:
         ValueError: shapes that do not fit one another, naming both sizes; a label_temperature that is not positive and finite.
     """
-    _check_head('student', student_hidden, student_weight, student_bias, student_lora)
     if (teacher_hidden is None) != (teacher_weight is None):
         raise ValueError('teacher_hidden and teacher_weight must be given together, or neither')
+    sides = {'student': _Side(student_hidden, student_weight, student_bias, student_lora, student_transform)}
+    if teacher_hidden is not None:
+        sides['teacher'] = _Side(teacher_hidden, teacher_weight, teacher_bias, teacher_lora, teacher_transform)
+    if reference is not None and (teacher_hidden is None or reference.weight is None):
+        raise ValueError('a reference needs a teacher beside it, and a weight of its own')
+    if reference is not None and reference.extrapolation != 1:
+        sides['reference'] = _Side(reference.hidden, reference.weight, reference.bias, reference.lora, reference.transform)
     tokens = len(student_hidden)
-    student_vocab, teacher_vocab = len(student_weight), len(student_weight)
-    if teacher_hidden is not None:
-        _check_head('teacher', teacher_hidden, teacher_weight, teacher_bias, teacher_lora)
-        if len(teacher_hidden) != tokens:
-            raise ValueError(f'student_hidden has {tokens} tokens, teacher_hidden {len(teacher_hidden)}')
-        teacher_vocab = len(teacher_weight)
-    have = want = None
+    for name, side in sides.items():
+        _check_head(name, side)
+        if len(side.hidden) != tokens:
+            raise ValueError(f'student_hidden has {tokens} tokens, {name}_hidden {len(side.hidden)}')
+    vocabs = [len(side.weight) for side in sides.values()]
+    parts = dict.fromkeys(sides)  # of the vocabulary, on every rank
     if vocab_group is None:
-        vocabulary = Vocabulary.whole(_common_vocab(vocab_size, student_vocab, teacher_vocab))
+        vocabulary = Vocabulary.whole(_common_vocab(vocab_size, *vocabs))
     else:
-        widths = shard_widths(vocab_group, student_vocab, teacher_vocab, student_hidden.device)
-        size = _common_vocab(vocab_size, *(sum(side) for side in zip(*widths, strict=False)))
-        want, have = (spans(list(side), size) for side in zip(*widths, strict=False))
-        vocabulary = Vocabulary.shard(size, [width for width, _ in widths], vocab_group)
-    columns, temperature = vocabulary.columns, divergence.temperature
-    student = LinearHead(student_hidden, student_weight, student_bias, student_lora, student_transform, columns, temperature)
-    teacher = None
-    if teacher_hidden is not None:
-        difference = student.plain and _same_head(
-            (student_hidden, student_weight, student_bias, student_lora, student_transform),
-            (teacher_hidden, teacher_weight, teacher_bias, teacher_lora, teacher_transform),
-        )
-        if difference:
-            teacher_hidden, teacher_bias = teacher_hidden - student_hidden.detach(), None
-        a, b, scaling = teacher_lora or (None, None, None)
-        heads = []
-        rows = (teacher_weight, teacher_bias, b)
-        for column, (weight, bias, b_rows) in _teacher_pieces(rows, columns, have, want, vocab_group):
-            lora = None if b_rows is None else (a, b_rows, scaling)
-            heads.append((column, LinearHead(teacher_hidden, weight, bias, lora, teacher_transform, len(weight), temperature)))
-        teacher = LogitsTeacher(heads, difference)
+        widths = shard_widths(vocab_group, vocabs, student_hidden.device)
+        size = _common_vocab(vocab_size, *map(sum, widths))
+        parts = {name: spans(of_head, size) for name, of_head in zip(sides, widths, strict=True)}
+        vocabulary = Vocabulary.shard(size, widths[0], vocab_group)
+    student = LinearHead(*sides['student'], vocabulary.columns, divergence.temperature)
+    teacher = None if teacher_hidden is None else _linear_teacher(sides, parts, student, vocab_group, reference)
     weights = _weights(student, teacher, token_weights, labels, label_weights, label_temperature, clipping, teacher_logprobs)
     return _apply(Call(divergence, student, teacher, weights, vocabulary, chunk_tokens, stats), reduction)
 
@@ -239,7 +245,7 @@ def topk_divergence(
             Collectives per chunk: an all-reduce and an all-gather; labels and statistics as there.
     """
     if student_weight is not None:
-        _check_head('student', student_hidden, student_weight, student_bias, student_lora)
+        _check_head('student', _Side(student_hidden, student_weight, student_bias, student_lora, student_transform))
     elif student_hidden.dim() != 2:
         raise ValueError(f'student_hidden must be logits [tokens, vocab] without a student_weight, got {list(student_hidden.shape)}')
     elif vocab_group is not None:
@@ -259,10 +265,10 @@ def topk_divergence(
         raise ValueError(f'topk_temperature must be positive and finite, got {topk_temperature}')
     student_vocab = student_hidden.shape[1] if student_weight is None else len(student_weight)
     if vocab_group is None:
-        vocabulary = Vocabulary.whole(_common_vocab(vocab_size, student_vocab, student_vocab))
+        vocabulary = Vocabulary.whole(_common_vocab(vocab_size, student_vocab))
     else:
-        widths = [width for width, _ in shard_widths(vocab_group, student_vocab, 0, student_hidden.device)]
-        vocabulary = Vocabulary.shard(_common_vocab(vocab_size, sum(widths), sum(widths)), widths, vocab_group)
+        (widths,) = shard_widths(vocab_group, [student_vocab], student_hidden.device)
+        vocabulary = Vocabulary.shard(_common_vocab(vocab_size, sum(widths)), widths, vocab_group)
     if topk_ids.shape[1] > vocabulary.size:
         raise ValueError(f'k = {topk_ids.shape[1]} is larger than the vocabulary of {vocabulary.size}')
     columns = vocabulary.columns
@@ -280,6 +286,7 @@ def logits_divergence(
     teacher_logits: Tensor | None,
     divergence: Divergence,
     *,
+    reference: Reference | None = None,
     token_weights: Tensor | None = None,
     reduction: str = 'none',
     labels: Tensor | None = None,
@@ -293,31 +300,66 @@ def logits_divergence(
 ) -> Tensor:
     """The dense path, for models whose head cannot be intercepted: the same numbers from ready logits.
 
-    student_logits [tokens, student_vocab] and teacher_logits [tokens, teacher_vocab] (or None, cross-entropy only) are
-    whatever the models return, -inf columns included; the rest as in `linear_divergence`. Needs the gradient of the
-    student's logits, in their dtype, and a chunk; nothing else of that size.
+    student_logits [tokens, student_vocab], teacher_logits [tokens, teacher_vocab] (or None, cross-entropy only) and those of a
+    reference are whatever the models return, -inf columns included; the rest as in `linear_divergence`. Needs the gradient of
+    the student's logits, in their dtype, and a chunk; nothing else of that size.
     """
-    for name, logits in (('student_logits', student_logits), ('teacher_logits', teacher_logits)):
-        if logits is not None and logits.dim() != 2:
+    if reference is not None and (teacher_logits is None or reference.weight is not None):
+        raise ValueError('a reference needs teacher_logits beside it, and ready logits of its own without a weight')
+    given = dict(student_logits=student_logits, teacher_logits=teacher_logits)
+    given['reference_logits'] = None if reference is None or reference.extrapolation == 1 else reference.hidden
+    given = {name: logits for name, logits in given.items() if logits is not None}
+    for name, logits in given.items():
+        if logits.dim() != 2:
             raise ValueError(f'{name} must be [tokens, vocab], got {list(logits.shape)}')
-    if teacher_logits is not None and len(teacher_logits) != len(student_logits):
-        raise ValueError(f'student_logits has {len(student_logits)} tokens, teacher_logits {len(teacher_logits)}')
-    student_vocab = student_logits.shape[1]
-    size = _common_vocab(vocab_size, student_vocab, student_vocab if teacher_logits is None else teacher_logits.shape[1])
-    student, teacher = ReadyLogits(student_logits, size, divergence.temperature), None
-    if teacher_logits is not None:
-        teacher = LogitsTeacher([(0, ReadyLogits(teacher_logits, size, divergence.temperature))])
+        if len(logits) != len(student_logits):
+            raise ValueError(f'student_logits has {len(student_logits)} tokens, {name} {len(logits)}')
+    size = _common_vocab(vocab_size, *(logits.shape[1] for logits in given.values()))
+    heads = [ReadyLogits(logits, size, divergence.temperature) for logits in given.values()]
+    student, teacher = heads[0], None
+    if len(heads) == 2:
+        teacher = LogitsTeacher([(0, heads[1])])
+    elif len(heads) == 3:
+        teacher = LogitsTeacher([(0, heads[1])], reference=[(0, heads[2])], extrapolation=reference.extrapolation)
     weights = _weights(student, teacher, token_weights, labels, label_weights, label_temperature, clipping, teacher_logprobs)
     return _apply(Call(divergence, student, teacher, weights, Vocabulary.whole(size), chunk_tokens, stats), reduction)
 
 
-def _teacher_pieces(rows: tuple[Tensor | None, ...], columns_here: int, have, want, group) -> list[tuple[int, tuple[Tensor | None, ...]]]:
-    """(first column, rows) of the teacher's head (weight, bias, LoRA B) that cover this rank's columns."""
+def _linear_teacher(
+    sides: dict[str, _Side], parts: dict[str, list | None], student: LinearHead, group, reference: Reference | None
+) -> LogitsTeacher:
+    """Args: parts: `spans` of each head; None without a group."""
+    mine, theirs, other = (sides.get(name) for name in ('student', 'teacher', 'reference'))
+    difference = student.plain and _same_head(mine, theirs) and (other is None or _same_head(other, theirs))
+    if difference:
+        start = mine.hidden.detach()
+        theirs, other = (side and side._replace(hidden=side.hidden - start, bias=None) for side in (theirs, other))
+    by = 1.0 if reference is None else reference.extrapolation
+    # Of half-precision hidden states the mixture would be rounded, and with it what two close models differ by.
+    if other is not None and _same_head(other, theirs) and theirs.hidden.dtype == theirs.weight.dtype == student.dtype:
+        theirs, other = theirs._replace(hidden=torch.lerp(other.hidden, theirs.hidden, by)), None
+
+    def heads(name: str, side: _Side | None) -> list[tuple[int, LinearHead]] | None:
+        return None if side is None else _pieces(side, parts[name], parts['student'], student, group)
+
+    return LogitsTeacher(heads('teacher', theirs), difference, heads('reference', other), by)
+
+
+def _pieces(side: _Side, have, want, student: LinearHead, group) -> list[tuple[int, LinearHead]]:
+    """(first column, head), which cover this rank's columns of the student. have, want: the ids of either on every rank."""
+    a, b, scaling = side.lora or (None, None, None)
+    rows = (side.weight, side.bias, b)
     if group is None:
-        return [(0, tuple(None if x is None else x[:columns_here] for x in rows))]
-    first = want[torch.distributed.get_rank(group)][0]
-    pieces = [None if x is None else realigned(x.detach(), have, want, group) for x in rows]
-    return [(start - first, tuple(None if x is None else x[i][1] for x in pieces)) for i, (start, _) in enumerate(pieces[0])]
+        found = [(0, tuple(None if x is None else x[: student.columns] for x in rows))]
+    else:
+        first = want[torch.distributed.get_rank(group)][0]
+        pieces = [None if x is None else realigned(x.detach(), have, want, group) for x in rows]
+        found = [(start - first, tuple(None if x is None else x[i][1] for x in pieces)) for i, (start, _) in enumerate(pieces[0])]
+    heads = []
+    for column, (weight, bias, b_rows) in found:
+        lora = None if b_rows is None else (a, b_rows, scaling)
+        heads.append((column, LinearHead(side.hidden, weight, bias, lora, side.transform, len(weight), student.temperature)))
+    return heads
 
 
 def _weights(
@@ -372,12 +414,12 @@ def _apply(call: Call, reduction: str) -> Tensor:
     return _Operator.apply(call, reduction, torch.is_grad_enabled(), *call.student.tensors)
 
 
-def _same_head(student: tuple, teacher: tuple) -> bool:
-    """Whether logits are one linear function of the hidden states of both sides, up to a shared bias. The product of
-    teacher_hidden - student_hidden then gives the log-ratio, rounded at its own size and not at that of the logits."""
-    (hidden_s, weight_s, bias_s, lora_s, transform_s), (hidden_t, weight_t, bias_t, lora_t, transform_t) = student, teacher
-    linear = lora_s is None and lora_t is None and transform_s == transform_t and (transform_s is None or transform_s.softcap is None)
-    return linear and hidden_s.dtype == hidden_t.dtype and _same_tensor(weight_s, weight_t) and _same_tensor(bias_s, bias_t)
+def _same_head(one: _Side, other: _Side) -> bool:
+    """Whether logits are one linear function of the hidden states of both sides, up to a shared bias. The product of a difference of
+    hidden states then gives that of the logits, rounded at its own size and not at theirs."""
+    linear = one.lora is None and other.lora is None and one.transform == other.transform
+    linear = linear and (one.transform is None or one.transform.softcap is None) and one.hidden.dtype == other.hidden.dtype
+    return linear and _same_tensor(one.weight, other.weight) and _same_tensor(one.bias, other.bias)
 
 
 def _same_tensor(a: Tensor | None, b: Tensor | None) -> bool:
@@ -386,16 +428,17 @@ def _same_tensor(a: Tensor | None, b: Tensor | None) -> bool:
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
 
 
-def _common_vocab(vocab_size: int | None, student_vocab: int, teacher_vocab: int) -> int:
-    smaller = min(student_vocab, teacher_vocab)
+def _common_vocab(vocab_size: int | None, *vocabs: int) -> int:
+    smallest = min(vocabs)
     if vocab_size is None:
-        return smaller
-    if not 0 < vocab_size <= smaller:
-        raise ValueError(f'vocab_size {vocab_size} must be positive and at most {smaller}, the smaller of the two vocabularies')
+        return smallest
+    if not 0 < vocab_size <= smallest:
+        raise ValueError(f'vocab_size {vocab_size} must be positive and at most {smallest}, the smallest of the vocabularies')
     return vocab_size
 
 
-def _check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora | None) -> None:
+def _check_head(side: str, head: _Side) -> None:
+    hidden, weight, bias, lora, _ = head
     if hidden.dim() != 2:
         raise ValueError(f'{side}_hidden must be [tokens, dim], got {list(hidden.shape)}')
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:

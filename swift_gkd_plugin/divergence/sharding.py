@@ -76,10 +76,11 @@ class Vocabulary:
         return column.masked_fill(~here, 0), here
 
 
-def shard_widths(group, student: int, teacher: int, device: torch.device) -> list[tuple[int, int]]:
-    """(student, teacher) rows on every rank of the group. They are asked for in every call, and read on the host: a rank that
-    remembered those of its own widths would not see that another's have changed, and go on while that one waits."""
-    return [tuple(pair) for pair in Reduce(group).gather(torch.tensor([student, teacher], device=device)).tolist()]
+def shard_widths(group, widths: list[int], device: torch.device) -> list[list[int]]:
+    """The rows that every rank of the group has of each of several heads, a list per head. They are asked for in every call, and read
+    on the host: a rank that remembered those of its own widths would not see that another's have changed, and go on while that one
+    waits."""
+    return Reduce(group).gather(torch.tensor(widths, device=device)).t().tolist()
 
 
 def on_all_ranks(group, here: bool, device: torch.device) -> bool:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 
-from ..divergence import TokenStats, linear_divergence, logits_divergence
+from ..divergence import Reference, TokenStats, linear_divergence, logits_divergence
 from ..step.objective import LossInForward
 from ..step.samples import MicroBatch
 from ..teachers import HiddenStates, Logits, Signal, TopK
@@ -65,11 +65,18 @@ class DistillationLoss(LossInForward):
         student = {} if head is None else of_student(head)
         if isinstance(signal, TopK):
             return self._from_topk(chosen, None if head is None else head.weight, signal, **student, **common)
+        base = signal.reference
         if head is None or isinstance(signal, Logits):
             logits = chosen if head is None else head.logits_with_gradient(chosen)
-            return self._run(logits_divergence, logits, self._teacher_logits(signal, device), options.divergence, **common)
-        with self._whole(signal.head):
+            if base is not None:
+                common['reference'] = Reference(self._logits(base, False, device), None, options.extrapolation)
+            return self._run(logits_divergence, logits, self._logits(signal, self.teacher_adapter, device), options.divergence, **common)
+        with self._whole((signal.head, self.teacher_adapter), *([] if base is None else [(base.head, False)])):
             teacher = signal.head.tensors(self.teacher_adapter).detached(device)
+            if base is not None:
+                its = base.head.tensors(False).detached(device)
+                how = (options.extrapolation, its.bias, its.transform, its.lora)
+                common['reference'] = Reference(base.hidden.to(device), its.weight, *how)
             return self._run(
                 linear_divergence,
                 chosen,
@@ -99,21 +106,26 @@ class DistillationLoss(LossInForward):
     def _teacher_alone(self, signal: HiddenStates | Logits, device: torch.device, **common: Any) -> torch.Tensor:
         if isinstance(signal, Logits):
             return self._alone(signal.logits.to(device), None, **common)
-        with self._whole(signal.head):
+        with self._whole((signal.head, self.teacher_adapter)):
             return self._alone(signal.hidden.to(device), signal.head.tensors(self.teacher_adapter).detached(device), **common)
 
-    def _whole(self, teacher: OutputHead) -> AbstractContextManager:
-        """The teacher's head with whole weights. If it is the module whose forward this is, they are whole already, and ZeRO-3 would
-        refuse to partition them again before that forward ends."""
-        if not self.head.dense and teacher.executed(self.teacher_adapter) is self.head.executed(adapter=True):
-            return nullcontext()
-        return teacher.gathered(self.teacher_adapter)
+    @contextmanager
+    def _whole(self, *heads: tuple[OutputHead, bool | str]) -> Iterator[None]:
+        """Heads of teachers, each with its adapter, with whole weights. If one is the module whose forward this is, they are whole
+        already, and ZeRO-3 would refuse to partition them again before that forward ends."""
+        whole = set() if self.head.dense else {self.head.executed(adapter=True)}
+        with ExitStack() as stack:
+            for head, adapter in heads:
+                if head.executed(adapter) not in whole:
+                    stack.enter_context(head.gathered(adapter))
+                    whole.add(head.executed(adapter))
+            yield
 
-    def _teacher_logits(self, signal: HiddenStates | Logits, device: torch.device) -> torch.Tensor:
+    def _logits(self, signal: HiddenStates | Logits, adapter: bool | str, device: torch.device) -> torch.Tensor:
         if isinstance(signal, Logits):
             return signal.logits.to(device)
-        with torch.no_grad(), self._whole(signal.head):
-            head = signal.head.tensors(self.teacher_adapter)
+        with torch.no_grad(), self._whole((signal.head, adapter)):
+            head = signal.head.tensors(adapter)
             return head.logits(signal.hidden.to(head.weight.device)).to(device)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from swift.utils import is_mp
 from torch import nn
 
-from ..arguments import engine_scores, teacher_offload
+from ..arguments import engine_scores, extrapolates, teacher_offload
 from ..memory import estimates
 from ..memory.estimates import BF16, FP32, Rows
 from ..memory.setup import Engines, visiting
@@ -239,6 +239,9 @@ def _of_work(setup: Setup) -> Iterable[Part]:
             yield Part("the teacher's forward", work.forward_bytes(teacher.inside, tokens), (TEACHER,), False)
         payload = work.payload_bytes(teacher.inside.hidden, _payload_tokens(setup), setup.topk, teacher.inside.itemsize)
         yield Part('what the teacher leaves', payload, (TEACHER, STUDENT), False)
+    if setup.extrapolates:  # its forward takes less than the student's, which comes next
+        beside = work.payload_bytes(inside.hidden, rows.trained_tokens, itemsize=inside.itemsize)
+        yield Part('what the reference leaves', beside, (STUDENT,), False)
     layers = inside.layers
     kept, whole = (layers, 1) if setup.checkpointing else (0, layers)
     title = f'activations, {rows.rows} x {rows.length} tokens'
@@ -359,6 +362,7 @@ def setup_of(args: Any, prepare: Callable[[Any, nn.Module], nn.Module], teacher_
         placed=placed,
         teacher_rows=args.gkd_teacher_batch_size,
         topk=args.gkd_logits_topk,
+        extrapolates=extrapolates(args),
         gathers=args.ds3_gather_for_generation and args.lmbda > 0 and not args.use_vllm,
         engines=Engines.of(args),
         away=('weights',) * bool(colocated and args.offload_model) + ('optimizer',) * bool(colocated and args.offload_optimizer),

@@ -8,12 +8,12 @@ from swift.template import update_generation_config_eos_token
 from swift.utils import get_logger
 from torch import nn
 
-from ..arguments import teacher_offload
+from ..arguments import extrapolates, teacher_offload
 from ..teachers.average import AverageInOneFile, ShardedParameters, WholeParameters
 from ..teachers.offload import HostCopy, LayerStream
 from .head import language_model
 from .shared_work import SharedWork
-from .teachers import TEACHER_ADAPTER, AdapterOnBase, AveragedStudent, LiveStudent, LocalTeacher, SharedBase
+from .teachers import TEACHER_ADAPTER, AdapterOnBase, AveragedStudent, LiveStudent, LocalTeacher, Reference, SharedBase
 from .zero3 import PartitionedParameters, is_zero3, ranks_share_weights
 
 logger = get_logger()
@@ -39,13 +39,29 @@ def _self_teacher(trainer) -> LocalTeacher:
     else:
         kind = AdapterOnBase if TEACHER_ADAPTER in bare.peft_config else SharedBase
         teacher = kind(trainer.model, bare)
-    shared = SharedWork(bare, layers=not trainer.aux_loss_enabled)
-    # Parts that do something else in every micro-batch would be compiled for each.
-    if shared and not trainer.args.torch_compile:
-        parts = ', '.join(type(tower).__name__ for tower in shared.towers)
-        logger.info(f'Teacher and student share the work of {parts or "no tower"} and the lowest {len(shared.layers)} layers.')
-        teacher.shared_work = shared
+    if not extrapolates(trainer.args):
+        teacher.shared_work = _shared_work(trainer, 'Teacher')
     return teacher
+
+
+def reference_of(trainer) -> Reference | None:
+    """``--gkd_extrapolation``. It looks last before the student, and always sees what the student does: it is the one to share with."""
+    if not extrapolates(trainer.args):
+        return None
+    reference = Reference(trainer.model, trainer.bare)
+    reference.shared_work = _shared_work(trainer, 'Reference')
+    logger.info(f'The teacher is extrapolated by {trainer.args.gkd_extrapolation:g} from {reference.description}.')
+    return reference
+
+
+def _shared_work(trainer, who: str) -> SharedWork | None:
+    shared = SharedWork(trainer.bare, layers=not trainer.aux_loss_enabled)
+    # Parts that do something else in every micro-batch would be compiled for each.
+    if not shared or trainer.args.torch_compile:
+        return None
+    parts = ', '.join(type(tower).__name__ for tower in shared.towers)
+    logger.info(f'{who} and student share the work of {parts or "no tower"} and the lowest {len(shared.layers)} layers.')
+    return shared
 
 
 def trained_parameters(trainer) -> WholeParameters:

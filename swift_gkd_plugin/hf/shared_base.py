@@ -35,6 +35,7 @@ def recognise(args: Any, teacher: str | None) -> None:
     why = why_not_shared(args)
     if own == 'base' and why is not None:
         raise OptionError(f'--gkd_self_teacher base with {why}')
+    checks.check_reference(args, why)
     shared = checks.teaches_as_base(args, teacher, why is None)
     if not shared and teacher is not None and args.tuner_type != 'full' and checks.same_weights(args, teacher):
         why = why or why_not_on_base(args, adapters)

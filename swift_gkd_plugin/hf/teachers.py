@@ -141,15 +141,27 @@ class SharedBase(LocalTeacher):
 
     adapter = False
     description = 'the base with the adapter off (frozen)'
+    is_reference = False
 
     def __init__(self, model: nn.Module, bare: nn.Module):
         super().__init__(model, bare)
-        check_frozen_base([bare], self.description)
+        check_frozen_base([bare], self.description, self.is_reference)
 
     @contextmanager
     def ready(self) -> Iterator[nn.Module]:
         with adapters_off(self.bare), super().ready() as model:
             yield model
+
+
+class Reference(SharedBase):
+    """What ``--gkd_extrapolation`` moves the teacher away from. It sees what the student sees, right before the student does."""
+
+    is_reference = True
+
+    def beside(self, signal: Signal, batch: MicroBatch, forward: Callable[..., Any]) -> Signal:
+        """What the teacher says about a micro-batch, with what the reference says. Args: as of :meth:`signals`."""
+        (mine,) = self.signals([batch.as_student_sees()], forward)
+        return replace(signal, reference=mine)
 
 
 class AdapterOnBase(SharedBase):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from swift.trainers import SwiftMixin
 from swift.utils import HfConfigFactory, get_logger
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from .. import checks, versions
@@ -35,41 +35,17 @@ from ..step.samples import InTurn, MicroBatch
 from ..teachers import Signal, TopKOptions
 from ..teachers.adapters import adapter_has_effect
 from .backend import TransformersBackend
+from .callbacks import BeforeUpdate, Follower
 from .engine import EngineRollout
 from .head import OutputHead
 from .loading import is_spread
 from .loss import DistillationLoss
-from .placement import local_teacher, trained_parameters
+from .placement import local_teacher, reference_of
 from .routing import RoutingReplay
 from .teachers import AdapterOnBase, AveragedStudent, LiveStudent, LocalTeacher, SharedBase
 from .zero3 import one_trace
 
 logger = get_logger()
-
-
-class BeforeUpdate(TrainerCallback):
-    """Between a step's last backward pass and its update, so that no weight and no checkpoint takes part in a loss that is not a number."""
-
-    def __init__(self, trainer: GKDTrainer):
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
-        self.trainer.conductor.before_update()
-
-
-class Follower(TrainerCallback):
-    """A moving teacher begins as the student, and follows it after each update, before any checkpoint is written."""
-
-    def __init__(self, trainer: GKDTrainer):
-        self.trainer, self.average = trainer, trainer.teacher.average
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.average.begin(trained_parameters(self.trainer))
-        if self.trainer.resumes_from is not None:
-            self.average.load(self.trainer.resumes_from)
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.average.follow()
 
 
 class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
@@ -110,6 +86,7 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
             dtype = self.bare.model_info.torch_dtype
             self.answering = teacher_that_answers(args, backend.ranks, server_urls, teacher_path, dtype, lambda: self.state.global_step)
             self.teacher = self._resolve_teacher(server_urls)
+        self.reference = reference_of(self)
         if isinstance(self.teacher, AveragedStudent):
             self.add_callback(Follower(self))
         self.loss = DistillationLoss(self._loss_options(), OutputHead(self.bare), self.teacher.adapter if self.teacher else True)
@@ -159,6 +136,8 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
 
     def _is_student(self, resumes: bool) -> bool:
         """Whether teacher and student are one model when training begins."""
+        if self.reference is not None and (resumes or adapter_has_effect(self.bare)):
+            return False  # what the teacher is moved away from is another one
         if isinstance(self.teacher, LiveStudent | AveragedStudent):
             return True
         fresh = type(self.teacher) is SharedBase and not adapter_has_effect(self.bare)
@@ -243,14 +222,22 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
             with self.conductor.visited(1 / self.conductor.num_batches):
                 (signal,) = self.signals([batch])
             just_ran, shared = self.teacher.model is self.model, self.teacher.shared_work
+        if signal is not None and self.reference is not None:
+            with self.conductor.metrics.seconds('seconds/reference'), self._in_trace(model, just_ran):
+                signal = self.reference.beside(signal, batch, self._call)
+            just_ran, shared = True, self.reference.shared_work
         with (
             self.conductor.metrics.seconds('seconds/student'),
             shared.used(batch) if shared else nullcontext(),
-            one_trace(model) if just_ran and self.is_deepspeed_enabled else nullcontext(),
+            self._in_trace(model, just_ran),
         ):
             total, outputs = self.loss(lambda inputs: model(**self._with_router_logits(inputs)), batch, signal, stats)
         self.conductor.add_loss(batch, total, stats)
         return total, outputs
+
+    def _in_trace(self, model: nn.Module, just_ran: bool) -> AbstractContextManager:
+        """Around another forward through the student's model, after one before the same backward pass."""
+        return one_trace(model) if just_ran and self.is_deepspeed_enabled else nullcontext()
 
     def signals(self, batches: Iterable[MicroBatch]) -> list[Signal]:
         """What a local teacher says, in one visit if it lives on the host."""
@@ -285,6 +272,8 @@ class GKDTrainer(EngineRollout, SwiftMixin, Trainer):
                 logger.warning(f'The {name} runs with whole logits, which take more memory, because {reason}.')
         if self.teacher is not None and self.teacher.model is self.model and not isinstance(self.teacher, AdapterOnBase):
             self.teacher.head = self.loss.head
+        if self.reference is not None:
+            self.reference.head = self.loss.head
 
     # -- evaluation ------------------------------------------------------------------------------------------------------------------
 

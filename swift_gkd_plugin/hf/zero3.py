@@ -38,11 +38,11 @@ def why_not_averaged(config: dict[str, Any] | None) -> str | None:
 
 @contextmanager
 def one_trace(engine: Any) -> Iterator[None]:
-    """Around the student's forward, after a teacher's through the same model: one trace for both and the backward pass.
+    """Around a forward after another one through the student's model: one trace for both and the student's backward pass.
 
     ZeRO-3 learns in which order modules run, from the start of one forward to the start of the next, in order to gather parameters ahead
     of time and to keep those that are needed again soon (``stage3_max_reuse_distance``). Two forwards before a backward pass make it
-    learn the teacher's alone, and forget it where the student's backward pass begins, in every micro-batch.
+    learn the first one alone, and forget it where the student's backward pass begins, in every micro-batch.
 
     Args:
         engine: The student's DeepSpeed engine, of any stage.

@@ -134,7 +134,8 @@ class MegatronBackend(Backend):
         trainer = self.trainer
         if not trainer.conductor.scored_locally or trainer.teacher.host_copy is None:
             return None
-        return bytes_per_token(self.args.gkd_logits_topk, trainer.teacher.chunks[0].config.hidden_size)
+        reference = 0 if trainer.reference is None else bytes_per_token(None, trainer.reference.chunks[0].config.hidden_size)
+        return bytes_per_token(self.args.gkd_logits_topk, trainer.teacher.chunks[0].config.hidden_size) + reference
 
     def signals(self, batches: InTurn) -> list[Signal | None]:
         options, k = self.trainer.loss.options, self.args.gkd_logits_topk
@@ -144,6 +145,10 @@ class MegatronBackend(Backend):
         trainer.teacher.routing = None if trainer.conductor.books.evaluating else trainer.routing
         with trainer.conductor.metrics.seconds('seconds/teacher'), self._room_for_visit():
             return trainer.teacher.signals(batches, topk)
+
+    def references(self, batches: InTurn) -> list[Signal | None]:
+        with self.trainer.conductor.metrics.seconds('seconds/reference'):
+            return self.trainer.reference.signals(batches)
 
     @contextmanager
     def _room_for_visit(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from ..arguments import check_values
-from ..checks import base_of_adapters, teaches_as_base
+from ..checks import base_of_adapters, check_reference, teaches_as_base
 from ..seams import (
     Renamed,
     allowed,
@@ -105,8 +105,10 @@ def _check_options(args: Any) -> None:
 
 def _recognise(args: Any, teacher: str | None) -> None:
     with said_once():
-        teacher = base_of_adapters(args, teacher, args.tuner_type == 'lora')
-        shared = teaches_as_base(args, teacher, args.tuner_type == 'lora')
+        lora = args.tuner_type == 'lora'
+        check_reference(args, None if lora else f'--tuner_type {args.tuner_type}: there is no adapter to switch off; use lora.')
+        teacher = base_of_adapters(args, teacher, lora)
+        shared = teaches_as_base(args, teacher, lora)
     args._teacher_use_disable_adapter = shared
     args.teacher_model = None if shared else teacher
 

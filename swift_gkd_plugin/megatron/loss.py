@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from megatron.core import mpu
 
-from ..divergence import TokenStats, linear_divergence
+from ..divergence import Reference, TokenStats, linear_divergence
 from ..step.objective import LossInForward
 from ..step.samples import MicroBatch
 from ..teachers import HiddenStates, Signal, TopK
@@ -53,6 +53,10 @@ class DistillationLoss(LossInForward):
         if isinstance(signal, TopK):
             return self._from_topk(chosen, head.weight, signal, **common)
         teacher = signal.head.tensors(self.teacher_adapter)
+        if signal.reference is not None:
+            its = signal.reference.head.tensors(False)
+            how = (options.extrapolation, None if its.bias is None else its.bias.detach(), its.transform)
+            common['reference'] = Reference(signal.reference.hidden, its.weight.detach(), *how)
         return self._run(
             linear_divergence,
             chosen,

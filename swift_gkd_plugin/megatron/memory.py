@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ..arguments import engine_scores, teacher_offload
+from ..arguments import engine_scores, extrapolates, teacher_offload
 from ..memory import estimates
 from ..memory.estimates import FP32, Rows
 from ..memory.layout import Layout, head_bytes, parameters, student_bytes
@@ -161,6 +161,8 @@ def _of_work(setup: Setup, stage: int) -> Iterable[Part]:
             trained = rows.micro_batches * rows.trained_tokens // layout.cp
             payload = work.payload_bytes(teacher.inside.hidden, trained, setup.topk, teacher.inside.itemsize)
             yield Part('what the teacher leaves', payload, (TEACHER, STUDENT), False)
+            beside = work.payload_bytes(inside.hidden, trained, itemsize=inside.itemsize) * setup.extrapolates
+            yield Part('what the reference leaves', beside, (TEACHER, STUDENT), False)
     under_way = min(layout.pp - stage, rows.micro_batches)
     layers, (share, at_a_time) = -(-inside.layers // layout.pp), setup.recomputed
     kept = math.ceil(layers * share)
@@ -241,6 +243,7 @@ def setup_of(args: Any, card: Card | None) -> Setup:
         averaged=args.gkd_self_teacher == 'ema',
         scores=args.gkd_loss_weight > 0 and args.teacher_model_server is None and not engine_scores(args),
         topk=args.gkd_logits_topk,
+        extrapolates=extrapolates(args),
         engines=Engines.of(args),
         away=(bool(colocated and args.offload_model), bool(colocated and args.offload_optimizer)),
         card=card,

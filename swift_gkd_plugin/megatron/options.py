@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..arguments import OptionError, engine_scores
+from ..arguments import OptionError, engine_scores, extrapolates
 from ..sources import STUDENT, TEACHER
 
 # Options that are refused: name, when, and what to do instead.
@@ -41,11 +41,11 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         'target_modules',
         lambda a: (
-            (a.gkd_self_teacher == 'base' or (a.teacher_model == a.model and not getattr(a, 'teacher_adapters', None)))
+            (a.gkd_self_teacher == 'base' or (a.teacher_model == a.model and not getattr(a, 'teacher_adapters', None)) or extrapolates(a))
             and a.tuner_type == 'lora'
             and 'all-router' in a.target_modules
         ),
-        "the adapter of a router can't be switched off for the teacher; leave all-router out",
+        "the adapter of a router can't be switched off for the teacher or the reference; leave all-router out",
     ),
 )
 

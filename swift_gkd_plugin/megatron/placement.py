@@ -5,11 +5,11 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 from swift.megatron.model import get_mcore_model
-from swift.utils import get_current_device
+from swift.utils import get_current_device, get_logger
 from torch import nn
 from transformers import AutoConfig
 
-from ..arguments import teacher_offload
+from ..arguments import extrapolates, teacher_offload
 from ..sources import STUDENT, TEACHER
 from .adapters import MergedAdapters
 from .average import ShardedAverage
@@ -17,7 +17,9 @@ from .generation import check_generates
 from .head import OutputHead
 from .layouts import Layout, RelocatedTeacher, TrackedRandomState
 from .options import num_experts, said_once, teacher_arguments, teacher_options
-from .teachers import AveragedStudent, LiveStudent, LocalTeacher, SharedBase
+from .teachers import AveragedStudent, LiveStudent, LocalTeacher, Reference, SharedBase
+
+logger = get_logger()
 
 
 def build_teacher(args) -> tuple[list[nn.Module], Layout | None]:
@@ -94,3 +96,13 @@ def local_teacher(trainer) -> LocalTeacher:
         return AveragedStudent(args, trainer.unwrapped_models, average=ShardedAverage(args.gkd_ema_decay))
     with said_once():
         return (SharedBase if trainer._teacher_use_disable_adapter else LiveStudent)(args, trainer.unwrapped_models)
+
+
+def reference_of(trainer) -> Reference | None:
+    """``--gkd_extrapolation``."""
+    if not extrapolates(trainer.args):
+        return None
+    with said_once():
+        reference = Reference(trainer.args, trainer.unwrapped_models)
+    logger.info(f'The teacher is extrapolated by {trainer.args.gkd_extrapolation:g} from {reference.description}.')
+    return reference

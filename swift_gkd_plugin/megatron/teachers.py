@@ -188,10 +188,11 @@ class SharedBase(LocalTeacher):
 
     adapter = False
     description = "the student's base with its adapter off"
+    is_reference = False
 
     def __init__(self, args, chunks: list[nn.Module]):
         super().__init__(args, chunks)
-        check_frozen_base(chunks, self.description)
+        check_frozen_base(chunks, self.description, self.is_reference)
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -200,6 +201,12 @@ class SharedBase(LocalTeacher):
                 stack.enter_context(adapters_off(chunk))
             with super().ready():
                 yield
+
+
+class Reference(SharedBase):
+    """What ``--gkd_extrapolation`` moves the teacher away from. It looks at a step as the student sees it, after the teacher."""
+
+    is_reference = True
 
 
 class LiveStudent(LocalTeacher):

@@ -43,7 +43,7 @@ from .loss import DistillationLoss
 from .memory import bytes_of_moments
 from .optimizer import leaving_state
 from .options import loads_teacher, resumed_from, said_once
-from .placement import build_teacher, check_heads, check_who_generates, load_teacher, local_teacher, merged_adapters
+from .placement import build_teacher, check_heads, check_who_generates, load_teacher, local_teacher, merged_adapters, reference_of
 from .routers import leave_padding_out, leave_unweighed, weigh
 from .routing import RoutingReplay
 from .teachers import AveragedStudent, LiveStudent, LocalTeacher, SharedBase
@@ -93,6 +93,7 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
             model, dtype = args.teacher_model_dir if args.teacher_model is not None else None, args.torch_dtype
             self.answering = teacher_that_answers(args, backend.ranks, server_urls, model, dtype, lambda: self.state.iteration)
             self.teacher = self._resolve_teacher()
+        self.reference = reference_of(self)
         head = OutputHead(self.unwrapped_models)
         self.loss = DistillationLoss(self._loss_options(head), head, self.teacher.adapter if self.teacher else True)
         self.conductor = Conductor(
@@ -134,10 +135,12 @@ class GKDTrainer(EngineRollout, MegatronRLHFTrainer):
 
     def _is_student(self, resumes: bool) -> bool:
         """Whether teacher and student are one model when training begins."""
+        begun = resumes or any(map(adapter_has_effect, self.unwrapped_models))
+        if self.reference is not None and begun:
+            return False  # what the teacher is moved away from is another one
         if isinstance(self.teacher, LiveStudent | AveragedStudent):
             return True
-        fresh = isinstance(self.teacher, SharedBase) and not any(map(adapter_has_effect, self.unwrapped_models))
-        return (self._teacher_is_start or fresh) and not resumes
+        return (self._teacher_is_start and not resumes) or (isinstance(self.teacher, SharedBase) and not begun)
 
     def _loss_options(self, student: OutputHead) -> LossOptions:
         teacher = None if self.teacher_models is None or self.teacher is None else self.teacher.head.columns

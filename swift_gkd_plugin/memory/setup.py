@@ -82,6 +82,7 @@ class Setup:
         rows: Of a rank.
         scores: Whether a teacher in the training processes, or an engine beside them, scores.
         topk: ``--gkd_logits_topk``.
+        extrapolates: Whether the student's base is looked at beside the teacher.
         engines: Beside them.
         card: None where none is to be compared with.
     """
@@ -91,6 +92,7 @@ class Setup:
     rows: Rows
     scores: bool
     topk: int | None
+    extrapolates: bool
     engines: Engines
     card: Card | None
 

@@ -107,6 +107,10 @@ class Backend(ABC):
         """What a local teacher says about the trained tokens of each batch, before the student's first forward; None for one that it looks
         at during the student's turn, or of which nothing is on this rank."""
 
+    def references(self, batches: InTurn) -> list[Signal | None]:
+        """With ``--gkd_extrapolation``: what the student's base says, as :meth:`signals`, about batches as the student sees them."""
+        return [None] * len(batches)
+
     @abstractmethod
     def run(self, batches: InTurn) -> None:
         """Forwards without gradient; each is booked with ``add_loss``."""

@@ -21,10 +21,12 @@ from typing import Any, Literal
 import torch
 from swift.utils import get_logger
 
+from ..arguments import extrapolates
 from ..divergence import TokenStats
 from ..metrics import Metrics
 from ..rewards import RewardError, Rewards
 from ..sources import DATASET, STUDENT
+from ..teachers import Signal
 from ..teachers.server import TeacherServerError
 from . import cycle as cycles
 from .answers import Answers
@@ -392,7 +394,8 @@ class Conductor:
             plan = self.backend.teacher_batches(batches)
             if plan is None:
                 with self.visited(1.0):
-                    take(self.backend.signals(InTurn(batches, lambda one: self.encoder.micro_batch(one.samples))))
+                    signals = self.backend.signals(InTurn(batches, lambda one: self.encoder.micro_batch(one.samples)))
+                take(self._beside_reference(batches, signals))
                 return
             size = plan.per_visit(batches, self.ranks)
             self._visits.extend((plan, batches[start : start + size]) for start in range(0, len(batches), size))
@@ -404,8 +407,16 @@ class Conductor:
         share = len(batches) / self.num_batches
         with self.visited(share):
             signals, count = plan.taught(batches, self.encoder, self.ranks, self.backend.signals)
-        _give(batches, signals)
+        _give(batches, self._beside_reference(batches, signals))
         self.metrics.add('teacher/batches', count, share)
+
+    def _beside_reference(self, batches: list[Counted], signals: list[Signal | None]) -> list[Signal | None]:
+        """With what the student's base says about the same tokens, where that is known before the student's turn."""
+        if not extrapolates(self.args):
+            return signals
+        others = self.backend.references(InTurn(batches, lambda one: self.encoder.micro_batch(one.samples).as_student_sees()))
+        pairs = zip(signals, others, strict=True)
+        return [signal if other is None else dataclasses.replace(signal, reference=other) for signal, other in pairs]
 
     @contextmanager
     def visited(self, share: float) -> Iterator[None]:

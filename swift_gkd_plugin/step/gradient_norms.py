@@ -38,6 +38,8 @@ def gradient_norms(operator: Callable[..., torch.Tensor], rewards: torch.Tensor,
     if given.get('student_lora') is not None:
         a, b, scaling = given['student_lora']
         given['student_lora'] = a.detach(), b.detach(), scaling
+    if given.get('reference') is not None:
+        given['reference'] = replace(given['reference'], hidden=given['reference'].hidden[chosen])
     clipping, rewards = given.get('clipping'), rewards[chosen]
     if clipping is not None:
         ratios = None if clipping.log_ratios is None else clipping.log_ratios[chosen]

@@ -36,6 +36,7 @@ class LossOptions:
         sampling_temperature: The student's.
         schedule: How the two weights change over the run (``--gkd_rl_schedule``), and the share of it after which they are switched.
         distilled: Which of the student's responses are compared with the teacher (``--gkd_on``), and the reward from which one has passed.
+        extrapolation: How far the teacher is moved away from the student's base (``--gkd_extrapolation``); 1 for not at all.
         clip: How far the ratio of a token's probability to that under the student that sampled it may fall below 1, and rise above, before
             its reward teaches nothing more (``--epsilon``, ``--epsilon_high``), and the most that it counts for (``--delta``).
         ratio_of: Whose ratio that is, a ``token``'s or its whole response's (``--importance_sampling_level``).
@@ -54,6 +55,7 @@ class LossOptions:
     distilled: tuple[str, float] = ('all', 1.0)
     ratio_of: str = 'token'
     sampled: bool = False
+    extrapolation: float = 1.0
 
     @classmethod
     def of(cls, args, student: int | None, teacher: int | None = None, tokens: tuple[int, int] | None = None) -> LossOptions:
@@ -88,6 +90,7 @@ class LossOptions:
             (args.gkd_on, args.gkd_passing_reward),
             args.importance_sampling_level,
             args.gkd_signal == 'sampled',
+            args.gkd_extrapolation,
         )
 
     @property

@@ -330,6 +330,10 @@ class MicroBatch:
     def num_tokens(self) -> int:
         return len(self.labels)
 
+    def as_student_sees(self) -> MicroBatch:
+        """The same for a teacher that sees what the student does."""
+        return replace(self, teacher_inputs=None, teacher_index=self.student_index)
+
     def to(self, device: torch.device) -> MicroBatch:
         """The same on a device, what the teacher says included. The host waits for no copy to a GPU."""
 

@@ -17,19 +17,23 @@ class HiddenStates:
     """Attributes:
     hidden: [n, teacher_dim], in the dtype of the teacher.
     head: The teacher's output head; what it is depends on the back end.
+    reference: What the student's base says, with ``--gkd_extrapolation``; the loss puts the two together.
     """
 
     hidden: torch.Tensor
     head: Any
+    reference: HiddenStates | Logits | None = None
 
 
 @dataclass(frozen=True)
 class Logits:
     """Attributes:
     logits: [n, teacher_vocab]; from a teacher whose head can't be intercepted.
+    reference: As of :class:`HiddenStates`.
     """
 
     logits: torch.Tensor
+    reference: HiddenStates | Logits | None = None
 
 
 @dataclass(frozen=True)

@@ -67,20 +67,24 @@ def trained_outside_adapters(model: nn.Module) -> list[str]:
     return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
 
 
-def check_frozen_base(models: Iterable[nn.Module], description: str) -> None:
+def check_frozen_base(models: Iterable[nn.Module], description: str, is_reference: bool = False) -> None:
     """
     Args:
         models: What this rank holds of a model whose base teaches while it is trained.
         description: Of the teacher, for the message.
+        is_reference: Whether the base is the reference of ``--gkd_extrapolation`` instead.
 
     Raises:
-        OptionError: Something outside the adapter is trained, which would move the teacher.
+        OptionError: Something outside the adapter is trained, which would move the base.
     """
+    who, instead = ('teacher', 'give --teacher_model another copy of the base')
+    if is_reference:
+        who, instead = ('reference', 'leave --gkd_extrapolation out')
     moving = [name for model in models for name in trained_outside_adapters(model)]
     if moving:
         raise OptionError(
-            f'The teacher is {description}, but {len(moving)} parameters outside the adapter are trained, {moving[0]} for one; '
-            'freeze them, or give --teacher_model another copy of the base.'
+            f'The {who} is {description}, but {len(moving)} parameters outside the adapter are trained, {moving[0]} for one; '
+            f'freeze them, or {instead}.'
         )
 
 

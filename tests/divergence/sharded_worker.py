@@ -13,6 +13,7 @@ from swift_gkd_plugin.divergence import (
     Clipping,
     Divergence,
     LogitTransform,
+    Reference,
     TokenStats,
     chunks,
     implementations,
@@ -43,7 +44,15 @@ def close(found, expected, what):
     assert error < 1e-6, f'rank {RANK}: {what} is off by {error}'
 
 
-def compare(divergence, student_vocab, teacher_vocab, uneven, detail, tokens=TOKENS, chunk=8, vocab_size=None):
+def extrapolated(hidden, weight, bias, by, sharded):
+    """A reference whose head is split at other ids than the two beside it."""
+    if by is None:
+        return None
+    widths = cut(len(weight), True)
+    return Reference(hidden, shard(weight, widths), by, shard(bias, widths)) if sharded else Reference(hidden, weight, by, bias)
+
+
+def compare(divergence, student_vocab, teacher_vocab, uneven, detail, tokens=TOKENS, chunk=8, vocab_size=None, extrapolation=None):
     torch.manual_seed(0)
     x = {
         'hidden': torch.randn(tokens, DIM),
@@ -59,6 +68,7 @@ def compare(divergence, student_vocab, teacher_vocab, uneven, detail, tokens=TOK
         torch.randn(3, OTHER),
         torch.randn(teacher_vocab, 3) * 0.1,
     )
+    reference = torch.randn(tokens, OTHER), torch.randn(student_vocab + 13, OTHER) * 0.5, torch.randn(student_vocab + 13)
     labels = torch.randint(-1, min(student_vocab, teacher_vocab), (tokens,))
     common = dict(
         token_weights=torch.rand(tokens),
@@ -93,6 +103,7 @@ def compare(divergence, student_vocab, teacher_vocab, uneven, detail, tokens=TOK
                 stats=stats,
                 student_lora=(tensors['a'], tensors['b'], 0.5),
                 teacher_lora=(head_a, teacher[2], 2.0),
+                reference=extrapolated(*reference, extrapolation, group),
                 **common,
             )
             out.append((loss, torch.autograd.grad(loss.sum(), list(tensors.values())), stats))
@@ -147,6 +158,8 @@ def main():
         compare(divergence, 152, 160, uneven=False, detail=divergence.kind == 'jsd')
     for kind in ('reverse_kl', 'skew_forward_kl', 'skew_reverse_kl', 'tvd'):
         compare(Divergence(kind), 170, 150, uneven=True, detail=False)
+    compare(Divergence(beta=0.3), 152, 160, uneven=False, detail=True, extrapolation=1.5)
+    compare(Divergence('reverse_kl'), 170, 150, uneven=True, detail=False, extrapolation=0.4)
     identical_models()
     certain_tokens()
     shards_that_change()
@@ -172,6 +185,10 @@ def identical_models():
         vocab_group=dist.group.WORLD,
     )
     assert found.max() < 1e-10, f'identical models are {float(found.max())} apart'
+    weight = shard(weight, cut(152, False))
+    reference = Reference(hidden, weight, 1.5)
+    found = linear_divergence(hidden, weight, hidden, weight, Divergence(), reference=reference, vocab_group=dist.group.WORLD)
+    assert not found.any(), f'identical models are {float(found.max())} apart'
 
 
 def certain_tokens():

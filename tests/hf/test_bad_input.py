@@ -26,6 +26,21 @@ REFUSED = {
     'no loss': ({'gkd_loss_weight': 0}, ['--gkd_loss_weight 0', '--sft_alpha']),
     'no loss for the student': ({'gkd_loss_weight': 0, 'sft_alpha': 1, 'lmbda': 0.5}, ['--gkd_loss_weight 0', '--lmbda 0']),
     'seq_kd without teacher': ({'seq_kd': 'true', 'teacher_model': None, 'teacher_model_type': None}, ['--seq_kd true', '--teacher_model']),
+    'extrapolation 0': ({'gkd_extrapolation': 0}, ['--gkd_extrapolation 0', '> 0 and finite']),
+    'extrapolation nan': ({'gkd_extrapolation': 'nan'}, ['--gkd_extrapolation nan', '> 0 and finite']),
+    'extrapolation inf': ({'gkd_extrapolation': 'inf'}, ['--gkd_extrapolation inf', '> 0 and finite']),
+    'extrapolation without adapter': ({'gkd_extrapolation': 1.5}, ['--gkd_extrapolation 1.5 with --tuner_type full', 'use lora']),
+    'extrapolation, topk': ({'gkd_extrapolation': 1.5, 'gkd_logits_topk': 4}, ['--gkd_extrapolation 1.5 with --gkd_logits_topk 4']),
+    'extrapolation, routing': (
+        {'gkd_extrapolation': 1.5, 'gkd_routing': 'teacher'},
+        ['--gkd_extrapolation 1.5 with --gkd_routing teacher'],
+    ),
+    'extrapolation, blind': ({'gkd_extrapolation': 1.5, 'gkd_loss_weight': 0}, ['--gkd_extrapolation 1.5 with --gkd_loss_weight 0']),
+    'extrapolation, server': (
+        {'teacher_model': None, 'teacher_model_type': None, 'teacher_model_server': 'http://127.0.0.1:9'}
+        | {'gkd_extrapolation': 1.5, 'gkd_logits_topk': 4},
+        ['--gkd_extrapolation 1.5 and --teacher_model_server http://127.0.0.1:9'],
+    ),
     'no room': ({'gkd_generation_tokens': 0}, ['--gkd_generation_tokens 0', '> 0']),
     'topk': ({'gkd_logits_topk': 0}, ['--gkd_logits_topk 0', '> 0']),
     'topk 1': ({'gkd_logits_topk': 1, 'gkd_tail': 'renormalize'}, ['--gkd_logits_topk 1', 'renormalize', 'bucket']),

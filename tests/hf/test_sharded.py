@@ -46,6 +46,8 @@ CASES = (
     'lora on head',
     'last layer',
     'previous',
+    'extrapolated',
+    'extrapolated head',
     'dora',
     'experts',
     'routed',
@@ -180,6 +182,14 @@ def cases(tiny_models, files, moe, adapters):
         'last layer': {'tuner_type': 'lora', 'teacher_model': tiny_models.student, 'adapters': adapters['last layer']},
         # The teacher has an adapter of its own on the base.
         'previous': {**same, 'adapters': adapters['lora'], 'teacher_adapters': adapters['last layer']},
+        # Three forwards through one model, of which the last two see the same; and two readers of one head that is not the student's.
+        'extrapolated': {
+            **{**same, 'adapters': adapters['last layer'], 'teacher_adapters': adapters['lora'], 'gkd_extrapolation': 1.5},
+            'gradient_checkpointing': 'true',
+        },
+        'extrapolated head': {
+            **{**same, 'adapters': adapters['modules_to_save'], 'teacher_adapters': adapters['last layer'], 'gkd_extrapolation': 1.5}
+        },
         'dora': {**same, 'adapters': adapters['dora']},
         'experts': experts,
         'routed': {**experts, 'dataset': tiny_models.train, 'gkd_routing': 'teacher'},
@@ -298,8 +308,8 @@ def test_zero3_brings_a_separate_teacher_together_once_per_step(layouts, name):
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize('name', ['live lora', 'shared base', 'last layer', 'previous', 'average lora'])
-def test_zero3_keeps_its_trace_over_two_forwards(layouts, name):
+@pytest.mark.parametrize('name', ['live lora', 'shared base', 'last layer', 'previous', 'extrapolated', 'average lora'])
+def test_zero3_keeps_its_trace_over_several_forwards(layouts, name):
     """It forgets the check of the heads, in front of the first micro-batch, and nothing after that."""
     seen = layouts[f'zero3 {name}'].ok().seen
     assert seen['invalidated'] == 1

@@ -242,6 +242,11 @@ TUNERS = {
 MOE = ('experts', 'checkpointing', 'routed', 'routed checkpointing', 'routed privileged')
 
 
+def with_more(row):
+    """The prompt that the teacher sees of a row."""
+    return f'Well. {row["messages"][0]["content"]}'
+
+
 @pytest.fixture(scope='module')
 def starts(run_jobs, tiny_models, moe):
     """Adapters that one step has moved away from the base."""
@@ -259,7 +264,7 @@ def runs(run_jobs, tiny_models, moe, starts, tmp_path_factory):
     link.symlink_to(base)
     (root / 'other').mkdir()
     rows = [json.loads(line) for line in tiny_models.train.read_text().splitlines()]
-    privileged = write_rows(root / 'rows.jsonl', [{**row, 'teacher_prompt': f'Well. {row["messages"][0]["content"]}'} for row in rows])
+    privileged = write_rows(root / 'rows.jsonl', [{**row, 'teacher_prompt': with_more(row)} for row in rows])
 
     def of(model, name, **more):
         kind = {'model_type': 'qwen3_moe', 'teacher_model_type': 'qwen3_moe'} if model == moe else {}
@@ -289,11 +294,24 @@ def runs(run_jobs, tiny_models, moe, starts, tmp_path_factory):
             'previous, top-k': of(base, 'lora', **small, gkd_logits_topk=512),
             'previous, saved': of(base, 'saved', **small, save_strategy='steps', save_steps=1),
             'start': of(base, 'lora', teacher_adapters=starts['lora']),
+            # The student's base beside a teacher.
+            'by one': of(base, 'lora', **small, gkd_extrapolation=1),
+            'extrapolated': of(base, 'lora', **small, gkd_extrapolation=1.5),
+            'extrapolated, dense': {**of(base, 'lora', **small, gkd_extrapolation=1.5), 'dense': True},
+            'extrapolated, saved': of(base, 'saved', **small, gkd_extrapolation=1.5),
+            'interpolated, apart': of(base, 'lora', **small, teacher_model=copy, gkd_extrapolation=0.4, dataset=privileged),
+            'interpolated, evaluated': {
+                **of(base, 'lora', **small, gkd_extrapolation=0.4, dataset=privileged, val_dataset=f'{privileged}#4'),
+                **{'eval_strategy': 'steps', 'eval_steps': 1, 'learning_rate': 0},
+            },
+            'extrapolated, live': {**of(base, 'lora', gkd_extrapolation=1.5), **none},
+            'extrapolated, live, fresh': {**fresh, **none, 'gkd_extrapolation': 1.5},
             'conflict': {**fresh, **small, 'modules_to_save': 'lm_head'},
             'two': {**fresh, 'teacher_adapters': [starts['lora'], starts['lora']]},
             # What leaves something else than the base.
             'bias': {**fresh, 'lora_bias': 'all'},
             'pissa': {**fresh, 'init_weights': 'pissa'},
+            'extrapolated, bias': {**fresh, 'gkd_extrapolation': 1.5, 'lora_bias': 'all'},
             'own bias': {**own, 'lora_bias': 'all'},
             'own pissa': {**own, 'init_weights': 'pissa'},
             'own, two teachers': {**own, **small},
@@ -323,18 +341,24 @@ def reference(tiny_models, moe, starts):
         first = (labels != -100).nonzero()[0].item() + prefix
         return {'input_ids': torch.tensor([encoded['input_ids']])}, torch.arange(first - 1, len(labels) - 1)
 
-    def compute(model, adapter, teacher_adapter=None, routed=False):
+    def compute(model, adapter, teacher_adapter=None, routed=False, by=1.0, privileged=False, live=False):
         student = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), starts[adapter], is_trainable=True)
         teacher = AutoModelForCausalLM.from_pretrained(model)
         if teacher_adapter:
             teacher = PeftModel.from_pretrained(teacher, starts[teacher_adapter])
         total, count = 0, 0
         for line in tiny_models.train.read_text().splitlines()[:4]:
-            inputs, at = view(json.loads(line))
+            row = json.loads(line)
+            inputs, at = theirs, there = view(row)
+            if privileged:
+                theirs, there = view({'messages': [{**row['messages'][0], 'content': with_more(row)}, *row['messages'][1:]]})
             if routed:
                 forced(student.get_base_model(), chosen_by(teacher, inputs))
             with torch.no_grad():
-                t = teacher(**inputs).logits[0, at].log_softmax(-1)
+                t = (student if live else teacher)(**theirs).logits[0, there].log_softmax(-1)
+                with student.disable_adapter():
+                    r = student(**inputs).logits[0, at].log_softmax(-1)
+                t = (by * t + (1 - by) * r).log_softmax(-1)
             s = student(**inputs).logits[0, at].log_softmax(-1)
             m = (0.5 * t.exp() + 0.5 * s.exp()).log()
             total = total + (0.5 * t.exp() * (t - m) + 0.5 * s.exp() * (s - m)).sum()
@@ -357,14 +381,35 @@ def reference(tiny_models, moe, starts):
         ('previous, apart', 'lora', {'teacher_adapter': 'small'}),
         ('previous, top-k', 'lora', {'teacher_adapter': 'small'}),
         ('previous, saved', 'saved', {'teacher_adapter': 'small'}),
+        ('extrapolated', 'lora', {'teacher_adapter': 'small', 'by': 1.5}),
+        ('extrapolated, dense', 'lora', {'teacher_adapter': 'small', 'by': 1.5}),
+        ('extrapolated, saved', 'saved', {'teacher_adapter': 'small', 'by': 1.5}),
+        ('interpolated, apart', 'lora', {'teacher_adapter': 'small', 'by': 0.4, 'privileged': True}),
+        ('interpolated, evaluated', 'lora', {'teacher_adapter': 'small', 'by': 0.4, 'privileged': True}),
+        ('extrapolated, live', 'lora', {'live': True, 'by': 1.5}),
     ],
 )
 def test_loss_and_gradient_of_autograd(runs, reference, tiny_models, moe, name, adapter, settings):
     run = runs[name].ok()
     loss, gradient = reference(moe if name in MOE else tiny_models.student, adapter, **settings)
-    assert run.loaded == (2 if name == 'previous, apart' else 1)
+    assert run.loaded == (2 if name.endswith('apart') else 1)
     assert loss > 1e-4 and run.losses[0] == pytest.approx(loss, rel=1e-4)
     assert job_runs.relative(run.gradients(), gradient) < 1e-3
+
+
+def test_a_reference_looks_only_where_it_counts(runs):
+    plain, by_one, beyond = (runs[name].ok() for name in ('previous', 'by one', 'extrapolated'))
+    assert by_one.losses == plain.losses and not by_one.values('seconds/reference')
+    assert all(map(torch.equal, by_one.gradients().values(), plain.gradients().values()))
+    assert beyond.values('seconds/reference') and 'extrapolated by 1.5 from the base with the adapter off (frozen)' in beyond.output
+    evaluated = runs['interpolated, evaluated'].ok()
+    assert evaluated.values('eval_loss') == [pytest.approx(evaluated.losses[0], rel=1e-5)]
+
+
+def test_a_live_student_has_something_to_say_beyond_its_base(runs):
+    fresh = runs['extrapolated, live, fresh'].ok()
+    assert fresh.losses == [0] and 'NOTHING TO LEARN' in fresh.output
+    assert runs['extrapolated, live'].ok().losses[0] > 1e-4
 
 
 def test_routing_makes_a_difference(runs):
@@ -435,6 +480,7 @@ def test_a_second_copy_where_the_base_will_not_do(runs, name, why):
 @pytest.mark.parametrize(
     ('name', 'message'),
     [
+        ('extrapolated, bias', '--gkd_extrapolation 1.5 with --lora_bias all: the biases of the base are trained'),
         ('own bias', '--gkd_self_teacher base with --lora_bias all'),
         ('own pissa', '--gkd_self_teacher base with --init_weights pissa'),
         ('own, two teachers', '--gkd_self_teacher base and --teacher_adapters'),

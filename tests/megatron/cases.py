@@ -10,6 +10,7 @@ from typing import Any
 
 import helpers
 import torch
+from peft import PeftModel
 from runs import LAYOUTS, Run, relative
 from torch.nn.functional import cross_entropy, linear, log_softmax
 from torch.overrides import TorchFunctionMode
@@ -41,6 +42,10 @@ CASES: dict[str, dict[str, Any]] = {
     'LoRA, shared base, beta 1': {**LORA, 'teacher_model': 'student', 'beta': 1, 'micro_batch_size': 2, **FILLERS},
     'LoRA, shared base, top-k': {**LORA, 'teacher_model': 'student', 'gkd_logits_topk': 8},
     'LoRA, live student, privileged': {**LORA, 'teacher_model': None, 'dataset': 'privileged'},
+    'LoRA, extrapolated, privileged, soft caps': {
+        **{**LORA, **CAPPED, 'gkd_extrapolation': 1.5, 'beta': 1, 'dataset': 'privileged', 'micro_batch_size': 2}
+    },
+    'LoRA, extrapolated, unequal vocabularies': {**LORA, 'gkd_extrapolation': 0.4, 'teacher_model': 'wide', **FILLERS},
     'separate teacher, privileged, soft caps': {**CAPPED, 'dataset': 'privileged', 'micro_batch_size': 2},
     'MoE beta 0.5': MOE,
     'MoE beta 1, recomputed': {
@@ -231,7 +236,8 @@ class InHalves(TorchFunctionMode):
 def plain(
     run: Run, case: Mapping[str, Any], models: Mapping[str, Path], dtype: torch.dtype = torch.float32
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """The first step's loss and gradients by transformers: whole logits, textbook formulas, autograd. Full training only.
+    """The first step's loss and gradients by transformers: whole logits, textbook formulas, autograd. An adapter of a dense student has
+    one A for what Megatron has in one matrix.
 
     The gradients have the auxiliary loss of each layer's router in them.
     """
@@ -239,7 +245,9 @@ def plain(
         AutoModelForCausalLM.from_pretrained(models[case.get(key, default)], dtype=dtype, attn_implementation='eager')
         for key, default in (('model', 'student'), ('teacher_model', 'teacher'))
     )
-    temperature, beta, columns = 0.9, case.get('beta', 0.5), None
+    if 'adapters' in case:
+        student = PeftModel.from_pretrained(student, models[case['adapters']], is_trainable=True)
+    temperature, beta, by, columns = 0.9, case.get('beta', 0.5), case.get('gkd_extrapolation', 1), None
     if student.config.vocab_size != teacher.config.vocab_size:
         columns = len(AutoTokenizer.from_pretrained(models['student']))
     total, auxiliary, tokens = 0.0, 0.0, 0
@@ -258,6 +266,10 @@ def plain(
             )
         s = log_softmax(ours[:, :columns] / temperature, -1)
         t = log_softmax(theirs[:, :columns] / temperature, -1).detach()
+        if by != 1:
+            with torch.no_grad(), student.disable_adapter():
+                base = capped(student, torch.cat([student(input_ids=ids[None]).logits[0, here].float() for ids, here in views[0]]))
+            t = log_softmax(by * t + (1 - by) * log_softmax(base[:, :columns] / temperature, -1), -1)
         if beta in (0, 1):
             value = (t.exp() * (t - s) if beta == 0 else s.exp() * (s - t)).sum(-1)
         else:
@@ -270,7 +282,11 @@ def plain(
             auxiliary = auxiliary + case['moe_aux_loss_coeff'] * len(labels) * _balance(student, [ids for ids, _ in views[0]])
     loss = total / tokens
     (loss + auxiliary / tokens).backward()
-    gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    gradients = {name.replace('.default.', '.'): p.grad for name, p in student.named_parameters() if p.grad is not None}
+    for first, *others in (('q_proj', 'k_proj', 'v_proj'), ('gate_proj', 'up_proj')):
+        for name in [name for name in gradients if f'{first}.lora_A' in name]:
+            names = [name, *(name.replace(first, other) for other in others)]
+            gradients |= dict.fromkeys(names, sum(gradients[one] for one in names))
     for name in [name for name in gradients if '.experts.' in name]:  # all of a layer in one tensor, while files have them one by one
         for number, of_expert in enumerate(gradients.pop(name)):
             kinds = ('gate_proj', 'up_proj') if name.endswith('gate_up_proj') else ('down_proj',)

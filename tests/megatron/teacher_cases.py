@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from cases import CAPPED, make_datasets
+from cases import CAPPED, LORA, make_datasets
 from runs import Jobs, Run, run_jobs
 
 
@@ -37,6 +37,7 @@ PAIRS: dict[str, dict[str, tuple[dict, dict]]] = {
         'TP2, top-k': ({**TOPK, 'nccl_comm_warmup': 'true'}, layout(tp=2)),
         'TP2, answers': (ANSWERS, layout(tp=2)),
         'TP2, evaluated': (EVALUATED, layout(tp=2)),
+        'TP2, extrapolated, evaluated': ({**EVALUATED, **LORA, 'gkd_extrapolation': 1.5, 'gkd_teacher_offload': 'model'}, layout(tp=2)),
         'TP2, another family': ({'teacher_model': 'qwen2'}, layout(tp=2)),
         'PP2, soft caps': ({**PRIVILEGED, **CAPPED}, layout(pp=2)),
         'CP2': (PRIVILEGED, layout(cp=2)),

@@ -98,6 +98,7 @@ def options(**given) -> SimpleNamespace:
         dict(task_type='seq_cls'),
         dict(tuner_type='lora_llm'),
         dict(tuner_type='lora', target_modules=['all-router'], teacher_model='student'),
+        dict(tuner_type='lora', target_modules=['all-router'], gkd_extrapolation=1.5),
     ],
     ids=str,
 )
@@ -353,7 +354,7 @@ loss.mpu.get_tensor_model_parallel_world_size = lambda: 1
 head = SimpleNamespace(tensors=lambda *adapter: SimpleNamespace(weight=torch.ones(5, 2), bias=None, transform=None))
 batch = SimpleNamespace(labels=ones.long(), weights=ones, imitated=ones, advantages=None, compared=None)
 view = SimpleNamespace(of=lambda x: x)
-signal = SimpleNamespace(head=head, hidden=torch.ones(3, 2))
+signal = SimpleNamespace(head=head, hidden=torch.ones(3, 2), reference=None)
 for alpha, signal in (0.0, signal), (0.5, signal), (0.5, None):
     options = SimpleNamespace(weight=1.0, alpha=alpha, divergence=None, vocab_size=5)
     loss.DistillationLoss(options, head)._sum(torch.ones(3, 2), batch, view, signal, None)

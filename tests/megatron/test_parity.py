@@ -21,6 +21,8 @@ PLAIN = (
     'padded rows',
     'three steps, fillers',
     'unequal vocabularies',
+    'LoRA, extrapolated, privileged, soft caps',
+    'LoRA, extrapolated, unequal vocabularies',
     'separate teacher, privileged, soft caps',
     'MoE, balanced experts',
     'MoE, routing of the teacher, recomputed',
