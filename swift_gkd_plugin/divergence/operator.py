@@ -153,9 +153,9 @@ def linear_divergence(
             all-reduced. Collectives per chunk, of a few numbers per token: an all-gather and an all-reduce; with
             `stats.detail` three of the former and two of the latter more. Per call: one all-gather of the ranks' numbers of
             rows, for which the host waits, one all-reduce of the labels' logits (with a clipping or teacher_logprobs one per
-            chunk), one of the hidden-state gradient (one more for LoRA A), and where the two heads are split at different ids one all-to-all of
-            teacher rows (one more each for a bias and for LoRA B), and so for a reference. The backward pass has none, but for
-            reduction='none' with a trained head, where it is a second pass.
+            chunk), one of the hidden-state gradient (one more for LoRA A), and where the two heads are split at different ids
+            one all-to-all of teacher rows (one more each for a bias and for LoRA B), and so for a reference. The backward pass
+            has none, but for reduction='none' with a trained head, where it is a second pass.
         stats: filled with per-token statistics.
 
     Returns:
