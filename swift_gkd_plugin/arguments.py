@@ -207,7 +207,13 @@ class GKDOptions:
         '(failed) or not (passed).',
     )
     gkd_passing_reward: float = option(
-        1.0, 'With --gkd_on failed or passed: the weighted sum of the rewards from which a response has passed.'
+        1.0, 'With --gkd_on failed or passed, and for --gkd_feedback: the weighted sum of the rewards from which a response has passed.'
+    )
+    gkd_feedback: Optional[str] = option(
+        None,
+        'What the teacher reads in place of the last question when it looks at a response of the student, as with the column '
+        'teacher_prompt, but made of the rewards: sibling (the question, and the best other response to it, if that has passed), or what a '
+        'file of --external_plugins puts under this name into swift_gkd_plugin.feedback.feedbacks.',
     )
     gkd_detailed_metrics: bool = option(
         False, 'Log forward and reverse KL, entropies and agreement of the two models as well; about 5 % more work per step.'
@@ -251,7 +257,12 @@ def _check_rewards(args: Any) -> None:
     )
     if not functions:
         _require(args.gkd_on == 'all', f'--gkd_on {args.gkd_on} without --reward_funcs: nothing says which responses have passed.')
+        _require(
+            args.gkd_feedback is None,
+            f'--gkd_feedback {args.gkd_feedback} without --reward_funcs: it is made of the rewards of a response; add one.',
+        )
         return
+    _check_feedback(args)
     _require(0 < args.gkd_rl_switch < 1, f'--gkd_rl_switch {args.gkd_rl_switch}: must be in (0, 1), a share of the run.')
     _require(
         args.gkd_rl_schedule == 'constant' or (weight > 0 and args.gkd_loss_weight > 0),
@@ -283,6 +294,22 @@ def _check_rewards(args: Any) -> None:
     _require(
         args.temperature > 0,
         f'--reward_funcs {functions} with --temperature {args.temperature}: all responses to a prompt would be the same; raise it.',
+    )
+
+
+def _check_feedback(args: Any) -> None:
+    name = args.gkd_feedback
+    if name is None:
+        return
+    _require(
+        args.gkd_loss_weight > 0,
+        f'--gkd_feedback {name} with --gkd_loss_weight 0: no teacher looks at the responses; leave one of them out.',
+    )
+    _require(args.lmbda > 0, f'--gkd_feedback {name} with --lmbda 0: it is for responses of the student, and it gives none; raise --lmbda.')
+    _require(
+        name != 'sibling' or (args.gkd_num_samples > 1 and args.temperature > 0),
+        f'--gkd_feedback {name} with --gkd_num_samples {args.gkd_num_samples} and --temperature {args.temperature}: there is no other '
+        'response to the same prompt; give 2 or more, and a temperature above 0.',
     )
 
 

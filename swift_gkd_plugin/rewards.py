@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import math
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,23 +16,13 @@ from swift.rlhf_trainers.utils import make_reward_weights, resolve_reward_funcs
 from swift.utils import get_logger
 
 from .arguments import OptionError, learns_from_rewards
+from .feedback import Feedback, ScoredResponse
+from .user_functions import RewardError, failed, missing, takes_anything
 
 logger = get_logger()
 
 # Beside the dataset's columns, what ms-swift gives a reward function by name (4.6.0, rl_core/data.py: to_reward_row).
 GIVEN = ('trainer_state', 'messages', 'prompt_id', 'request_id', 'finish_reason', 'is_truncated', 'rollout_infos', 'response_token_ids')
-
-
-class RewardError(RuntimeError):
-    """A reward function has failed, or returned what is no reward.
-
-    Attributes:
-        place: Of the response that it is about, among those that were scored; None for all of them.
-    """
-
-    def __init__(self, message: str, place: int | None = None):
-        super().__init__(message)
-        self.place = place
 
 
 @dataclass(frozen=True)
@@ -64,9 +52,10 @@ class Rewards:
         labels: The same with the names that they were given by.
         group: Responses to a prompt.
         compares: Whether rewards are in the loss, and the responses to a prompt are compared; else they are measured only.
+        feedback: What the teacher hears of them; None for nothing.
 
     Raises:
-        OptionError: A function that does not exist or cannot be made, or another number of weights.
+        OptionError: A function or a feedback that does not exist or cannot be made, or another number of weights.
     """
 
     def __init__(self, args: Any):
@@ -99,18 +88,23 @@ class Rewards:
         self.weights = make_reward_weights(args.reward_weights or None, count, torch.device('cpu'))
         self.group, self.estimator, self.compares = args.gkd_num_samples, args.advantage_estimator, learns_from_rewards(args)
         self.scale = args.scale_rewards or {'grpo': 'group', 'rloo': 'none', 'reinforce_plus_plus': 'batch'}[self.estimator]
+        self.passing = args.gkd_passing_reward
+        self.feedback = Feedback(args) if args.gkd_feedback else None
+
+    @property
+    def groups(self) -> str | None:
+        """Why the responses to a prompt belong together; None if they need not."""
+        if self.compares:
+            return 'rewards compare the responses to a prompt'
+        return None if self.feedback is None else f'{self.feedback.label} looks at all responses to a prompt'
 
     def missing_columns(self, columns: Sequence[str]) -> list[tuple[str, str]]:
-        """(function, column) for each column that a function has no value for without the dataset's."""
+        """(function, column) for each column that a function or the feedback has no value for without the dataset's."""
         known = {*GIVEN, *columns}
-        return [
-            (name, parameter.name)
-            for name, function in zip(self.names, self.functions, strict=True)
-            for parameter in _named(function)
-            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-            and parameter.default is parameter.empty
-            and parameter.name not in known
-        ]
+        needed = [(f'--reward_funcs: {name}', missing(function, known)) for name, function in zip(self.names, self.functions, strict=True)]
+        if self.feedback is not None:
+            needed.append((self.feedback.label, self.feedback.missing_columns(columns)))
+        return [(name, column) for name, found in needed for column in found]
 
     def of(self, samples: Sequence[Any], state: Any) -> list[tuple[float | None, ...]]:
         """What each function says about each sample.
@@ -147,6 +141,16 @@ class Rewards:
         """The weighted sum of what the functions say about one response."""
         return sum(weight * value for weight, value in zip(self.weights.tolist(), parts, strict=True) if value is not None)
 
+    def scored(self, text: str, question: str, parts: tuple[float | None, ...]) -> ScoredResponse:
+        """A response as a feedback is told of it."""
+        total = self.total(parts)
+        return ScoredResponse(text, dict(zip(self.names, parts, strict=True)), total, has_passed(total, self.passing), question)
+
+
+def has_passed(total: float, passing: float) -> bool:
+    """Whether a weighted sum of rewards, of numbers in float32, is ``--gkd_passing_reward`` or more."""
+    return total >= passing - 1e-6 * max(abs(passing), 1)
+
 
 def rewards_of(args: Any, unit: int, explained: str, *datasets: Any) -> Rewards | None:
     """The reward functions of a run, checked against its data; None if it has none.
@@ -162,31 +166,27 @@ def rewards_of(args: Any, unit: int, explained: str, *datasets: Any) -> Rewards 
     if not args.reward_funcs:
         return None
     rewards = Rewards(args)
-    if rewards.compares and unit % rewards.group:
+    if rewards.groups and unit % rewards.group:
         raise OptionError(
-            f'--gkd_num_samples {rewards.group}: rewards compare the responses to a prompt, and {explained}, {unit}, are no multiple of '
-            'it; change the batch sizes, or the number of responses.'
+            f'--gkd_num_samples {rewards.group}: {rewards.groups}, and {explained}, {unit}, are no multiple of it; change the batch sizes, '
+            'or the number of responses.'
         )
     for label, function in zip(rewards.labels, rewards.functions, strict=True):
-        if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in _named(function)):
+        if not takes_anything(function):
             raise OptionError(f'--reward_funcs: {label} takes no **kwargs, and is given more than it names; add it to its __call__.')
     for dataset in datasets:
         columns = getattr(dataset, 'column_names', None)
         for name, column in rewards.missing_columns(columns) if columns else ():
             raise OptionError(
-                f'--reward_funcs: {name} needs the column {column}; as ms-swift has loaded it, the dataset has '
+                f'{name} needs the column {column}; as ms-swift has loaded it, the dataset has '
                 f'{", ".join(sorted(columns))}. Add it; what ms-swift takes for the response (answer, output, target and the like) needs '
                 'another name, say solution.'
             )
     parts = ', '.join(f'{label} × {weight:g}' for label, weight in zip(rewards.labels, rewards.weights.tolist(), strict=True))
     how = f'weight in the loss {args.gkd_rl_weight:g} ({args.gkd_rl_schedule}), {rewards.group} responses to a prompt ({rewards.estimator})'
-    logger.info(f'Rewards: {parts}; {how if rewards.compares else "measured only"}.')
+    told = f'; the teacher is told of them ({rewards.feedback.label})' if rewards.feedback else ''
+    logger.info(f'Rewards: {parts}; {how if rewards.compares else "measured only"}{told}.')
     return rewards
-
-
-def _named(function: Callable) -> list[inspect.Parameter]:
-    """What a reward function takes by name; the responses come first, without one."""
-    return list(inspect.signature(function).parameters.values())[1:]
 
 
 def _checked(function: Callable, name: str) -> Callable:
@@ -202,22 +202,16 @@ def _checked(function: Callable, name: str) -> Callable:
                 raise RewardError(f'reward function {name} returned {value} (None is for what it has no opinion about)', place)
         return values
 
-    def failed(error: Exception) -> RewardError:
-        if isinstance(error, RewardError):
-            return error
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        return RewardError(f'reward function {name} failed: {type(error).__name__}: {error} ({where.filename}, line {where.lineno})')
-
     def call(completions: list[str], **columns: Any) -> list[float | None]:
         try:
             return values_of(function(completions, **columns), len(completions))
         except Exception as error:
-            raise failed(error) from error
+            raise failed(f'reward function {name}', error) from error
 
     async def call_async(completions: list[str], **columns: Any) -> list[float | None]:
         try:
             return values_of(await function(completions, **columns), len(completions))
         except Exception as error:
-            raise failed(error) from error
+            raise failed(f'reward function {name}', error) from error
 
     return call_async if any(map(asyncio.iscoroutinefunction, (function, type(function).__call__))) else call

@@ -120,7 +120,11 @@ NOT_USED: tuple[Entry, ...] = (
     ('gkd_server_retry_seconds', asks_nobody, ELSEWHERE),
     ('gkd_server_in_flight', asks_nobody, ELSEWHERE),
     ('gkd_rl_switch', lambda a: a.reward_funcs and a.gkd_rl_schedule != 'switch', 'it belongs to --gkd_rl_schedule switch'),
-    ('gkd_passing_reward', lambda a: a.reward_funcs and a.gkd_on == 'all', 'it belongs to --gkd_on failed or passed'),
+    (
+        'gkd_passing_reward',
+        lambda a: a.reward_funcs and a.gkd_on == 'all' and a.gkd_feedback is None,
+        'it belongs to --gkd_on failed or passed, and to --gkd_feedback',
+    ),
     ('gkd_on', lambda a: a.reward_funcs and teacher_is_blind(a), BLIND),
     *((name, lambda a: a.reward_funcs and not learns_from_rewards(a), MEASURED) for name in OF_COMPARISON),
     *(

@@ -86,6 +86,7 @@ SEQ_KD = {'seq_kd': True, 'lmbda': 0.0}
         ({'gkd_rl_weight': 0.3}, {**MODEL, 'reward_funcs': ['x']}, None),
         ({'gkd_rl_switch': 0.3}, {**MODEL, 'reward_funcs': ['x']}, 'it belongs to --gkd_rl_schedule switch'),
         ({'gkd_passing_reward': 0.3}, {**MODEL, 'reward_funcs': ['x']}, 'it belongs to --gkd_on'),
+        ({'gkd_passing_reward': 0.3}, {**MODEL, 'reward_funcs': ['x'], 'gkd_feedback': 'sibling'}, None),
         ({'gkd_eval_temperature': 0.3}, MODEL, 'see --gkd_eval_source'),
         ({'teacher_kl_coef': 0.5}, MODEL, 'it belongs to GRPO'),
         ({'kl_coef': 0.1}, MODEL, 'it belongs to PPO'),

@@ -51,7 +51,17 @@ def dataset(tiny_models, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope='module')
-def runs(run_jobs, dataset, tmp_path_factory):
+def hinted(dataset) -> Path:
+    """The same rows, with what the feedback ``hint`` says about every response to them."""
+    path = dataset.with_name('hinted.jsonl')
+    rows = [json.loads(line) for line in dataset.read_text().splitlines()]
+    rows = [{**row, 'teacher_prompt': reward_functions.hint(None, row['messages'][:1])} for row in rows]
+    return helpers.write_rows(path, rows)
+
+
+@pytest.fixture(scope='module')
+def runs(run_jobs, dataset, hinted, tmp_path_factory):
+    live = {**STEP, 'dataset': dataset, 'gkd_rl_weight': 0, 'teacher_model': None, 'teacher_model_type': None, 'log_completions': 'true'}
     alone = {**STEP, 'dataset': dataset, 'gkd_loss_weight': 0}
     both = {**STEP, 'dataset': dataset, 'gkd_rl_weight': 0.3}
     root = tmp_path_factory.mktemp('twice')
@@ -64,6 +74,9 @@ def runs(run_jobs, dataset, tmp_path_factory):
             'twice, grpo': {**twice, **GRPO, 'gkd_loss_weight': None, 'learning_rate': 0.2, 'output_dir': root / 'grpo'},
             'both': {**both, 'gkd_detailed_metrics': 'true'},
             'split': {**both, 'per_device_train_batch_size': 2, 'gradient_accumulation_steps': 4},
+            'hint': {**live, 'gkd_feedback': 'hint'},
+            'hint in a column': {**live, 'dataset': hinted},
+            'sibling': {**live, 'gkd_feedback': 'sibling', 'gkd_passing_reward': 0.9, 'max_length': 512},
         }
     )
 
@@ -117,7 +130,40 @@ def test_completions_have_their_rewards(runs):
 
 
 @pytest.mark.e2e
-def test_the_example(tiny_models, tmp_path):
+def test_a_feedback_is_a_teacher_prompt(runs):
+    """Of a teacher that is the student itself: what it has read is all that it knows better."""
+    told, column = runs['hint'].ok(), runs['hint in a column'].ok()
+    assert told.losses == pytest.approx(column.losses, rel=1e-6) and told.values('divergence') == told.losses and min(told.losses) > 1e-4
+    for step in (1, 2):
+        assert job_runs.relative(told.gradients(step), column.gradients(step)) < 1e-5
+    assert told.values('feedback/share') == [1, 1] and not column.values('feedback/share')
+    assert all(line['feedback'] == reward_functions.hint(None, line['prompt']) for line in told.completions)
+
+
+@pytest.mark.e2e
+def test_the_best_sibling_is_read(runs):
+    run = runs['sibling'].ok()
+    lines = run.completions
+    groups = [lines[start : start + 4] for start in range(0, 16, 4)]
+    told = 0
+    for group in groups:
+        for line in group:
+            others = [other for other in group if other is not line]
+            best = max(others, key=lambda other: other['reward'])
+            assert (line['feedback'] is not None) == (best['reward'] > 0.9 - 1e-6)
+            if line['feedback'] is not None:
+                assert (
+                    best['completion'].removesuffix('<|im_end|>') in line['feedback'] and line['prompt'][0]['content'] in line['feedback']
+                )
+                told += 1
+            else:
+                assert line['divergence'] == 0
+    assert 0 < told < 16 and sum(run.values('feedback/share')) * 8 == pytest.approx(told)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize('name', ['rewards', 'feedback'])
+def test_the_example(tiny_models, tmp_path, name):
     """As it stands, but for the models, the dataset and sizes, which are given behind it or by its variables."""
     options = {
         **helpers.QUICK,
@@ -130,7 +176,8 @@ def test_the_example(tiny_models, tmp_path):
     }
     places = {'MODEL': tiny_models.student, 'TEACHER': tiny_models.teacher, 'DATASET': f'{tiny_models.train}#4', 'OUTPUT': tmp_path}
     environment = {'PATH': f'{helpers.SCRIPTS}{os.pathsep}{os.environ["PATH"]}', **{name: str(place) for name, place in places.items()}}
-    returncode, output = helpers.run([EXAMPLES / 'rewards.sh', *helpers.command_line(options)], env=environment, cwd=tmp_path)
+    returncode, output = helpers.run([EXAMPLES / f'{name}.sh', *helpers.command_line(options)], env=environment, cwd=tmp_path)
     assert returncode == 0, output[-4000:]
     (log,) = [row for row in map(json.loads, (tmp_path / 'logging.jsonl').read_text().splitlines()) if 'loss' in row]
     assert log['reward'] >= 0 and 'rewards/Concise/mean' in log and log['source/student'] == 1
+    assert ('feedback/share' in log) == (name == 'feedback')
