@@ -68,8 +68,9 @@ class Draw:
     @classmethod
     def of(cls, args: Any) -> Draw:
         """The draws that the options of a run ask for."""
-        per_sample, together = args.gkd_source_per == 'sample', args.gkd_rl_weight > 0 or args.gkd_feedback is not None
-        return cls(args.seed, args.lmbda, args.seq_kd, args.gkd_num_samples, per_sample, bool(args.reward_funcs) and together)
+        per_sample, rewarded = args.gkd_source_per == 'sample', bool(args.reward_funcs or args.reward_model)
+        together = rewarded and (args.gkd_rl_weight > 0 or args.gkd_feedback is not None)
+        return cls(args.seed, args.lmbda, args.seq_kd, args.gkd_num_samples, per_sample, together)
 
     def source(self, *numbers: int, purpose: str = 'source') -> Source:
         """The source that these numbers draw: (epoch, row), or those of a generation batch with a purpose of its own."""

@@ -30,6 +30,8 @@ class Arguments(GKDOptions):
     teacher_tag_key: str = 'dataset'
     deepspeed: Any = None
     reward_funcs: list = dataclasses.field(default_factory=list)
+    reward_model: Any = None
+    reward_model_plugin: Any = None
     kl_in_reward: Any = None
     teacher_kl_coef: float = 1.0
     kl_coef: float = 0.05
@@ -87,6 +89,9 @@ SEQ_KD = {'seq_kd': True, 'lmbda': 0.0}
         ({'gkd_rl_switch': 0.3}, {**MODEL, 'reward_funcs': ['x']}, 'it belongs to --gkd_rl_schedule switch'),
         ({'gkd_passing_reward': 0.3}, {**MODEL, 'reward_funcs': ['x']}, 'it belongs to --gkd_on'),
         ({'gkd_passing_reward': 0.3}, {**MODEL, 'reward_funcs': ['x'], 'gkd_feedback': 'sibling'}, None),
+        ({'gkd_rl_weight': 0.3}, {**MODEL, 'reward_model': ['x']}, None),
+        ({'reward_model_plugin': ['x']}, MODEL, 'it belongs to --reward_model'),
+        ({'reward_model_plugin': ['x']}, {**MODEL, 'reward_model': ['x']}, None),
         ({'gkd_eval_temperature': 0.3}, MODEL, 'see --gkd_eval_source'),
         ({'teacher_kl_coef': 0.5}, MODEL, 'it belongs to GRPO'),
         ({'kl_coef': 0.1}, MODEL, 'it belongs to PPO'),

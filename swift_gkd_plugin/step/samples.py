@@ -21,7 +21,7 @@ from swift.rl_core.data import GKDSample
 from swift.rlhf_trainers.utils import encode_sample, get_response_prefix_ids
 from swift.utils import remove_response
 
-from ..arguments import OptionError
+from ..arguments import OptionError, has_rewards
 from ..responses import Response
 from ..responses.local import inference_template, never_sampled
 from ..rewards import Reward, has_passed
@@ -50,7 +50,7 @@ def with_used_columns(args, load: Callable[[], tuple]) -> tuple:
         return None, None
     finally:
         args.remove_unused_columns = removes
-    if not removes or args.vllm_server_pass_dataset or args.multi_turn_scheduler or args.use_gym_env or args.reward_funcs:
+    if not removes or args.vllm_server_pass_dataset or args.multi_turn_scheduler or args.use_gym_env or has_rewards(args):
         return datasets
     used = {*RowPreprocessor.standard_keys, *RESPONSE_COLUMNS, args.teacher_tag_key}
     return tuple(_selected(dataset, used) for dataset in datasets)

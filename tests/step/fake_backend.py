@@ -77,6 +77,8 @@ def arguments(output_dir: Path, **changed: Any) -> SimpleNamespace:
         'max_steps': 4,
         'save_steps': 0,
         'reward_funcs': [],
+        'reward_model': None,
+        'reward_model_plugin': None,
         'reward_weights': None,
         'scale_rewards': None,
         'advantage_estimator': 'grpo',
