@@ -204,8 +204,8 @@ class GKDOptions:
     )
     gkd_rl_weight: float = option(
         1.0,
-        'Weight of the rewards (--reward_funcs) in the loss, >= 0: of -advantage * log S(token) on responses of the student, at '
-        '--temperature. 0: rewards are measured only.',
+        'Weight of the rewards (--reward_funcs, --reward_model) in the loss, >= 0: of -advantage * log S(token) on responses of the '
+        'student, at --temperature. 0: rewards are measured only.',
     )
     gkd_rl_schedule: Literal[RL_SCHEDULES] = option(
         'constant',
@@ -219,7 +219,13 @@ class GKDOptions:
         '(failed) or not (passed).',
     )
     gkd_passing_reward: float = option(
-        1.0, 'With --gkd_on failed or passed: the weighted sum of the rewards from which a response has passed.'
+        1.0, 'With --gkd_on failed or passed, and for --gkd_feedback: the weighted sum of the rewards from which a response has passed.'
+    )
+    gkd_feedback: Optional[str] = option(
+        None,
+        'What the teacher reads in place of the last question when it looks at a response of the student, as with the column '
+        'teacher_prompt, but made of the rewards: sibling (the question, and the best other response to it, if that has passed), or what a '
+        'file of --external_plugins puts under this name into swift_gkd_plugin.feedback.feedbacks.',
     )
     gkd_detailed_metrics: bool = option(
         False, 'Log forward and reverse KL, entropies and agreement of the two models as well; about 5 % more work per step.'
@@ -239,9 +245,14 @@ def engine_scores(args: Any) -> bool:
     return args.gkd_teacher_engine == 'vllm' and (args.gkd_logits_topk is not None or args.gkd_signal == 'sampled')
 
 
+def has_rewards(args: Any) -> bool:
+    """Whether functions or models say what responses are worth."""
+    return bool(args.reward_funcs or args.reward_model)
+
+
 def learns_from_rewards(args: Any) -> bool:
     """Whether rewards are in the loss, not only measured."""
-    return bool(args.reward_funcs) and args.gkd_rl_weight > 0 and args.lmbda > 0
+    return has_rewards(args) and args.gkd_rl_weight > 0 and args.lmbda > 0
 
 
 def extrapolates(args: Any) -> bool:
@@ -298,20 +309,28 @@ def _check_sampled(args: Any) -> None:
 
 
 def _check_rewards(args: Any) -> None:
-    weight, functions = args.gkd_rl_weight, ' '.join(args.reward_funcs)
+    weight, models = args.gkd_rl_weight, args.reward_model or []
+    rewards = f'--reward_funcs {" ".join(args.reward_funcs)}' if args.reward_funcs else f'--reward_model {" ".join(models)}'
     _require(weight >= 0, f'--gkd_rl_weight {weight}: must be >= 0 (the weight of the rewards; 0 measures them only).')
-    _require(
-        not args.reward_model,
-        f'--reward_model {args.reward_model}: it does not run in the training processes; ask it on a server, in one of --reward_funcs.',
-    )
+    for name in ('reward_model_type', 'reward_model_revision', 'reward_template', 'reward_model_plugin'):
+        given = len(getattr(args, name, None) or models)  # `megatron rlhf`, which has no reward models, lacks some
+        _require(given == len(models) or not models, f'--{name} has {given} values for {len(models)} of --reward_model; give one for each.')
     best = getattr(args, 'metric_for_best_model', None) or ''
     _require(
-        not best.removeprefix('eval_').startswith('reward') or bool(functions and args.gkd_eval_source == 'student'),
-        f'--metric_for_best_model {best}: evaluations have no rewards; add --reward_funcs and --gkd_eval_source student.',
+        not best.removeprefix('eval_').startswith('reward') or (has_rewards(args) and args.gkd_eval_source == 'student'),
+        f'--metric_for_best_model {best}: evaluations have no rewards; add --reward_funcs or --reward_model and --gkd_eval_source student.',
     )
-    if not functions:
-        _require(args.gkd_on == 'all', f'--gkd_on {args.gkd_on} without --reward_funcs: nothing says which responses have passed.')
+    if not has_rewards(args):
+        _require(
+            args.gkd_on == 'all',
+            f'--gkd_on {args.gkd_on} without --reward_funcs or --reward_model: nothing says which responses have passed.',
+        )
+        _require(
+            args.gkd_feedback is None,
+            f'--gkd_feedback {args.gkd_feedback} without --reward_funcs or --reward_model: it is made of rewards; add one of them.',
+        )
         return
+    _check_feedback(args)
     _require(0 < args.gkd_rl_switch < 1, f'--gkd_rl_switch {args.gkd_rl_switch}: must be in (0, 1), a share of the run.')
     _require(
         args.gkd_rl_schedule == 'constant' or (weight > 0 and args.gkd_loss_weight > 0),
@@ -320,29 +339,45 @@ def _check_rewards(args: Any) -> None:
     )
     _require(
         args.lmbda > 0 or args.gkd_eval_source == 'student',
-        f'--reward_funcs {functions} with --lmbda 0: rewards are for responses of the student, and it gives none; raise --lmbda, or '
+        f'{rewards} with --lmbda 0: rewards are for responses of the student, and it gives none; raise --lmbda, or '
         'measure them with --gkd_eval_source student.',
     )
     if not learns_from_rewards(args):
         return
     _require(
         args.gkd_routing == 'own',
-        f'--reward_funcs {functions} with --gkd_routing {args.gkd_routing}: the student that samples chooses its own experts, and its '
+        f'{rewards} with --gkd_routing {args.gkd_routing}: the student that samples chooses its own experts, and its '
         'log-probabilities would be of another; leave one of them out.',
     )
     _require(
         args.gkd_loss_weight > 0 or args.sft_alpha > 0 or args.lmbda == 1,
-        f'--reward_funcs {functions} with --gkd_loss_weight 0, --sft_alpha 0 and --lmbda {args.lmbda}: responses that are not the '
+        f'{rewards} with --gkd_loss_weight 0, --sft_alpha 0 and --lmbda {args.lmbda}: responses that are not the '
         "student's would have no loss; set --lmbda 1.",
     )
     _require(
         args.gkd_num_samples > 1,
-        f'--reward_funcs {functions} with --gkd_num_samples {args.gkd_num_samples}: a response is compared with others to the same prompt; '
+        f'{rewards} with --gkd_num_samples {args.gkd_num_samples}: a response is compared with others to the same prompt; '
         'give 2 or more, or --gkd_rl_weight 0 to measure rewards only.',
     )
     _require(
         args.temperature > 0,
-        f'--reward_funcs {functions} with --temperature {args.temperature}: all responses to a prompt would be the same; raise it.',
+        f'{rewards} with --temperature {args.temperature}: all responses to a prompt would be the same; raise it.',
+    )
+
+
+def _check_feedback(args: Any) -> None:
+    name = args.gkd_feedback
+    if name is None:
+        return
+    _require(
+        args.gkd_loss_weight > 0,
+        f'--gkd_feedback {name} with --gkd_loss_weight 0: no teacher looks at the responses; leave one of them out.',
+    )
+    _require(args.lmbda > 0, f'--gkd_feedback {name} with --lmbda 0: it is for responses of the student, and it gives none; raise --lmbda.')
+    _require(
+        name != 'sibling' or (args.gkd_num_samples > 1 and args.temperature > 0),
+        f'--gkd_feedback {name} with --gkd_num_samples {args.gkd_num_samples} and --temperature {args.temperature}: there is no other '
+        'response to the same prompt; give 2 or more, and a temperature above 0.',
     )
 
 
@@ -412,13 +447,13 @@ def check_values(args: Any) -> None:
     _require(
         args.gkd_loss_weight > 0 or args.sft_alpha > 0 or learns_from_rewards(args),
         f'--gkd_loss_weight {args.gkd_loss_weight} with --sft_alpha {args.sft_alpha}'
-        + (f' and --gkd_rl_weight {args.gkd_rl_weight}' if args.reward_funcs else '')
+        + (f' and --gkd_rl_weight {args.gkd_rl_weight}' if has_rewards(args) else '')
         + ': the loss would be 0; raise one of them.',
     )
     _require(
         args.gkd_loss_weight > 0 or args.lmbda == 0 or learns_from_rewards(args),
         f'--gkd_loss_weight 0 with --lmbda {args.lmbda}: responses of the student would have no loss at all; set --lmbda 0, or give '
-        '--reward_funcs.',
+        '--reward_funcs or --reward_model.',
     )
     _require(1e-6 <= args.gkd_skew < 1, f'--gkd_skew {args.gkd_skew}: must be in [1e-6, 1); DistiLLM uses 0.1.')
     for name, allowed in (

@@ -54,7 +54,8 @@ class Draw:
         num_samples: Responses of the student or the teacher to a row (``--gkd_num_samples``); the dataset has one.
         per_sample: Each row draws. Otherwise each generation batch does, and only its cycle knows what (``--gkd_source_per batch``).
         whole_groups: Every row comes ``num_samples`` times, so that no generation batch has a part of a row's responses, for rewards
-            compare them with each other. What repeats a response of the dataset is dropped by its cycle.
+            compare them with each other, or a feedback looks at all of them. What repeats a response of the dataset is dropped by its
+            cycle.
     """
 
     seed: int = 0
@@ -67,8 +68,9 @@ class Draw:
     @classmethod
     def of(cls, args: Any) -> Draw:
         """The draws that the options of a run ask for."""
-        per_sample, compared = args.gkd_source_per == 'sample', bool(args.reward_funcs) and args.gkd_rl_weight > 0
-        return cls(args.seed, args.lmbda, args.seq_kd, args.gkd_num_samples, per_sample, compared)
+        per_sample, rewarded = args.gkd_source_per == 'sample', bool(args.reward_funcs or args.reward_model)
+        together = rewarded and (args.gkd_rl_weight > 0 or args.gkd_feedback is not None)
+        return cls(args.seed, args.lmbda, args.seq_kd, args.gkd_num_samples, per_sample, together)
 
     def source(self, *numbers: int, purpose: str = 'source') -> Source:
         """The source that these numbers draw: (epoch, row), or those of a generation batch with a purpose of its own."""

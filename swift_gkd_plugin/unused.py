@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any
 
-from .arguments import engine_scores, learns_from_rewards
+from .arguments import engine_scores, has_rewards, learns_from_rewards
 from .versions import untried
 
 Entry = tuple[str, Callable[[Any], bool], str]  # name, when, why
@@ -44,6 +44,7 @@ MEASURED = 'rewards are measured only: --gkd_rl_weight 0, or --lmbda 0'
 OF_COMPARISON = ('scale_rewards', 'advantage_estimator', 'gkd_rl_schedule', 'gkd_rl_switch')
 OF_RATIOS = ('epsilon', 'epsilon_high', 'delta', 'importance_sampling_level')
 OF_REWARDS = ('reward_weights', 'gkd_rl_weight', 'gkd_passing_reward', *OF_COMPARISON)
+OF_MODELS = ('reward_model_type', 'reward_model_revision', 'reward_model_plugin', 'reward_template', 'reward_adapters')
 BLIND = 'at --gkd_loss_weight 0 no teacher looks at the responses'
 IDLE = f'{BLIND}, and without --seq_kd or --gkd_eval_source teacher it answers nothing'
 ELSEWHERE = 'it belongs to --teacher_model_server and --gkd_teacher_engine vllm'
@@ -52,17 +53,9 @@ ONLY_IN_ENGINE = 'the engine has the only copy of the teacher; see --gkd_teacher
 # Options of ms-swift's other algorithms, which its parser takes with every --rlhf_type and stock GKD drops without a word.
 OF_OTHERS: dict[str, tuple[str, ...]] = {
     'GRPO': (
-        *('reward_model_plugin', 'overlong_filter', 'dynamic_sample'),
-        *(
-            'advantage_reweight',
-            'kl_in_reward',
-            'num_iterations',
-            'num_generations_eval',
-            'teacher_kl_coef',
-            'sdar_loss_coef',
-            'top_entropy_quantile',
-            'log_entropy',
-        ),
+        *('overlong_filter', 'dynamic_sample'),
+        *('advantage_reweight', 'kl_in_reward'),
+        *('num_iterations', 'num_generations_eval', 'teacher_kl_coef', 'sdar_loss_coef', 'top_entropy_quantile', 'log_entropy'),
         *('rollout_importance_sampling_mode', 'log_rollout_offpolicy_metrics', 'off_policy_sequence_mask_delta', 'sync_ref_model'),
         *('chord_sft_dataset', 'chord_enable_phi_function'),
     ),
@@ -128,20 +121,25 @@ NOT_USED: tuple[Entry, ...] = (
     ('gkd_server_timeout', asks_nobody, ELSEWHERE),
     ('gkd_server_retry_seconds', asks_nobody, ELSEWHERE),
     ('gkd_server_in_flight', asks_nobody, ELSEWHERE),
-    ('gkd_rl_switch', lambda a: a.reward_funcs and a.gkd_rl_schedule != 'switch', 'it belongs to --gkd_rl_schedule switch'),
-    ('gkd_passing_reward', lambda a: a.reward_funcs and a.gkd_on == 'all', 'it belongs to --gkd_on failed or passed'),
-    ('gkd_on', lambda a: a.reward_funcs and teacher_is_blind(a), BLIND),
-    *((name, lambda a: a.reward_funcs and not learns_from_rewards(a), MEASURED) for name in OF_COMPARISON),
-    *((name, lambda a: a.reward_funcs and not learns_from_rewards(a) and a.gkd_signal != 'sampled', MEASURED) for name in OF_RATIOS),
+    ('gkd_rl_switch', lambda a: has_rewards(a) and a.gkd_rl_schedule != 'switch', 'it belongs to --gkd_rl_schedule switch'),
+    (
+        'gkd_passing_reward',
+        lambda a: has_rewards(a) and a.gkd_on == 'all' and a.gkd_feedback is None,
+        'it belongs to --gkd_on failed or passed, and to --gkd_feedback',
+    ),
+    ('gkd_on', lambda a: has_rewards(a) and teacher_is_blind(a), BLIND),
+    *((name, lambda a: has_rewards(a) and not learns_from_rewards(a), MEASURED) for name in OF_COMPARISON),
+    *((name, lambda a: has_rewards(a) and not learns_from_rewards(a) and a.gkd_signal != 'sampled', MEASURED) for name in OF_RATIOS),
     *(
         (name, lambda a: 'soft_overlong' not in a.reward_funcs, 'it belongs to --reward_funcs soft_overlong')
         for name in ('soft_max_length', 'soft_cache_length')
     ),
-    *((name, lambda a: not a.reward_funcs, 'it belongs to --reward_funcs') for name in OF_REWARDS),
+    *((name, lambda a: not has_rewards(a), 'it belongs to --reward_funcs and --reward_model') for name in OF_REWARDS),
     *(
-        (name, lambda a: not a.reward_funcs and a.gkd_signal != 'sampled', 'it belongs to --reward_funcs and --gkd_signal sampled')
+        (name, lambda a: not has_rewards(a) and a.gkd_signal != 'sampled', 'it belongs to rewards and to --gkd_signal sampled')
         for name in OF_RATIOS
     ),
+    *((name, lambda a: not a.reward_model, 'it belongs to --reward_model') for name in OF_MODELS),
     ('loss_type', lambda a: True, '--gkd_divergence chooses the loss'),
     ('enable_dft_loss', lambda a: True, 'it belongs to SFT'),
     ('enable_channel_loss', lambda a: True, 'it belongs to SFT'),

@@ -11,6 +11,8 @@ from pathlib import Path
 from swift.rewards import ORM, AsyncORM, orms
 from swift.rlhf_trainers.grpo_trainer import GRPOTrainer
 
+from swift_gkd_plugin.feedback import feedbacks
+
 NOTED = 'responses.jsonl'
 
 
@@ -46,6 +48,14 @@ class Broken(ORM):
 
 
 orms.update(ids=Ids, short=Short, broken=Broken)
+
+
+def hint(response, messages, **columns):
+    """The same about every response."""
+    return f'think of the numbers , then : {messages[-1]["content"]}'
+
+
+feedbacks['hint'] = hint
 
 
 def given(self, samples):

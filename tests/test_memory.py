@@ -20,7 +20,7 @@ from swift_gkd_plugin.memory.estimates import Rows, activation_bytes, cache_byte
 from swift_gkd_plugin.memory.layout import Layout, parameters
 from swift_gkd_plugin.memory.setup import Engines
 from swift_gkd_plugin.memory.sizes import ModelSize
-from swift_gkd_plugin.memory.table import GENERATION, STUDENT, TEACHER, Part, Table
+from swift_gkd_plugin.memory.table import GENERATION, STUDENT, TEACHER, UPDATE, Part, Table
 from swift_gkd_plugin.memory.verdict import Card
 
 GIB = 2**30
@@ -112,6 +112,8 @@ TRANSFORMERS = COMMON | dict(
     placed=False,
     teacher_rows=None,
     gathers=True,
+    rewards=(),
+    sure_rewards=True,
     away=(),
     sure=True,
 )
@@ -254,6 +256,15 @@ def test_zero3_brings_the_student_together_to_generate(sizes):
     assert GENERATION in found.phases and found.held(GENERATION, True) > 2 * P
     apart = hf.table(setup(sizes, **SHARDED, rows=answering, gathers=False))
     assert found.held(GENERATION, True) - apart.held(GENERATION, True) == 2 * P
+
+
+def test_reward_models_are_whole_on_each_rank(sizes):
+    judged = {'rewards': (sizes['Qwen3-8B'],), 'rows': replace(ROWS, answers=8)}
+    for sharded in ({}, SHARDED):
+        with_, without = (hf.table(setup(sizes, **sharded, **how)) for how in (judged, judged | {'rewards': ()}))
+        assert all(with_.held(phase, True) - without.held(phase, True) == 2 * P for phase in with_.phases)
+        assert with_.held(GENERATION) - without.held(GENERATION) > 2 * P == with_.held(UPDATE) - without.held(UPDATE)
+        assert hf.table(setup(sizes, **sharded, **judged, sure_rewards=False)).held(UPDATE, True) == without.held(UPDATE, True)
 
 
 def test_the_cache_is_what_is_generated_or_the_budget():

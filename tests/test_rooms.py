@@ -20,7 +20,8 @@ PACKAGE = Path(__file__).parents[1] / 'swift_gkd_plugin'
 
 # From low to high. A room knows itself and those of lower storeys, and none beside it.
 STOREYS = (
-    ('arguments', 'divergence', 'serving', 'sources', 'versions', 'world'),
+    ('arguments', 'divergence', 'serving', 'sources', 'user_functions', 'versions', 'world'),
+    ('feedback',),
     ('metrics', 'responses', 'rewards', 'seams', 'unused'),
     ('teachers',),
     ('checks',),
@@ -34,7 +35,10 @@ STOREYS = (
 STOREY = {room: number for number, storey in enumerate(STOREYS) for room in storey}
 
 # Loaded before torch and ms-swift. Inside a function they may ask ms-swift, which is there by the time of the call.
-STANDARD_LIBRARY_ONLY = ('', 'activation', 'arguments', 'external', 'hf.host', 'megatron.host', 'seams', 'sources', 'unused', 'versions')
+STANDARD_LIBRARY_ONLY = (
+    *('', 'activation', 'arguments', 'external', 'feedback', 'hf.host', 'megatron.host', 'seams', 'sources', 'unused', 'user_functions'),
+    'versions',
+)
 
 # What a step must not know; the trainers do.
 BACK_ENDS = (

@@ -30,6 +30,8 @@ class Arguments(GKDOptions):
     teacher_tag_key: str = 'dataset'
     deepspeed: Any = None
     reward_funcs: list = dataclasses.field(default_factory=list)
+    reward_model: Any = None
+    reward_model_plugin: Any = None
     kl_in_reward: Any = None
     epsilon: float = 0.2
     teacher_kl_coef: float = 1.0
@@ -87,8 +89,12 @@ SEQ_KD = {'seq_kd': True, 'lmbda': 0.0}
         ({'gkd_rl_weight': 0.3}, {**MODEL, 'reward_funcs': ['x']}, None),
         ({'gkd_rl_switch': 0.3}, {**MODEL, 'reward_funcs': ['x']}, 'it belongs to --gkd_rl_schedule switch'),
         ({'gkd_passing_reward': 0.3}, {**MODEL, 'reward_funcs': ['x']}, 'it belongs to --gkd_on'),
-        ({'epsilon': 0.1}, MODEL, 'it belongs to --reward_funcs and --gkd_signal sampled'),
+        ({'epsilon': 0.1}, MODEL, 'it belongs to rewards and to --gkd_signal sampled'),
         ({'epsilon': 0.1}, {**MODEL, 'gkd_signal': 'sampled'}, None),
+        ({'gkd_passing_reward': 0.3}, {**MODEL, 'reward_funcs': ['x'], 'gkd_feedback': 'sibling'}, None),
+        ({'gkd_rl_weight': 0.3}, {**MODEL, 'reward_model': ['x']}, None),
+        ({'reward_model_plugin': ['x']}, MODEL, 'it belongs to --reward_model'),
+        ({'reward_model_plugin': ['x']}, {**MODEL, 'reward_model': ['x']}, None),
         ({'gkd_eval_temperature': 0.3}, MODEL, 'see --gkd_eval_source'),
         ({'teacher_kl_coef': 0.5}, MODEL, 'it belongs to GRPO'),
         ({'kl_coef': 0.1}, MODEL, 'it belongs to PPO'),

@@ -84,7 +84,8 @@ def _check_options(args: Any) -> None:
 def take_over_config(module: ModuleType) -> dict[str, Any]:
     """``swift.rlhf_trainers.arguments``: the trainer's own arguments get our options and those that stock lost."""
     # disable_dropout: TRL's default of true sets --lora_dropout to 0 without a word.
-    own = [('disable_dropout', bool, False), ('reward_funcs', list[str], field(default_factory=list))]
+    rewards = [('reward_funcs', list[str], field(default_factory=list)), ('reward_model', Optional[list[str]], None)]
+    own = [('disable_dropout', bool, False), *rewards]
     fields = [*option_fields(), *fields_of(module.GRPOArgumentsMixin, LOST_OPTIONS), *own]
     return {'GKDConfig': extended(module.GKDConfig, fields)}
 

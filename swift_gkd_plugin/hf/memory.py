@@ -21,6 +21,7 @@ from ..memory.verdict import Card
 from ..memory.verdict import foretell as foretell_setup
 from ..step.teaching import KEPT_BYTES, bytes_per_token
 from .backend import FEW_TOKENS, MANY_TOKENS
+from .reward_models import empty, named
 from .zero3 import is_zero3
 
 # How the ranks share what is trained.
@@ -50,6 +51,7 @@ class Setup(AnySetup):
         offload: ``--gkd_teacher_offload``.
         placed: Whether ``--teacher_device_map`` places it.
         gathers: Whether ZeRO-3 brings the student together to generate.
+        rewards, sure_rewards: Models that score, whole on each rank; whether they are what was counted.
         away: Of ``weights`` and ``optimizer``, what leaves while vLLM generates.
         sure: Whether weights are where this module thinks.
     """
@@ -72,6 +74,8 @@ class Setup(AnySetup):
     offload: str | None
     placed: bool
     gathers: bool
+    rewards: tuple[ModelSize, ...]
+    sure_rewards: bool
     away: tuple[str, ...]
     sure: bool
 
@@ -115,7 +119,7 @@ def _of_shard(weight: Weight, n: int, sharding: str) -> int:
 def table(setup: Setup) -> Table:
     """What a rank holds."""
     phases = tuple(phase for phase in PHASES if phase in _phases(setup))
-    parts = [*_of_student(setup), *_of_teacher(setup), *_of_work(setup), *setup.engines.parts(setup.card)]
+    parts = [*_of_student(setup), *_of_teacher(setup), *_of_rewards(setup), *_of_work(setup), *setup.engines.parts(setup.card)]
     return Table(tuple(part for part in parts if part.bytes), phases, tuple(_not_counted(setup)))
 
 
@@ -225,6 +229,13 @@ def _of_teacher(setup: Setup) -> Iterable[Part]:
         yield from _gathered(setup, size, sharding, 'teacher, gathered', visits)
 
 
+def _of_rewards(setup: Setup) -> Iterable[Part]:
+    """Models that score each cycle's responses, as many rows together as a micro-batch has, when these have been generated."""
+    yield Part('reward model weights', sum(size.bytes for size in setup.rewards), PHASES, setup.sure and setup.sure_rewards)
+    forwards = [estimates.forward_bytes(size.inside, setup.rows.tokens) for size in setup.rewards]
+    yield Part("the reward model's forward", max(forwards, default=0), (GENERATION,), False)
+
+
 def _of_work(setup: Setup) -> Iterable[Part]:
     size, rows, work = setup.student, setup.rows, estimates
     inside, teacher = size.inside, setup.teacher or size
@@ -329,6 +340,7 @@ def setup_of(args: Any, prepare: Callable[[Any, nn.Module], nn.Module], teacher_
         sharding = {1: ZERO1, 2: ZERO2, 3: ZERO3}.get(zero.get('stage', 0), WHOLE)
     of_teacher = (args.teacher_deepspeed or config) if separate else {}
     spread = is_zero3(of_teacher) or bool(args.fsdp)
+    judges = [empty(args, one) for one in named(args)]
     training = args.training_args
     optim = getattr(training.optim, 'value', training.optim)
     # DeepSpeed can have an optimizer of its own, or keep its state in bf16.
@@ -365,6 +377,8 @@ def setup_of(args: Any, prepare: Callable[[Any, nn.Module], nn.Module], teacher_
         extrapolates=extrapolates(args),
         gathers=args.ds3_gather_for_generation and args.lmbda > 0 and not args.use_vllm,
         engines=Engines.of(args),
+        rewards=tuple(ModelSize.of(judge) for judge, _ in judges),
+        sure_rewards=all(sure for _, sure in judges) and args.quant_method in (None, 'none'),
         away=('weights',) * bool(colocated and args.offload_model) + ('optimizer',) * bool(colocated and args.offload_optimizer),
         card=None if by_map else card,
         # LISA trains other layers at other times.

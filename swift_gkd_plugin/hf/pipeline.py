@@ -21,6 +21,7 @@ from ..teachers.average import average_of
 from ..unused import ONLY_IN_ENGINE, Entry, say_unused, teacher_is_idle
 from .loading import TeacherLoading
 from .memory import foretell
+from .reward_models import Named, check, loaded
 from .teachers import TEACHER_ADAPTER
 from .zero3 import why_not_averaged
 
@@ -94,7 +95,18 @@ class GKDPipeline(SwiftRLHF):
         self._rewards = self._checked_rewards()
         self._tokens = self._compare_tokens()
         foretell(self.args, self.prepare_model, self._teacher_loading and self._teacher_loading.info, Card.of_this_rank())
+        models, self.args.reward_model = self.args.reward_model, None  # ms-swift loads one without a template for all but grpo
         super()._prepare_model_tokenizer()
+        self.args.reward_model = models
+        if models:
+            self._rewards.take(list(loaded(self.args, self._load_reward_model)))
+
+    def _load_reward_model(self, one: Named):
+        models, self.args.reward_model = self.args.reward_model, one.path
+        try:
+            return super()._prepare_single_model('reward', None, one.model_type, one.revision)
+        finally:
+            self.args.reward_model = models
 
     def _prepare_single_model(self, key, *args):
         # An engine that scores holds the teacher's only copy.
@@ -160,6 +172,7 @@ class GKDPipeline(SwiftRLHF):
         if not (self.args.streaming or training.dataloader_drop_last):
             rows *= math.gcd(training.gradient_accumulation_steps, training.steps_per_generation)
             which = 'step and of a generation batch'
+        check(self.args)
         factors = '--per_device_train_batch_size, --gradient_accumulation_steps, --steps_per_generation, ranks'
         return rewards_of(self.args, rows, f'the rows of a {which} ({factors})', *self._datasets)
 

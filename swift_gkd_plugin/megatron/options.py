@@ -35,6 +35,7 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ('mtp_num_layers', lambda a: bool(a.mtp_num_layers), 'distillation has no loss for them; leave it out'),
     ('router_replay_mode', lambda a: a.router_replay_mode != 'disabled', 'use disabled'),
     ('sequence_packing_scheduler', lambda a: a.sequence_packing_scheduler is not None, 'leave it out'),
+    ('reward_model', lambda a: a.reward_model, "ms-swift's Megatron loads none (4.6.0); ask it on a server, in one of --reward_funcs"),
     ('task_type', lambda a: a.task_type not in (None, 'causal_lm'), 'use causal_lm'),
     ('tuner_type', lambda a: a.tuner_type == 'lora_llm', 'use lora or full'),
     # The bridge adds a router's low-rank term with the adapter off as well (mcore-bridge 1.6.5, tuners/lora.py).

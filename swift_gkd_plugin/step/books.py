@@ -51,7 +51,7 @@ class Books:
         self, backend: Backend, encoder: SampleEncoder, write_on_rank: Literal['master', 'last'], reward_names: Sequence[str] = ()
     ):
         self.backend, self.ranks, self.encoder, self.reward_names = backend, backend.ranks, encoder, reward_names
-        self.logs_completions = backend.args.log_completions
+        self.logs_completions, self.logs_feedback = backend.args.log_completions, backend.args.gkd_feedback is not None
         self.metrics, self.evaluating = Metrics(self.ranks.device), False
         self.completions = Completions(backend.args, write_on_rank)
         self.looked_up: list[torch.Tensor] | None = None
@@ -189,6 +189,7 @@ class Books:
                 'finish_reason': sample.response.finish_reason,
                 'divergence': divergence,
                 **self._rewards(sample),
+                **({'feedback': sample.feedback} if self.logs_feedback else {}),
             }
             for sample, divergence in made
         ]

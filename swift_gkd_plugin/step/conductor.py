@@ -139,13 +139,14 @@ class Conductor:
         args = self.args
         columns = getattr(dataset, 'column_names', None)
         privileged = columns is None or {'teacher_prompt', 'teacher_images'} & set(columns)
-        sees_more = privileged or args.gkd_teacher_system is not None or args.gkd_teacher_enable_thinking is not None
+        own_view = (args.gkd_teacher_system, args.gkd_teacher_enable_thinking, args.gkd_feedback)
+        sees_more = privileged or any(value is not None for value in own_view)
         if not is_student or sees_more or args.sft_alpha > 0 or self.options.reward_weight > 0:
             return
         logger.warning(
             f'NOTHING TO LEARN: the teacher is {self.teacher.description} and sees the same prompt, so both distributions are equal, the '
-            'divergence is 0 and so is its gradient. What helps: a column teacher_prompt or teacher_images in the dataset, --adapters '
-            'with an adapter to start from, --sft_alpha > 0, or another --teacher_model.'
+            'divergence is 0 and so is its gradient. What helps: a column teacher_prompt or teacher_images in the dataset, --gkd_feedback, '
+            '--adapters with an adapter to start from, --sft_alpha > 0, or another --teacher_model.'
         )
 
     @property
@@ -310,7 +311,7 @@ class Conductor:
         self.metrics.total('tokens/generated', tokens / self.ranks.sharers)
         if self.rewarding is not None:
             try:
-                self.rewarding.judge([sample for samples in cycle for sample in samples])
+                self.rewarding.judge([sample for samples in cycle for sample in samples], taught=self.shares()[0] > 0)
             except RewardError:
                 self._ready.extend(cycle)
                 self._leave()

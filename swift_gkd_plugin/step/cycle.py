@@ -253,6 +253,8 @@ def state_of(ready: list[list[Sample]], drawn: int) -> dict[str, Any]:
             state['generated_at'] = sample.generated_at
         if sample.reward is not None:
             state['reward'] = astuple(sample.reward)
+        if sample.feedback is not None:
+            state['feedback'] = sample.feedback
         if sample.old_logprobs is not None:
             state['old_logprobs'] = sample.old_logprobs.tolist()
         if sample.scores is not None:
@@ -324,6 +326,8 @@ def restored(cycle: Cycle, state: dict[str, Any], micro_batches: list[list[Row]]
             if 'reward' in one:
                 parts, *rest = one['reward']
                 sample.reward = Reward(tuple(parts), *rest)
+            if 'feedback' in one:
+                sample.take_feedback(one['feedback'])
             if 'old_logprobs' in one:
                 sample.old_logprobs = torch.tensor(one['old_logprobs'])
             if 'generated' in one:

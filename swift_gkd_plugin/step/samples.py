@@ -21,10 +21,10 @@ from swift.rl_core.data import GKDSample
 from swift.rlhf_trainers.utils import encode_sample, get_response_prefix_ids
 from swift.utils import remove_response
 
-from ..arguments import OptionError
+from ..arguments import OptionError, has_rewards
 from ..responses import Response
 from ..responses.local import inference_template, never_sampled
-from ..rewards import Reward
+from ..rewards import Reward, has_passed
 from ..sources import DATASET, STUDENT, TEACHER, Source
 from ..teachers import Signal
 from ..teachers.server import MEDIA, Question, Scores, as_request
@@ -50,7 +50,7 @@ def with_used_columns(args, load: Callable[[], tuple]) -> tuple:
         return None, None
     finally:
         args.remove_unused_columns = removes
-    if not removes or args.vllm_server_pass_dataset or args.multi_turn_scheduler or args.use_gym_env or args.reward_funcs:
+    if not removes or args.vllm_server_pass_dataset or args.multi_turn_scheduler or args.use_gym_env or has_rewards(args):
         return datasets
     used = {*RowPreprocessor.standard_keys, *RESPONSE_COLUMNS, args.teacher_tag_key}
     return tuple(_selected(dataset, used) for dataset in datasets)
@@ -94,6 +94,7 @@ class Sample:
         question: What it is asked about the trained tokens; None without a server.
         asked: What it will say about them, where the question is on its way.
         reward: What the response is worth, of the student's where there are reward functions.
+        feedback: What the teacher is asked about the response in place of the row's last question; None for what it would be asked anyway.
         old_logprobs: [n] float32, of its trained tokens under the student that gave it, if a later one learns from it.
         attempt: 0 for the row's own content, n for that of the n-th row that was drawn in its place.
         unfit: Why the row's own content cannot be encoded; None if it can.
@@ -114,6 +115,7 @@ class Sample:
     question: Question | None = field(default=None, repr=False)
     asked: Future | None = field(default=None, repr=False)
     reward: Reward | None = None
+    feedback: str | None = field(default=None, repr=False)
     old_logprobs: torch.Tensor | None = field(default=None, repr=False)
     attempt: int = 0
     unfit: str | None = None
@@ -128,6 +130,16 @@ class Sample:
         """That of the model that is to answer."""
         student, teacher = self.prompts
         return teacher if self.source == TEACHER and teacher is not None else student
+
+    def take_feedback(self, text: str, prompt: dict[str, Any] | None = None) -> None:
+        """The response has its feedback, from before it is encoded.
+
+        Args:
+            prompt: The teacher's prompt with it, encoded for generation; None if it is not at hand.
+        """
+        self.feedback = text
+        if self.prompts is not None:
+            self.prompts = self.prompts[0], prompt
 
     def leave_shared_memory(self) -> Sample:
         """Take over what a worker process has encoded. Its tensors keep a file descriptor each for as long as they live, in a
@@ -461,6 +473,47 @@ class SampleEncoder:
         remove_response(inputs['messages'])
         return inputs
 
+    def for_feedback(self, sample: Sample) -> tuple[str, str]:
+        """The response as a reward function reads it, and the question that the teacher is asked without a feedback."""
+        inner = self.inner(sample)
+        remove_response(inner.messages)
+        question = inner.teacher_prompt or next((m['content'] for m in reversed(inner.messages) if m['role'] == 'user'), '')
+        return self.for_reward(sample).messages[-1]['content'], question
+
+    def columns(self, sample: Sample) -> dict[str, Any]:
+        """Of the row, with the prompt as its ``messages``."""
+        inner = self.inner(sample)
+        remove_response(inner.messages)
+        return {**sample.content, 'messages': inner.messages}
+
+    def prompt_with_feedback(self, sample: Sample, text: str) -> dict[str, Any] | None:
+        """The teacher's prompt with a feedback, encoded for generation; None if a scheduler has had a conversation of its own.
+
+        Raises:
+            Exception: What ms-swift's template raises; a ValueError if it is longer than ``max_length``. No part of it is cut off: it would
+                be one of the question or of what the feedback says.
+        """
+        with self._limit(None):
+            if self._answers_the_row(sample):
+                inner = self.inner(sample)
+                inner.teacher_prompt = text
+                with inference_template(self.template) as template:
+                    prompt = template.encode(self._prompt(self.teacher_view.of(inner)))
+                length = len(prompt['input_ids'])
+            else:
+                prompt, whole = None, self._encode(self.teacher_view.of(self._with_feedback(self._answered(sample), text)))
+                length = next((i for i, token in enumerate(whole['labels']) if token != IGNORED), len(whole['labels']))
+        if self.template.max_length is not None and length > self.template.max_length:
+            raise ValueError(f'it has {length} tokens, more than --max_length {self.template.max_length}')
+        return prompt
+
+    @staticmethod
+    def _with_feedback(inner: GKDSample, text: str | None) -> GKDSample:
+        if text is not None:
+            inner = copy.copy(inner)
+            inner.teacher_prompt = text
+        return inner
+
     def _answered(self, sample: Sample) -> GKDSample:
         """ms-swift's sample with the response in it, as token ids where it was generated."""
         if sample.generated is not None:
@@ -505,7 +558,7 @@ class SampleEncoder:
         return sample.views
 
     def _views(self, sample: Sample) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        inner = self._answered(sample)
+        inner = self._with_feedback(self._answered(sample), sample.feedback)
         if not sample.row.counts:
             student = self._filler(inner)
         elif sample.source == DATASET:
@@ -613,8 +666,7 @@ class SampleEncoder:
         which, passing = self.distilled
         if which == 'all' or not any(sample.reward for sample in samples):
             return None
-        least = passing - 1e-6 * max(abs(passing), 1)  # a sum of numbers in float32
-        passed = [None if sample.reward is None else sample.reward.total >= least for sample in samples]
+        passed = [None if sample.reward is None else has_passed(sample.reward.total, passing) for sample in samples]
         return _per_token([float(one is None or one == (which == 'passed')) for one in passed], lengths)
 
     def _text(self, response: Response) -> str:
@@ -674,7 +726,7 @@ class SampleEncoder:
         """
         ids, labels = list(encoded['input_ids']), encoded.get('labels') or []
         positions = [] if prompt_only else [i for i, t in enumerate(labels) if i and t != IGNORED]
-        view = self.teacher_view.of(self._answered(sample))
+        view = self.teacher_view.of(self._with_feedback(self._answered(sample), sample.feedback))
         view.request_id = str(sample.row.number)
         tag = view.get_tag(self.tag_key)
         request = view.to_infer_request()

@@ -8,7 +8,14 @@ from pathlib import Path
 import job_runs
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 
 @pytest.fixture(scope='session')
@@ -19,6 +26,21 @@ def run_jobs(tmp_path_factory, tiny_models) -> job_runs.JobRunner:
 @pytest.fixture(scope='session')
 def gradient_difference() -> Callable[..., float]:
     return job_runs.relative
+
+
+@pytest.fixture(scope='session')
+def judges(tiny_models, tmp_path_factory) -> dict[str, Path]:
+    """Reward models of the student's size; one of them says no number."""
+    root = tmp_path_factory.mktemp('judges')
+    config = AutoConfig.from_pretrained(tiny_models.student, num_labels=1)
+    for name in ('judge', 'none'):
+        torch.manual_seed(7)
+        model = AutoModelForSequenceClassification.from_config(config)
+        if name == 'none':
+            model.score.weight.data.fill_(torch.nan)
+        model.save_pretrained(root / name)
+        AutoTokenizer.from_pretrained(tiny_models.student).save_pretrained(root / name)
+    return {name: root / name for name in ('judge', 'none')}
 
 
 @pytest.fixture(scope='session')

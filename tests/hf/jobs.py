@@ -135,6 +135,9 @@ class Recorder(TrainerCallback):
         found['student weights'] = model_bytes(trainer.accelerator.unwrap_model(trainer.model))
         if trainer.teacher_model is not None:
             found['teacher weights'] = model_bytes(trainer.teacher_model)
+        rewarding = trainer.conductor.rewarding if hasattr(trainer, 'conductor') else None  # ms-swift's own have none
+        if rewarding is not None and rewarding.rewards.models:
+            found['reward model weights'] = sum(model_bytes(judge.model) for judge in rewarding.rewards.models)
         optimizer = trainer.optimizer
         while hasattr(optimizer, 'optimizer'):
             optimizer = optimizer.optimizer

@@ -201,15 +201,18 @@ def cases(tiny_models, files, moe, adapters):
 
 
 @pytest.fixture(scope='module')
-def generating(files, adapters, tiny_models):
-    """Runs whose responses are generated; in 'few' rank 0 has nothing to generate at first, then rank 1."""
+def generating(files, adapters, tiny_models, judges):
+    """Runs whose responses are generated; in 'few' rank 0 has nothing to generate at first, then rank 1; in 'judged' these are scored."""
     mixed = {'lmbda': 0.5, 'seq_kd': 'true', 'log_completions': 'true'}
     shared = {'tuner_type': 'lora', 'teacher_model': tiny_models.student, 'adapters': adapters['lora'], 'dataset': files['privileged']}
     saving = {'optim': 'adamw_torch', 'save_strategy': 'steps', 'save_steps': 1, 'eval_strategy': 'steps', 'eval_steps': 1}
     saving |= {'val_dataset': f'{tiny_models.val}#6', 'per_device_eval_batch_size': 2, 'gkd_eval_source': 'student'}
+    few = {**mixed, 'seq_kd': 'false', 'lmbda': 0.3, 'seed': seed_with_shares([[0, 2], [1, 0]], 2, 0.3)}
+    judge = {'reward_model': judges['judge'], 'reward_model_type': 'qwen3', 'reward_template': 'qwen3', 'gkd_rl_weight': 0}
     return {
         'generated': mixed,
-        'few': {**mixed, 'seq_kd': 'false', 'lmbda': 0.3, 'seed': seed_with_shares([[0, 2], [1, 0]], 2, 0.3)},
+        'few': few,
+        'judged': {**few, **judge},
         'generated shared': {**mixed, **shared},
         'saved': {**mixed, **saving},
         'saved lora': {**mixed, **shared, **saving},
@@ -292,7 +295,7 @@ def test_loss_and_gradient_are_those_of_whole_logits_in_one_process(one_process,
 @pytest.mark.parametrize('layout', [layout for layout in LAYOUTS if layout != 'zero3 offload'])
 def test_each_rank_holds_what_was_foretold(layouts, layout):
     """To the byte: weights with adapters, gradients, optimizer, teacher."""
-    names = [*LAYOUTS[layout], *(('saved', 'saved lora', 'bf16') if layout in ('zero3', 'fsdp2') else ())]
+    names = [*LAYOUTS[layout], *(('saved', 'saved lora', 'judged', 'bf16') if layout in ('zero3', 'fsdp2') else ())]
     names += ['bf16 lora'] * (layout == 'zero3')
     for name in names:
         held, foretold = layouts[f'{layout} {name}'].ok().memory
@@ -339,9 +342,11 @@ GENERATED = {
     'zero2 teacher zero3 no gather': 'generated',
     'zero3 few': 'few',
     'zero2 few': 'few',
+    'zero3 judged': 'judged',
     'zero3 generated shared': 'generated shared',
     'fsdp2 generated': 'generated',
     'fsdp2 few': 'few',
+    'fsdp2 judged': 'judged',
     'fsdp2 generated shared': 'generated shared',
     'fsdp2 generated first': 'generated',
     'fsdp2 generated shared first': 'generated shared',
@@ -355,6 +360,15 @@ def test_responses_are_those_of_one_process(one_process, layouts, name):
     run, whole = layouts[name].ok(), one_process[GENERATED[name]].ok()
     assert by_row(run) == by_row(whole)
     assert run.losses == pytest.approx(whole.losses, rel=1e-5)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize('layout', ['zero3', 'fsdp2'])
+def test_each_rank_has_a_whole_reward_model(one_process, layouts, layout):
+    """One that has nothing to score does not take part."""
+    run, whole = layouts[f'{layout} judged'].ok(), one_process['judged'].ok()
+    assert len(whole.values('reward')) == 2 and run.values('reward') == pytest.approx(whole.values('reward'), rel=1e-5)
+    assert run.memory[0]['reward model weights'] == whole.memory[0]['reward model weights']
 
 
 @pytest.mark.e2e

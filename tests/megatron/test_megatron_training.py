@@ -70,6 +70,8 @@ TIGHT = 2**21  # bytes of a card that cannot hold both the visiting teacher and 
 
 # Without a state of the optimizer, so that a run goes on in any layout, and as transformers trains.
 SGD = {'optimizer': 'sgd', 'sgd_momentum': 0, 'weight_decay': 0, 'clip_grad': 0, 'lr': 0.2}
+# Measured only, and told to a teacher, which is the student itself.
+TOLD = {**REWARDED, **SGD, 'train_iters': 2, 'lmbda': 1, 'gkd_rl_weight': 0, 'teacher_model': None, 'gkd_self_teacher': 'live'}
 EMA = {'teacher_model': None, 'gkd_self_teacher': 'ema', 'gkd_ema_decay': 0.5, 'sft_alpha': 1}
 AVERAGED = {**STEPS, **EMA, **SGD}
 GOES_ON = {**AVERAGED, 'finetune': 'false', 'no_load_optim': 'true'}
@@ -86,9 +88,12 @@ def data(tmp_path_factory, tiny_models):
     val.write_text(''.join(tiny_models.val.read_text().splitlines(True)[:7]))
     nothing = directory / 'nothing.jsonl'
     nothing.write_text('')
+    hinted = directory / 'hinted.jsonl'
+    rows = map(json.loads, tiny_models.train.read_text().splitlines()[:10])
+    helpers.write_rows(hinted, [{**row, 'teacher_prompt': reward_functions.hint(None, row['messages'][:1])} for row in rows])
     last_two = directory / 'last_two.jsonl'
     last_two.write_text(''.join(tiny_models.train.read_text().splitlines(True)[8:10]))
-    return {**make_datasets(tiny_models.train, directory), 'val': val, 'nothing': nothing, 'last_two': last_two}
+    return {**make_datasets(tiny_models.train, directory), 'val': val, 'nothing': nothing, 'hinted': hinted, 'last_two': last_two}
 
 
 def jobs(data, **cases):
@@ -127,6 +132,8 @@ def alone(run_jobs, data, tmp_path_factory) -> dict[str, Run]:
             sampled={**SAMPLED, **SGD},
             broken_reward={**REWARDED, 'reward_funcs': ['broken']},
             cut_groups={**REWARDED, 'gkd_num_samples': 3},
+            told={**TOLD, 'gkd_feedback': 'hint'},
+            told_by_a_column={**TOLD, 'dataset': 'hinted'},
             passes={**PASSES, 'save': True, 'output_dir': passes},
             passes_resumed={**PASSES, 'mcore_model': passes / 'checkpoint-9', 'finetune': 'false'},
             base={**LORA, **STEPS, 'teacher_model': 'student', 'export': True},
@@ -189,6 +196,7 @@ def split(run_jobs, data, alone, tmp_path_factory) -> dict[str, Run]:
             streamed=STREAMED,
             rewarded={**REWARDED, **SGD},
             sampled={**SAMPLED, **SGD},
+            told={**TOLD, 'gkd_feedback': 'hint'},
             averaged={**AVERAGED, 'save_steps': 2, 'save': True, 'save_safetensors': 'true', 'output_dir': averaged},
             averaged_by_weights={**GOES_ON, 'model': averaged / 'checkpoint-2'},
             averaged_elsewhere={**GOES_ON, 'mcore_model': alone['averaged'].output_dir / 'checkpoint-2'},
@@ -215,7 +223,8 @@ def test_student_answers_the_same_in_every_layout(alone, parallel, split):
 
 @pytest.fixture(scope='module')
 def in_context_parallel(run_jobs, data) -> dict[str, Run]:
-    return run_jobs(jobs(data, rewarded={**REWARDED, **SGD}, sampled={**SAMPLED, **SGD}), 'CP2')
+    of_rewards = {'rewarded': {**REWARDED, **SGD}, 'sampled': {**SAMPLED, **SGD}, 'told': {**TOLD, 'gkd_feedback': 'hint'}}
+    return run_jobs(jobs(data, **of_rewards), 'CP2')
 
 
 def test_rewards_are_the_same_in_every_layout(alone, parallel, split, in_context_parallel):
@@ -244,6 +253,15 @@ def test_a_sampled_signal_is_the_same_in_every_layout(alone, parallel, split, in
         for name in ('loss', 'kl_sampled', 'distill_loss', 'pg_loss'):
             assert other.values(name) == pytest.approx(run.values(name), rel=1e-4, abs=1e-6), name
         assert other.values('clip_ratio') == pytest.approx(clipped, abs=0.05)
+
+
+def test_a_feedback_is_a_teacher_prompt_in_every_layout(alone, split, in_context_parallel):
+    run = alone['told'].ok()
+    assert min(run.values('divergence')) > 1e-4 and run.values('feedback/share') == [1]
+    for other in (alone['told_by_a_column'], split['told'], in_context_parallel['told']):
+        assert completions(other.ok()) == completions(run)
+        for name in ('loss', 'divergence', 'reward'):
+            assert other.values(name) == pytest.approx(run.values(name), rel=1e-4, abs=1e-6), name
 
 
 def test_rewards_that_cannot_be(alone):

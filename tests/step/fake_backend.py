@@ -1,8 +1,8 @@
 """A back end of a few numbers, and the loop around it: what the conductor does with a run is seen without a model, in milliseconds.
 
 The student is one weight per token id. A token's divergence is the squared distance of its weight from what the teacher says about the
-token, :func:`opinion`; a response is a function of the prompt, the seed and the weights, so that each of them, if it were another one,
-would show in every step that follows.
+token, :func:`opinion`, and a little less where it has read more; a response is a function of the prompt, the seed and the weights, so that
+each of them, if it were another one, would show in every step that follows.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from swift.rewards import ORM, AsyncORM, orms
 
 from swift_gkd_plugin.arguments import GKDOptions, learns_from_rewards
 from swift_gkd_plugin.divergence import Divergence, TokenStats
+from swift_gkd_plugin.feedback import feedbacks
 from swift_gkd_plugin.responses import Response
 from swift_gkd_plugin.rewards import Rewards
 from swift_gkd_plugin.sources import STUDENT, Draw, engine_seed
@@ -76,6 +77,8 @@ def arguments(output_dir: Path, **changed: Any) -> SimpleNamespace:
         'max_steps': 4,
         'save_steps': 0,
         'reward_funcs': [],
+        'reward_model': None,
+        'reward_model_plugin': None,
         'reward_weights': None,
         'scale_rewards': None,
         'advantage_estimator': 'grpo',
@@ -87,6 +90,12 @@ def arguments(output_dir: Path, **changed: Any) -> SimpleNamespace:
 def opinion(tokens: torch.Tensor) -> torch.Tensor:
     """What the teacher says about tokens; a log-probability, as far as anybody can tell."""
     return -(tokens * 37 % 101) / 101
+
+
+def more_read(sample) -> float:
+    """What it says less about each token of a response of which it has read more than the student."""
+    student, teacher = sample.views
+    return 0.0 if teacher is None else (len(teacher['input_ids']) - len(student['input_ids'])) / 1000
 
 
 def _ids(turns: list) -> list[int]:
@@ -111,6 +120,16 @@ class Even(AsyncORM):
 
 orms.update(length=Length, even=Even)
 REWARDS = {'reward_funcs': ['length', 'even'], 'reward_weights': [1.0, 0.5]}
+
+
+def short(response, /, **columns) -> str | None:
+    """The best other response in front of the question, in few tokens; nothing about a response that is better."""
+    best = response.best
+    return f'{best.text} {response.question}' if best is not None and best.passed and best.total > response.total else None
+
+
+feedbacks['short'] = short
+FEEDBACK = {'gkd_feedback': 'short', 'gkd_passing_reward': 0.8}
 
 
 class FakeServer(TeacherServer):
@@ -277,7 +296,8 @@ class FakeBackend(Backend):
         signals = []
         for batch in batches:
             self.looked_at[-1].append([sample.row.number for sample in batch.samples])
-            signals.append(TopK(opinion(batch.labels)[:, None], batch.labels[:, None]))
+            more = torch.tensor([more_read(sample) for sample in batch.samples]).repeat_interleave(torch.tensor(batch.lengths))
+            signals.append(TopK((opinion(batch.labels) - more)[:, None], batch.labels[:, None]))
         return signals
 
     def part(self, per_token: torch.Tensor) -> torch.Tensor:
@@ -487,6 +507,7 @@ def seen(sample) -> dict[str, Any]:
         'response': None if response is None else [response.token_ids, response.finish_reason],
         'generated_at': sample.generated_at,
         'reward': sample.reward and dataclasses.asdict(sample.reward),
+        'feedback': sample.feedback,
     }
 
 

@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from fake_backend import CPU, REWARDS, FakeRun, FakeServer, arguments, flat
+from fake_backend import CPU, FEEDBACK, REWARDS, FakeRun, FakeServer, arguments, flat
 
 from swift_gkd_plugin import sources
 from swift_gkd_plugin.step.balance import Balancing
@@ -120,6 +120,30 @@ def rewarded(rank: Rank) -> dict[str, Any]:
     """The four responses to a prompt are on several ranks; some rows learn from the dataset."""
     run = rank.run('rewarded', gkd_num_samples=4, lmbda=0.7, steps_per_generation=3, max_steps=7, **REWARDS).train()
     return summary(run)
+
+
+def fed_back(rank: Rank) -> dict[str, Any]:
+    """What the teacher hears is about responses on several ranks; then one rank cannot encode what another one can."""
+    options = {'gkd_num_samples': 4, 'lmbda': 0.7, 'steps_per_generation': 3, 'gkd_rl_weight': 0.0, **REWARDS, **FEEDBACK}
+    run = rank.run('fed back', max_steps=7, **options).train()
+    other = rank.run('fed back elsewhere', max_steps=2, **options)
+    encode = other.conductor.encoder.prompt_with_feedback
+
+    def fails(sample, text):
+        if rank.is_last and sample.row.number % 2:
+            raise ValueError('the host of the image does not answer')
+        return encode(sample, text)
+
+    other.conductor.encoder.prompt_with_feedback = fails
+    return {**summary(run), 'elsewhere': summary(other.train())}
+
+
+def feedback_fails(rank: Rank) -> dict[str, str]:
+    """On the last owner."""
+    run = rank.run('feedback fails', gkd_num_samples=4, lmbda=1, steps_per_generation=3, gkd_rl_weight=0.0, **REWARDS, **FEEDBACK)
+    if rank.owner + 1 == rank.owners:
+        run.conductor.rewarding.rewards.feedback.function = lambda response, /, **columns: 7
+    return {'error': rank.leaves(run.train)}
 
 
 def balanced(rank: Rank) -> dict[str, Any]:
@@ -283,6 +307,8 @@ CASES = [
     training,
     local_teacher,
     rewarded,
+    fed_back,
+    feedback_fails,
     balanced,
     stream,
     speed,

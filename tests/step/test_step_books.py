@@ -307,6 +307,7 @@ def test_what_a_server_answered_before_it_gave_up_is_kept(make, tmp_path):
         (True, None, {'sft_alpha': 0.1}, False),
         (True, None, {'gkd_teacher_system': ''}, False),
         (True, None, {'gkd_teacher_enable_thinking': False}, False),
+        (True, None, {'gkd_feedback': 'short'}, False),
     ],
 )
 def test_nothing_to_learn_is_said_where_nothing_tells_the_teacher_from_the_student(make, rows, said, is_student, column, options, warned):

@@ -65,11 +65,31 @@ def same_training(ranks: list[dict], alone: dict) -> None:
 
 
 @pytest.mark.parametrize('layout', SEVERAL)
-@pytest.mark.parametrize('case', ['training', 'local_teacher', 'rewarded'])
+@pytest.mark.parametrize('case', ['training', 'local_teacher', 'rewarded', 'fed_back'])
 def test_any_layout_is_one_training(found, layout, case):
     alone = found.alone(case)
     assert {sample['source'] for sample in alone['samples']} >= {'student', 'teacher' if case == 'training' else 'dataset'}
     same_training(found.ranks(layout, case), alone)
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_a_feedback_is_what_all_ranks_with_the_same_rows_can_encode(found, layout):
+    sharers = LAYOUTS[layout][1]
+    ranks = [one['elsewhere'] for one in found.ranks(layout, 'fed_back')]
+    assert all(one['losses'] == ranks[0]['losses'] for one in ranks)
+    told = [{json.dumps(s['key']): s['feedback'] for s in one['samples'] if s['feedback']} for one in ranks]
+    assert any(told)
+    for first in range(0, len(ranks), sharers):
+        assert all(one == told[first] for one in told[first : first + sharers])
+    assert not any(json.loads(key)[0] % 2 for key in told[-1])
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_a_feedback_that_fails_on_one_rank_ends_all(found, layout):
+    ranks, sharers = found.ranks(layout, 'feedback_fails'), LAYOUTS[layout][1]
+    for number, error in enumerate(one['error'] for one in ranks):
+        assert error.startswith('RewardError')
+        assert ('--gkd_feedback short returned 7' if number >= len(ranks) - sharers else 'failed on another rank') in error
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from fake_backend import REWARDS, FakeServer, flat
+from fake_backend import FEEDBACK, REWARDS, FakeServer, flat
 from rank_cases import Stream
 
 from swift_gkd_plugin import sources
@@ -30,6 +30,13 @@ KINDS = {
     'engine with a scheduler': {'use_vllm': True, 'steps_per_generation': 4, 'multi_turn_scheduler': 'asks once more', 'lmbda': 1},
     'rewards': {'gkd_num_samples': 4, 'steps_per_generation': 4, 'lmbda': 0.6, **REWARDS},
     'rewards, ahead': {'gkd_num_samples': 2, 'use_vllm': True, 'gkd_prefetch': True, **REWARDS},
+    'feedback': {'gkd_num_samples': 4, 'steps_per_generation': 4, 'lmbda': 0.6, 'gkd_rl_weight': 0.0, **REWARDS, **FEEDBACK},
+    'feedback, ahead': {'gkd_num_samples': 2, 'use_vllm': True, 'gkd_prefetch': True, **REWARDS, **FEEDBACK},
+    'feedback with a scheduler': {
+        **{'use_vllm': True, 'steps_per_generation': 4, 'multi_turn_scheduler': 'asks once more', 'lmbda': 1, 'gkd_num_samples': 2},
+        **REWARDS,
+        **FEEDBACK,
+    },
     'endless': {'endless': True, 'steps_per_generation': 4},
 }
 STEPS = 7  # of 3 in an epoch
