@@ -348,7 +348,10 @@ LABELS = """
 from types import SimpleNamespace
 import torch
 import swift.megatron
+from swift_gkd_plugin.divergence import Divergence
 from swift_gkd_plugin.megatron import loss
+from swift_gkd_plugin.step.objective import LossOptions
+from swift_gkd_plugin.teachers import HiddenStates
 
 given, ones = [], torch.ones(3)
 loss.linear_divergence = lambda *args, **extra: given.append(extra)
@@ -356,9 +359,9 @@ loss.mpu.get_tensor_model_parallel_world_size = lambda: 1
 head = SimpleNamespace(tensors=lambda *adapter: SimpleNamespace(weight=torch.ones(5, 2), bias=None, transform=None))
 batch = SimpleNamespace(labels=ones.long(), weights=ones, imitated=ones, advantages=None, compared=None)
 view = SimpleNamespace(of=lambda x: x)
-signal = SimpleNamespace(head=head, hidden=torch.ones(3, 2), reference=None)
+signal = HiddenStates(torch.ones(3, 2), head)
 for alpha, signal in (0.0, signal), (0.5, signal), (0.5, None):
-    options = SimpleNamespace(weight=1.0, alpha=alpha, divergence=None, vocab_size=5)
+    options = LossOptions(Divergence(), 1.0, alpha, 'bucket', 5)
     loss.DistillationLoss(options, head)._sum(torch.ones(3, 2), batch, view, signal, None)
 assert [extra['label_weights'] is None for extra in given] == [True, False, False]
 assert all(extra['labels'] is not None for extra in given)
