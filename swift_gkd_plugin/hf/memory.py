@@ -374,7 +374,7 @@ def setup_of(args: Any, prepare: Callable[[Any, nn.Module], nn.Module], teacher_
         gathers=args.ds3_gather_for_generation and args.lmbda > 0 and not args.use_vllm,
         engines=Engines.of(args),
         rewards=tuple(ModelSize.of(judge) for judge, _ in judges),
-        sure_rewards=all(sure for _, sure in judges) and args.quant_method in (None, 'none'),
+        sure_rewards=all(sure for _, sure in judges),
         away=('weights',) * bool(colocated and args.offload_model) + ('optimizer',) * bool(colocated and args.offload_optimizer),
         card=None if by_map else card,
         # LISA trains other layers at other times.

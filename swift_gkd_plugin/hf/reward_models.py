@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from accelerate.utils import patch_environment
+from swift.model import get_model_info_meta
 from swift.pipelines.train.rlhf import SwiftRLHF
-from swift.utils import disable_deepspeed_zero3, safe_snapshot_download
+from swift.utils import disable_deepspeed_zero3
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -50,12 +51,23 @@ def check(args: Any) -> None:
     """
     for one in named(args):
         try:
-            _, processor = args.get_model_processor(model=one.path, model_type=one.model_type, revision=one.revision, load_model=False)
+            _, processor = args.get_model_processor(**_which(args, one), load_model=False)
             _template(args, one, processor)
         except Exception as error:  # of ms-swift, transformers or a hub
             raise OptionError(
                 f'--reward_model {one.path}: {in_one_line(error)} Name what it is with --reward_model_type and --reward_template.'
             ) from error
+
+
+def _info(args: Any, one: Named) -> Any:
+    """What ms-swift knows of it."""
+    hub = {'use_hf': args.use_hf, 'hub_token': args.hub_token}
+    return get_model_info_meta(one.path, model_type=one.model_type, revision=one.revision, **hub)[0]
+
+
+def _which(args: Any, one: Named) -> dict[str, Any]:
+    """For ``get_model_processor``, which takes the student's type where it is given none."""
+    return {'model': one.path, 'model_type': _info(args, one).model_type, 'revision': one.revision}
 
 
 def _template(args: Any, one: Named, processor: Any) -> Any:
@@ -64,15 +76,15 @@ def _template(args: Any, one: Named, processor: Any) -> Any:
 
 def empty(args: Any, one: Named) -> tuple[nn.Module, bool]:
     """The model without memory, and whether it is the one that will be loaded: of a model's own code ms-swift makes a language model."""
-    directory = safe_snapshot_download(one.path, revision=one.revision, download_model=False, use_hf=args.use_hf, hub_token=args.hub_token)
-    task_type, num_labels = SwiftRLHF._get_model_task_type(directory)
-    scores = task_type == 'seq_cls'
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=True)
+    info = _info(args, one)
+    task_type, num_labels = SwiftRLHF._get_model_task_type(info.model_dir)
+    scores, plain = task_type == 'seq_cls', not info.quant_method and args.quant_method in (None, 'none')
+    config = AutoConfig.from_pretrained(info.model_dir, trust_remote_code=True)
     if scores and type(config) in AutoModelForSequenceClassification._model_mapping:
         config.num_labels = num_labels
         with torch.device('meta'), disable_deepspeed_zero3():
-            return AutoModelForSequenceClassification.from_config(config, dtype=args.torch_dtype), True
-    return empty_model(args, model=one.path, model_type=one.model_type, revision=one.revision).requires_grad_(False), not scores
+            return AutoModelForSequenceClassification.from_config(config, dtype=args.torch_dtype), plain
+    return empty_model(args, **_which(args, one)).requires_grad_(False), plain and not scores
 
 
 def loaded(args: Any, load: Callable[[Named], tuple[nn.Module, Any]]) -> Iterator[RewardModel]:
