@@ -126,7 +126,7 @@ def fed_back(rank: Rank) -> dict[str, Any]:
     """What the teacher hears is about responses on several ranks; then one rank cannot encode what another one can."""
     options = {'gkd_num_samples': 4, 'lmbda': 0.7, 'steps_per_generation': 3, 'gkd_rl_weight': 0.0, **REWARDS, **FEEDBACK}
     run = rank.run('fed back', max_steps=7, **options).train()
-    other = rank.run('fed back elsewhere', max_steps=2, **options)
+    other = rank.run('fed back elsewhere', max_steps=7, **options)
     encode = other.conductor.encoder.prompt_with_feedback
 
     def fails(sample, text):

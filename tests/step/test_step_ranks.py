@@ -78,7 +78,8 @@ def test_a_feedback_is_what_all_ranks_with_the_same_rows_can_encode(found, layou
     ranks = [one['elsewhere'] for one in found.ranks(layout, 'fed_back')]
     assert all(one['losses'] == ranks[0]['losses'] for one in ranks)
     told = [{json.dumps(s['key']): s['feedback'] for s in one['samples'] if s['feedback']} for one in ranks]
-    assert any(told)
+    everything = {json.dumps(s['key']) for one in found.ranks(layout, 'fed_back') for s in one['samples'] if s['feedback']}
+    assert any(told) and {json.loads(key)[0] % 2 for key in everything} == {0, 1}
     for first in range(0, len(ranks), sharers):
         assert all(one == told[first] for one in told[first : first + sharers])
     assert not any(json.loads(key)[0] % 2 for key in told[-1])
