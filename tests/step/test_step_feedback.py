@@ -127,8 +127,16 @@ def test_the_teacher_reads_it_as_it_would_the_column(make, template, rows, monke
 def test_a_server_is_asked_with_it(make):
     server = FakeServer()
     run = make('server', server, **TOLD, max_steps=2)
-    found = teachers_ids(run)
+    found, requested, question = teachers_ids(run), [], run.conductor.encoder.question
+
+    def noted(sample, *args):
+        asked = question(sample, *args)
+        requested.append((sample.feedback or sample.content['messages'][0]['content'], asked.request['messages'][0]['content']))
+        return asked
+
+    run.conductor.encoder.question = noted
     run.train()
+    assert len(requested) == 8 and all(meant == sent for meant, sent in requested)  # as messages, which is what swift deploy takes
     assert sorted(map(tuple, server.scored)) == sorted(tuple(ids) for ids in found.values())
     words = run.backend.template.safe_decode
     told = [(key, text) for key, text in texts(run).items() if text]
