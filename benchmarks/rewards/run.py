@@ -15,8 +15,9 @@ of `swift rlhf --rlhf_type gkd` begin with this student, with the same prompts, 
 Accuracy is that of answers sampled at temperature 1, as in training, to problems that nobody was trained on: eval_reward of ms-swift's log.
 Greedy accuracy is measured before and after each run.
 
-What was chosen by hand: one learning rate for all runs, and one --gkd_rl_weight for all that have rewards, after short runs with seed 100.
-Nothing was chosen for one mode alone.
+What was chosen by hand, after short runs with seed 100: the size of the task, the prompts of an update, one learning rate and its schedule
+for all runs, and one --gkd_rl_weight for all that have rewards. Nothing was chosen for one mode alone, but the schedule and the weight were
+looked at in runs of `both` only.
 """
 
 from __future__ import annotations
