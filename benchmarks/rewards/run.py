@@ -239,7 +239,7 @@ def main() -> None:
     parser.add_argument('--held_out', type=int, default=700, help='problems; a share of one half of 700 has a standard error of 1.9 points')
     parser.add_argument('--pretraining', type=int, default=5000, help='updates, if a model has not become good enough before')
     parser.add_argument('--learning_rate', type=float, default=1e-3)
-    parser.add_argument('--rl_weight', type=float, default=1)
+    parser.add_argument('--rl_weight', type=float, default=1.0)
     parser.add_argument('--modes', nargs='+', choices=MODES, default=list(MODES))
     parser.add_argument('--work', type=Path, default=Path('output/benchmark_rewards'), help='models, data and runs (default: %(default)s)')
     parser.add_argument('--out', type=Path, default=HERE, help='where curves.csv and curves.png go (default: beside this file)')
