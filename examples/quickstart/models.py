@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,15 +10,16 @@ from task import CATEGORY, KEYWORDS, WORDS
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+VOCABULARY = (*KEYWORDS, *WORDS, *CATEGORY)
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(vocabulary: Sequence[str] = VOCABULARY) -> PreTrainedTokenizerFast:
     special = ['<|endoftext|>', '<|im_start|>', '<|im_end|>', '<unk>']
-    vocab = {token: i for i, token in enumerate([*special, *KEYWORDS, *WORDS, *CATEGORY])}
+    vocab = {token: i for i, token in enumerate([*special, *vocabulary])}
     words = Tokenizer(models.WordLevel(vocab, unk_token='<unk>'))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(
@@ -27,14 +29,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def make(directory: Path, *, hidden: int, layers: int, heads: int, seed: int, **changed) -> None:
+def make(directory: Path, *, hidden: int, layers: int, heads: int, seed: int, vocabulary: Sequence[str] = VOCABULARY, **changed) -> None:
     """Write a model with random weights and its tokenizer.
 
     Args:
+        vocabulary: The words, the roles of the messages among them; those of the quickstart's task unless given.
         changed: Other values of its configuration. With ``num_experts`` it is a Qwen3-MoE.
     """
     torch.manual_seed(seed)
-    words = tokenizer()
+    words = tokenizer(vocabulary)
     values = dict(
         vocab_size=len(words),
         hidden_size=hidden,
