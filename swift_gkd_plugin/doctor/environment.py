@@ -105,7 +105,7 @@ def _activation(found: Findings) -> None:
         found.note(
             'hooks',
             f'Others change what Python imports: {", ".join(hooks)}.',
-            "If a run of ms-swift behaves strangely, start it without them once.",
+            'If a run of ms-swift behaves strangely, start it without them once.',
         )
 
 
@@ -137,7 +137,7 @@ def _compilers(found: Findings) -> None:
     gpu, triton = torch.cuda.is_available(), installed('triton')
     tell: Callable[..., None] = found.warning if gpu else found.note
     if triton is None:
-        tell('triton', 'Triton is not installed: on a GPU the divergence is computed without its kernels, right but slower.', 'pip install triton')
+        tell('triton', 'Triton is not installed: on a GPU the divergence is right without, but slower.', 'pip install triton')
     elif missing:
         tell(
             'triton',
@@ -173,7 +173,7 @@ def _optional(found: Findings, needed: Collection[str] | None) -> None:
                 found.ok('packages', f'{name} {installed(name) or "(version unknown)"} can be imported.')
             else:
                 tell = found.error if needed else found.warning
-                tell('packages', f'{name} {installed(name)} is installed and cannot be imported: {error}', f'Install {name} again, or uninstall it.')
+                tell('packages', f'{name} {installed(name)} cannot be imported: {error}', f'Install what is missing, or uninstall {name}.')
 
 
 def _is_there(module: str) -> bool:

@@ -68,7 +68,9 @@ class Findings(list[Finding]):
             self.error(name, *_what_and_do(str(error)))
         except Exception as error:
             what = next(iter(str(error).splitlines()), '')
-            self.error(name, f'The run would end with {type(error).__name__}: {what}', 'It comes from ms-swift or below; correct what it names.')
+            self.error(
+                name, f'The run would end with {type(error).__name__}: {what}', 'It comes from below the plugin; correct what it names.'
+            )
 
     def told(self, name: str, line: str) -> None:
         """A warning of a run, which says what to do in the same line."""
@@ -78,7 +80,8 @@ class Findings(list[Finding]):
             self.warning(name, *_what_and_do(line))
 
     def as_json(self) -> str:
-        return json.dumps({'version': __version__, 'status': self.status, 'findings': [asdict(f) for f in self]}, ensure_ascii=False, indent=1)
+        whole = {'version': __version__, 'status': self.status, 'findings': [asdict(finding) for finding in self]}
+        return json.dumps(whole, ensure_ascii=False, indent=1)
 
     def __str__(self) -> str:
         lines, section = [], None

@@ -126,7 +126,7 @@ def _templates(args: Any, template: Any, student: Model, teacher: Model, found: 
     if not teacher.own_template and student.own_template:
         found.warning(
             'template',
-            f'{teacher.name} has no chat template: it is a base model, asked in the form of --template {used}, which it was not trained for.',
+            f'{teacher.name} has no chat template: a base model, asked in the form of --template {used}, which it was not trained for.',
             "Use the teacher's chat version.",
         )
     elif own is not None and own != used:
@@ -138,7 +138,7 @@ def _templates(args: Any, template: Any, student: Model, teacher: Model, found: 
     elif teacher.own_template != student.own_template:
         found.note(
             'template',
-            f'The chat templates in the tokenizers of {student.name} and {teacher.name} differ; both are asked in the form of --template {used}.',
+            f'The chat templates of {student.name} and {teacher.name} themselves differ; both are asked in the form of --template {used}.',
             'Check that the teacher answers well in that form: `swift infer` with --template and --system as here.',
         )
     else:
@@ -198,6 +198,6 @@ def equality(args: Any, dataset: Any, found: Findings) -> None:
     else:
         found.warning(
             'equal',
-            'NOTHING TO LEARN: the teacher is what the student starts from and sees the same prompt, so the divergence and its gradient are 0.',
+            'NOTHING TO LEARN: the teacher is what the student starts from and sees the same prompt, so the divergence is 0.',
             'Give another --teacher_model, a column teacher_prompt or teacher_images, an adapter to start from, or --sft_alpha > 0.',
         )

@@ -8,8 +8,8 @@ from typing import Any
 
 from .. import checks
 from ..step.data import Row
-from ..step.samples import Sample, SampleEncoder, TeacherView
 from ..step.said import in_one_line
+from ..step.samples import Sample, SampleEncoder, TeacherView
 from .findings import Findings
 
 LOOKED_AT = 256  # rows, evenly spread: a second or two
@@ -65,7 +65,7 @@ def examine(args: Any, template: Any, dataset: Any, ends: set[int], found: Findi
         template.max_length = limit
     if errors:
         tell = found.error if not lengths else found.warning
-        tell('encoding', f'{_share(len(errors), rows)} cannot be encoded, the first because of: {errors[0]}', 'Mend them; other rows would stand in.')
+        tell('encoding', f'{_share(len(errors), rows)} cannot be encoded, the first: {errors[0]}', 'Mend them; other rows stand in.')
     if not lengths:
         return {}
     _too_long(args, lengths, strategy, found)
@@ -77,7 +77,8 @@ def examine(args: Any, template: Any, dataset: Any, ends: set[int], found: Findi
     means = {'prompt': sum(length.prompt for length in lengths) / len(lengths)}
     if answered:
         means['response'] = sum(length.response for length in answered) / len(answered)
-    found.ok('rows', f'{len(rows)} rows looked at; in the mean ' + ', '.join(f'{n:.0f} tokens of {name}' for name, n in means.items()) + '.', data=means)
+    said = ', '.join(f'{n:.0f} tokens of {name}' for name, n in means.items())
+    found.ok('rows', f'{len(rows)} rows looked at; in the mean {said}.', data=means)
     return means
 
 
@@ -108,18 +109,18 @@ def _too_long(args: Any, lengths: list[Length], strategy: str, found: Findings) 
     for what, sizes in sides.items():
         over = [size for size in sizes if size > limit]
         if not over:
-            found.ok('length', f'All sampled rows fit --max_length {limit} with their {what}; the longest has {max(sizes)} tokens.')
+            found.ok('max_length', f'All sampled rows fit --max_length {limit} with their {what}; the longest has {max(sizes)} tokens.')
             continue
         line = f'{_share(len(over), sizes)} have more than --max_length {limit} tokens of {what}, up to {max(over)}; '
         line += 'other rows stand in for them.' if strategy == 'raise' else f'--truncation_strategy {strategy} cuts them.'
         do = f'Raise --max_length, up to {max(over)}, or leave long rows out of the dataset.'
         data = {'share': len(over) / len(sizes), 'longest': max(over)}
         if len(over) == len(sizes) and strategy == 'raise':
-            found.error('length', line.replace('other rows stand in for them', 'none is left'), do, data=data)
+            found.error('max_length', line.replace('other rows stand in for them', 'none is left'), do, data=data)
         elif len(over) >= MANY * len(sizes):
-            found.warning('length', line, do, data=data)
+            found.warning('max_length', line, do, data=data)
         else:
-            found.note('length', line, do, data=data)
+            found.note('max_length', line, do, data=data)
 
 
 def _endless(args: Any, answered: list[Length], limit: int | None, strategy: str, found: Findings) -> None:

@@ -54,9 +54,9 @@ class Command:
             return cls(False, rest, variables)
         program = os.path.basename(rest[0]) if rest else ''
         if program not in ('swift', 'megatron') or rest[1:2] != ['rlhf']:
-            raise UsageError(f'`{" ".join(rest[:2])}` is no training command; append `swift rlhf …`, `megatron rlhf …` or the options alone.')
+            raise UsageError(f'`{" ".join(rest[:2])}` is no training command; append `swift rlhf …`, `megatron rlhf …` or options alone.')
         if '--use_ray' in rest:
-            raise UsageError('`megatron rlhf --use_ray` reads a file of its own; append its options as those of `megatron rlhf`, without Ray.')
+            raise UsageError('`megatron rlhf --use_ray` reads a file; append what is in it as options of `megatron rlhf`, without Ray.')
         return cls(program == 'megatron', rest[2:], variables)
 
     @property
@@ -110,14 +110,14 @@ def _arguments(command: Command, ranks: int, scratch: str, found: Findings) -> A
     found.section = 'command'
     args = None
     with found.refusals('options'):
-        register()
         options = _with_file(command.options)
-        cls, command_line = _megatron_parser() if command.megatron else _transformers_parser()
         rlhf_type = option_value(options, '--rlhf_type', shortest='--rlh')
         if rlhf_type != 'gkd':
             what = f'--rlhf_type {rlhf_type}: the plugin trains gkd only.' if rlhf_type else 'There is no --rlhf_type.'
             found.error('rlhf_type', what, 'Write --rlhf_type gkd.')
             return None
+        register()
+        cls, command_line = _megatron_parser() if command.megatron else _transformers_parser()
         with warnings_of(found, 'spelling'):
             options = command_line(options, cls)
         if not known(cls, options, command.name, found):
@@ -188,7 +188,7 @@ def known(cls: type, options: list[str], name: str, found: Findings) -> bool:
     try:
         _, rest = parser.parse_known_args(options)
     except Refused as error:
-        found.error('value', f'{name}: {error}', 'Give a value of that kind; the option is in `swift-gkd`\'s or ms-swift\'s list of options.')
+        found.error('value', f'{name}: {error}', f'Give a value of that kind; see `{name} --help`.')
         return False
     spellings = [s for s in parser._option_string_actions if s.startswith('--')]
     unknown = [token.partition('=')[0] for token in rest if token.startswith('-') and not _is_number(token)]
@@ -240,7 +240,8 @@ def _connects_to_nobody(cls: type, found: Findings) -> None:
             if problem is None:
                 found.ok('rollout_server', f'The rollout server {url} answers.')
             else:
-                found.error('rollout_server', f'The rollout server {url} does not answer: {problem}.', 'Start `swift rollout`, or correct the address.')
+                do = 'Start `swift rollout`, or correct the address.'
+                found.error('rollout_server', f'The rollout server {url} does not answer: {problem}.', do)
 
     cls._init_external_vllm = ask
 
@@ -269,5 +270,3 @@ def warnings_of(found: Findings, name: str, besides: tuple[str, ...] = ()) -> It
     finally:
         logger.setLevel(level)
         logger.handlers[:] = before
-
-

@@ -82,8 +82,8 @@ NOT_USED: tuple[Entry, ...] = (
 class GKDPipeline(SwiftRLHF):
     """ms-swift's pipeline, with start-up checks in front of the models.
 
-    The checks are ``check_options``, ``load_datasets``, ``check_rewards`` and ``compare_tokens``, in this order; ``swift-gkd doctor`` makes the
-    same ones without a run.
+    The checks are ``check_options``, ``load_datasets``, ``check_rewards`` and ``compare_tokens``, in this order; ``swift-gkd doctor`` makes
+    the same ones without a run.
 
     Attributes:
         datasets: For training and for validation.

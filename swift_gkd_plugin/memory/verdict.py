@@ -79,9 +79,7 @@ class Verdict:
     perhaps: str | None = None
 
 
-def judged(
-    setup: Setup, table: Callable[[Setup], Table], changes: Mapping[str, Callable[[Setup], Setup]], card: Card | None
-) -> Verdict:
+def judged(setup: Setup, table: Callable[[Setup], Table], changes: Mapping[str, Callable[[Setup], Setup]], card: Card | None) -> Verdict:
     """Compare what each rank will hold with the card; the arguments are those of :func:`announce`."""
     found = table(setup)
     peak = f"Peak: {gib(found.peak())} in '{found.fullest()}'" + (f'; {card.name} has {gib(card.bytes)}.' if card else '.')
