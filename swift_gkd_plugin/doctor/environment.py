@@ -33,6 +33,8 @@ OPTIONAL = {
     'flash-attn': ('flash_attn', '--attn_impl flash_attn and --padding_free'),
 }
 
+IMPORTS = {'mcore-bridge': ('megatron-core', 'transformer-engine')}  # what is tried with it
+
 # Run as if it were the process of ms-swift's that trains: is the plugin in it, and who else?
 ASK = """
 import json, sys
@@ -166,7 +168,8 @@ def _optional(found: Findings, needed: Collection[str] | None) -> None:
     unused = [name for name in absent if not needed or name not in needed]
     if unused and needed is None:
         found.note('packages', 'Not installed: ' + ', '.join(f'{name} (for {OPTIONAL[name][1]})' for name in unused) + '.')
-    tried = there if needed is None else [name for name in there if name in needed]
+    tried = [name for name in there if needed is None or name in needed]
+    tried = [name for name in tried if not any(name in with_it for first, with_it in IMPORTS.items() if first in tried)]
     with ThreadPoolExecutor(2) as pool:
         for name, error in zip(tried, pool.map(_import_error, tried), strict=True):
             if error is None:

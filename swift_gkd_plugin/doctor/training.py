@@ -175,6 +175,7 @@ def known(cls: type, options: list[str], name: str, found: Findings) -> bool:
     Args:
         name: Of the command, for the message.
     """
+    from swift.utils.utils import _patch_get_type_hints
     from transformers import HfArgumentParser
 
     class Refused(Exception):
@@ -183,7 +184,8 @@ def known(cls: type, options: list[str], name: str, found: Findings) -> bool:
     def refuse(message: str) -> NoReturn:
         raise Refused(message)
 
-    parser: argparse.ArgumentParser = HfArgumentParser([cls])
+    with _patch_get_type_hints():  # as ms-swift makes its parser: transformers stumbles over the order of some unions
+        parser: argparse.ArgumentParser = HfArgumentParser([cls])
     parser.error = refuse
     try:
         _, rest = parser.parse_known_args(options)

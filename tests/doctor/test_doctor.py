@@ -70,6 +70,17 @@ def test_what_pip_installs():
 # --- with training commands
 
 
+CPU = {'PYTHONPATH': str(Path(helpers.__file__).parent / 'megatron' / 'cpu'), 'MEGATRON_ON_CPU': '1', 'USE_HF': '1'}
+
+
+def thinker_of(model: Path, directory: Path) -> Path:
+    """The same model with a chat template that can be asked to think."""
+    shutil.copytree(model, directory)
+    file = directory / 'chat_template.jinja'
+    file.write_text(file.read_text() + '{% if enable_thinking %}<think>{% endif %}')
+    return directory
+
+
 def base_of(model: Path, directory: Path) -> Path:
     """The same model as a base: another end token, and no chat template."""
     shutil.copytree(model, directory)
@@ -114,6 +125,7 @@ def results(tiny_models: TinyModels, tmp_path_factory) -> dict[str, dict[str, An
         'no file': {**pair, 'dataset': tmp / 'nothing.jsonl'},
         'base teaches': {**pair, 'teacher_model': base_of(tiny_models.teacher, tmp / 'base_teacher')},
         'base learns': {**pair, 'model': base_of(tiny_models.student, tmp / 'base_student')},
+        'thinks': {**pair, 'teacher_model': thinker_of(tiny_models.teacher, tmp / 'thinker')},
         'itself': same,
         'itself, privileged': {**same, 'dataset': rows['privileged']},
         'fits': {**pair, 'tuner_type': 'full', 'per_device_train_batch_size': 1},
@@ -125,8 +137,14 @@ def results(tiny_models: TinyModels, tmp_path_factory) -> dict[str, dict[str, An
     jobs, commands = [], tmp / 'jobs.json'
     for number, (name, given) in enumerate(options.items()):
         card = ['--gpu-memory', cards[name]] if name in cards else []
-        before = ['NPROC_PER_NODE=2', 'swift', 'rlhf'] if name == 'two ranks' else []
-        words = ['doctor', '--json', *card, '--', *before, *command_line(QUICK | given)]
+        words = [
+            'doctor',
+            '--json',
+            *card,
+            '--',
+            *(['NPROC_PER_NODE=2', 'swift', 'rlhf'] if name == 'two ranks' else []),
+            *command_line(QUICK | given),
+        ]
         jobs.append({'words': [str(word) for word in words], 'result': str(tmp / f'{number}.json')})
     commands.write_text(json.dumps(jobs))
     status, output = helpers.run([sys.executable, Path(__file__).parent / 'jobs.py', commands])
@@ -195,6 +213,7 @@ def test_what_ends_a_run_is_an_error(results, name, kind, what):
         ('base teaches', 'stop_of_teacher', "Responses end with '<|im_end|>', and the teacher"),
         ('base teaches', 'template', 'has no chat template'),
         ('base learns', 'stop_of_student', "stop at '<|endoftext|>'"),
+        ('thinks', 'thinking', 'The student thinks never, the teacher if asked to'),
         ('itself', 'equal', 'NOTHING TO LEARN'),
         ('some long', 'max_length', '4 of 16 sampled rows (25.0%) have more than --max_length 40 tokens of prompt and response'),
         ('endless', 'responses_end', '1 of 2 sampled rows (50.0%)'),
@@ -227,10 +246,16 @@ def test_the_length_of_the_run(results):
     assert '2 ranks: DDP' in the(results['two ranks'], 'trainer', 'ok')['what']
 
 
-def test_in_words(tiny_models):
-    """The command that pip installs, in a process of its own, without a training command's imports."""
+def test_megatron_in_words(tiny_models, tmp_path):
+    """The command that pip installs, in a process of its own: the other back end's checks and plan, without its process groups."""
     script = 'import sys; from swift_gkd_plugin.command import main; sys.exit(main())'
-    status, output = helpers.run([sys.executable, '-c', script, 'doctor', 'swift', 'rlhf', '--model', tiny_models.student])
-    assert status == 1 and output.startswith('environment\n  ')
-    assert 'There is no --rlhf_type.\n           → Write --rlhf_type gkd.' in output
-    assert output.rstrip().splitlines()[-1].startswith('1 error')
+    layout = {'tuner_type': 'full', 'tensor_model_parallel_size': 2, 'train_iters': 3, 'output_dir': tmp_path / 'never'}
+    words = ['doctor', 'NPROC_PER_NODE=2', 'megatron', 'rlhf', *command_line(QUICK | tiny_models.with_teacher | layout)]
+    status, output = helpers.run([sys.executable, '-c', script, *words], env=CPU)
+    assert output.startswith('environment\n  ok  ') and not (tmp_path / 'never').exists()
+    assert 'swift_gkd_plugin.megatron.trainer.GKDTrainer on 2 ranks: megatron-core, TP2 x DP1; all parameters.' in output
+    assert 'warning  Neither --lmbda nor vLLM is asked for' in output and ' 3 updates in all.' in output
+    assert 'Peak: ' in output and 'optimizer' in output.split('\nmemory\n')[1]
+    # What stands in for transformer-engine here is no package: that alone is wrong.
+    wrong = [line for line in output.splitlines() if line.startswith('  error ')]
+    assert status == 1 and wrong and all('transformer-engine is not' in line or 'cannot be imported' in line for line in wrong), wrong
