@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -13,6 +14,7 @@ from ..versions import __version__
 
 OK, NOTE, WARNING, ERROR = LEVELS = ('ok', 'note', 'warning', 'error')
 NAMED = 'Change what the line names.'
+WIDTH = 118  # of the lines that are printed
 
 
 @dataclass(frozen=True)
@@ -89,12 +91,17 @@ class Findings(list[Finding]):
             if finding.section != section:
                 section = finding.section
                 lines += ['', section] if lines else [section]
-            lines.append(f'  {finding.level:<9}{finding.what}')
-            lines += [f'           → {finding.do}'] if finding.do else []
-            lines += [f'           {line}' for line in finding.more.splitlines()]
+            lines += _wrapped(f'  {finding.level:<9}', finding.what)
+            lines += _wrapped(' ' * 11 + '→ ', finding.do) if finding.do else []
+            lines += [' ' * 11 + line for line in finding.more.splitlines()]
         counts = ((sum(f.level == level for f in self), level) for level in (ERROR, WARNING, NOTE))
         said = [f'{count} {level}{"s" if count > 1 else ""}' for count, level in counts if count]
         return '\n'.join([*lines, '', ', '.join(said) or 'Nothing to say.'])
+
+
+def _wrapped(before: str, text: str) -> list[str]:
+    rest = ' ' * len(before)
+    return textwrap.wrap(text, WIDTH, initial_indent=before, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False)
 
 
 def _what_and_do(line: str) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from helpers import TinyModels, command_line, write_rows
 
 from swift_gkd_plugin.arguments import OptionError
 from swift_gkd_plugin.command import main
-from swift_gkd_plugin.doctor.findings import LEVELS, Findings
+from swift_gkd_plugin.doctor.findings import LEVELS, WIDTH, Findings
 from swift_gkd_plugin.doctor.training import Command, UsageError
 
 QUICK = {'rlhf_type': 'gkd', 'split_dataset_ratio': 0, 'dataset_num_proc': 1, 'load_from_cache_file': 'false', 'check_model': 'false'}
@@ -253,8 +253,9 @@ def test_megatron_in_words(tiny_models, tmp_path):
     words = ['doctor', 'NPROC_PER_NODE=2', 'megatron', 'rlhf', *command_line(QUICK | tiny_models.with_teacher | layout)]
     status, output = helpers.run([sys.executable, '-c', script, *words], env=CPU)
     assert output.startswith('environment\n  ok  ') and not (tmp_path / 'never').exists()
+    assert max(map(len, output.split('\nmemory\n')[0].splitlines())) <= WIDTH
     assert 'swift_gkd_plugin.megatron.trainer.GKDTrainer on 2 ranks: megatron-core, TP2 x DP1; all parameters.' in output
-    assert 'warning  Neither --lmbda nor vLLM is asked for' in output and ' 3 updates in all.' in output
+    assert 'warning  Neither --lmbda nor vLLM is asked for' in output and ' 3 updates in all.' in ' '.join(output.split())
     assert 'Peak: ' in output and 'optimizer' in output.split('\nmemory\n')[1]
     # What stands in for transformer-engine here is no package: that alone is wrong.
     wrong = [line for line in output.splitlines() if line.startswith('  error ')]
