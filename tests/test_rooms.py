@@ -30,7 +30,8 @@ STOREYS = (
     ('hf', 'megatron'),
     ('activation',),  # the entrance: it loads the seams of both back ends
     ('',),  # `import swift_gkd_plugin`
-    ('external',),
+    ('external', 'doctor'),
+    ('command',),  # `swift-gkd`
 )
 STOREY = {room: number for number, storey in enumerate(STOREYS) for room in storey}
 

@@ -35,6 +35,20 @@ def choose(call: Call) -> type[Sweeps]:
     return Eager
 
 
+def foreseen(on_gpu: bool, vocabulary: int, shards: int) -> str:
+    """What :func:`choose` is going to take, in words, if everything works.
+
+    Args:
+        vocabulary: Columns that are compared.
+        shards: Ranks that they are spread over.
+    """
+    if on_gpu:
+        return "Triton's kernels" if _HAS_TRITON else 'torch operations, for Triton is not installed'
+    if vocabulary >= _COMPILED_VOCABULARY and shards == 1:
+        return f'torch operations on the CPU, and compiled loops after {COMPILED_AFTER >> 30} Gi logits'
+    return 'torch operations on the CPU'
+
+
 @functools.cache
 def _on_gpu(device: torch.device, group, divergence: Divergence, label_temperatures: bool) -> type[Sweeps]:
     """Triton's, where its kernels do as they should: on every rank of the group, for the ranks must make the same reductions."""

@@ -98,7 +98,11 @@ def take_over_trainer(module: ModuleType) -> None:
 def take_over_pipeline(module: ModuleType) -> None:
     """``swift.pipelines.train.rlhf``: old spellings before parsing, our pipeline after it."""
     module.SwiftRLHF.args_class = module.RLHFArguments
-    become_ours(module.SwiftRLHF, lambda given, args_class: modern_command_line(given, RENAMED, args_class), _pipeline)
+    become_ours(module.SwiftRLHF, command_line, _pipeline)
+
+
+def command_line(given: Any, args_class: type) -> Any:
+    return modern_command_line(given, RENAMED, args_class)
 
 
 def _pipeline() -> type:

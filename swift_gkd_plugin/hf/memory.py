@@ -354,7 +354,7 @@ def setup_of(args: Any, prepare: Callable[[Any, nn.Module], nn.Module], teacher_
     return Setup(
         student=student,
         teacher=teacher,
-        rows=Rows.of(args, args.per_device_train_batch_size, args.gradient_accumulation_steps),
+        rows=Rows.of(args, args.per_device_train_batch_size, training.gradient_accumulation_steps),
         world=world,
         sharding=sharding,
         zero=zero,

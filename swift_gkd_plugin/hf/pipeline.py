@@ -13,7 +13,7 @@ from swift.pipelines.train.rlhf import SwiftRLHF
 from .. import checks
 from ..arguments import OPTION_NAMES, OptionError, engine_scores, teacher_offload
 from ..memory.verdict import Card
-from ..rewards import Rewards, rewards_of
+from ..rewards import rewards_of
 from ..step.remote import check_servers
 from ..step.samples import with_used_columns
 from ..teachers.adapters import add_frozen_adapter
@@ -81,7 +81,16 @@ NOT_USED: tuple[Entry, ...] = (
 
 
 class GKDPipeline(SwiftRLHF):
-    """ms-swift's pipeline, with start-up checks in front of the models."""
+    """ms-swift's pipeline, with start-up checks in front of the models.
+
+    The checks are ``check_options``, ``load_datasets``, ``check_rewards`` and ``compare_tokens``, in this order; ``swift-gkd doctor`` makes
+    the same ones without a run.
+
+    Attributes:
+        datasets: For training and for validation.
+        teacher_loading: How a separate teacher is loaded; None without one.
+        tokens: Lengths of the student's and the teacher's tokenizer; None if no other model is loaded.
+    """
 
     def run(self):
         result = super().run()
@@ -89,12 +98,11 @@ class GKDPipeline(SwiftRLHF):
         return result
 
     def _prepare_model_tokenizer(self) -> None:
-        self._check_options()
-        self._datasets = self._loaded_datasets()
-        checks.check_datasets(self.args, *self._datasets)
-        self._rewards = self._checked_rewards()
-        self._tokens = self._compare_tokens()
-        foretell(self.args, self.prepare_model, self._teacher_loading and self._teacher_loading.info, Card.of_this_rank())
+        self.check_options()
+        self.load_datasets()
+        self.check_rewards()
+        self.compare_tokens()
+        foretell(self.args, self.prepare_model, self.teacher_loading and self.teacher_loading.info, Card.of_this_rank())
         models, self.args.reward_model = self.args.reward_model, None  # ms-swift loads one without a template for all but grpo
         super()._prepare_model_tokenizer()
         self.args.reward_model = models
@@ -114,9 +122,9 @@ class GKDPipeline(SwiftRLHF):
             return None
         if key != 'teacher' or self.args.teacher_model is None:
             return super()._prepare_single_model(key, *args)
-        with self._teacher_loading.settings():
+        with self.teacher_loading.settings():
             teacher = super()._prepare_single_model(key, *args)
-        self._teacher_loading.check_loaded(teacher[0])
+        self.teacher_loading.check_loaded(teacher[0])
         return teacher
 
     @classmethod
@@ -126,15 +134,16 @@ class GKDPipeline(SwiftRLHF):
             add_frozen_adapter(model, args._adapter_on_base, TEACHER_ADAPTER)
         return model
 
-    def _loaded_datasets(self):
-        if not (self.args.dataset or self.args.val_dataset):
-            return None, None  # cached ones are loaded by ms-swift
-        return with_used_columns(self.args, super()._get_dataset)
+    def load_datasets(self) -> None:
+        self.datasets = None, None
+        if self.args.dataset or self.args.val_dataset:  # cached ones are loaded by ms-swift
+            self.datasets = with_used_columns(self.args, super()._get_dataset)
+        checks.check_datasets(self.args, *self.datasets)
 
     def _get_dataset(self):
-        return self._datasets
+        return self.datasets
 
-    def _check_options(self) -> None:
+    def check_options(self) -> None:
         args = self.args
         if args.multi_turn_scheduler and not args.use_vllm:
             raise OptionError(f'--multi_turn_scheduler {args.multi_turn_scheduler} needs an engine: add --use_vllm true with --vllm_mode.')
@@ -156,15 +165,15 @@ class GKDPipeline(SwiftRLHF):
             )
         if teacher_offload(args) and args.teacher_model is not None:
             self._check_offload(teacher_offload(args))
-        self._teacher_loading = TeacherLoading(args) if args.teacher_model is not None else None
+        self.teacher_loading = TeacherLoading(args) if args.teacher_model is not None else None
         checks.check_student_engine(args)
         checks.check_teacher_engine(args)
         checks.check_topk(args)
         say_unused(args, NOT_USED)
         if teacher_is_idle(args):  # ms-swift would load it all the same
-            args.teacher_model = self._teacher_loading = None
+            args.teacher_model = self.teacher_loading = None
 
-    def _checked_rewards(self) -> Rewards | None:
+    def check_rewards(self) -> None:
         """A run may go on after any step, with another generation batch where the last one ended; a stream begins again after any
         micro-batch, and --dataloader_drop_last ends an epoch after one."""
         training = self.args.training_args
@@ -174,16 +183,16 @@ class GKDPipeline(SwiftRLHF):
             which = 'step and of a generation batch'
         check(self.args)
         factors = '--per_device_train_batch_size, --gradient_accumulation_steps, --steps_per_generation, ranks'
-        return rewards_of(self.args, rows, f'the rows of a {which} ({factors})', *self._datasets)
+        self._rewards = rewards_of(self.args, rows, f'the rows of a {which} ({factors})', *self.datasets)
 
-    def _compare_tokens(self) -> tuple[int, int] | None:
-        """Lengths of the student's and the teacher's tokenizer; None if no other model is loaded."""
-        args = self.args
+    def compare_tokens(self) -> None:
+        """Finds the lengths of the student's and the teacher's tokenizer; None if no other model is loaded."""
+        args, self.tokens = self.args, None
         if args.teacher_model is None and args.teacher_model_server is None:
-            return None
+            return
         _, student = args.get_model_processor(load_model=False)
-        check_servers(args, getattr(student, 'tokenizer', student), self._datasets)
-        return checks.tokenizer_lengths(args, student)
+        check_servers(args, getattr(student, 'tokenizer', student), self.datasets)
+        self.tokens = checks.tokenizer_lengths(args, student)
 
     def _check_average(self) -> None:
         args = self.args
@@ -230,7 +239,7 @@ class GKDPipeline(SwiftRLHF):
         args = self.args
         return {
             **super()._get_trainer_kwargs(),
-            'tokenizer_lengths': self._tokens,
+            'tokenizer_lengths': self.tokens,
             'teacher_path': args.teacher_model,
             'rewards': self._rewards,
             'teacher_is_start': self._adapter_is_start() or checks.teacher_is_start(args),

@@ -116,10 +116,10 @@ def _recognise(args: Any, teacher: str | None) -> None:
 def take_over_pipeline(module: ModuleType) -> None:
     """``swift.megatron.pipelines.train.rlhf``: old command lines are rewritten before parsing, our pipeline runs after it."""
     module.MegatronRLHF.args_class = module.MegatronRLHFArguments
-    become_ours(module.MegatronRLHF, _command_line, _pipeline)
+    become_ours(module.MegatronRLHF, command_line, _pipeline)
 
 
-def _command_line(given: Any, args_class: type) -> Any:
+def command_line(given: Any, args_class: type) -> Any:
     argv = modern_command_line(given, RENAMED, args_class)
     return argv if argv is given else _without_vllm_unless_asked_for(argv)  # another one: a command line for gkd
 

@@ -74,7 +74,7 @@ class GKDPipeline(MegatronRLHF):
 
     def run(self) -> dict[str, Any]:
         with said_once():
-            self._check_options()
+            self.check_options()
             self._tokens = checks.tokenizer_lengths(self.args, self.processor)
             self._optimizer_leaves = foretell(self.args, Card.of_this_rank())
         self.until_engines_answer()
@@ -98,8 +98,15 @@ class GKDPipeline(MegatronRLHF):
         return same and os.path.samefile(args.teacher_adapters[0], args.adapters[0])
 
     def _get_dataset(self):
+        datasets = self.load_datasets()
+        self.check_rows(*datasets)
+        return datasets
+
+    def load_datasets(self):
+        return with_used_columns(self.args, super()._get_dataset)
+
+    def check_rows(self, train_dataset, val_dataset) -> None:
         args = self.args
-        train_dataset, val_dataset = with_used_columns(args, super()._get_dataset)
         with said_once():
             checks.check_datasets(args, train_dataset, val_dataset)
             # A generation batch may begin with the last steps of an epoch; a stream begins again in the middle of a step.
@@ -112,7 +119,6 @@ class GKDPipeline(MegatronRLHF):
             self._rewards = rewards_of(args, *at_once, train_dataset, val_dataset)
         if args.teacher_model_server is not None:
             self._check_servers(train_dataset, val_dataset)
-        return train_dataset, val_dataset
 
     def _check_servers(self, *datasets) -> None:
         """One rank asks for all of them."""
@@ -127,7 +133,7 @@ class GKDPipeline(MegatronRLHF):
             if problem[0] is not None:
                 raise OptionError(problem[0])
 
-    def _check_options(self) -> None:
+    def check_options(self) -> None:
         args = self.args
         check_layout(args)  # once more: by now it is known whether the teacher is the student's base
         check_precision(args)

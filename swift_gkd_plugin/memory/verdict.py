@@ -63,6 +63,46 @@ def foretell(
     return setup
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """
+    Attributes:
+        table: What the fullest rank holds.
+        peak: Its largest phase, in a line.
+        too_much: What to say if the card cannot hold what is exact in the table; None if it can.
+        perhaps: The same, if it can hold that and not what is estimated besides.
+    """
+
+    table: Table
+    peak: str
+    too_much: str | None = None
+    perhaps: str | None = None
+
+
+def judged(setup: Setup, table: Callable[[Setup], Table], changes: Mapping[str, Callable[[Setup], Setup]], card: Card | None) -> Verdict:
+    """Compare what each rank will hold with the card; the arguments are those of :func:`announce`."""
+    found = table(setup)
+    peak = f"Peak: {gib(found.peak())} in '{found.fullest()}'" + (f'; {card.name} has {gib(card.bytes)}.' if card else '.')
+    if card is None or found.peak() <= card.bytes:
+        return Verdict(found, peak)
+    advice, sure = what_fits(setup, table, changes, card.bytes), found.peak(exact_only=True)
+    if sure > card.bytes:
+        return Verdict(
+            found,
+            peak,
+            too_much=f"Memory: in its phase '{found.fullest(True)}' a rank holds {gib(sure)} at least ({found.largest(True)}), and "
+            f'{card.name} has {gib(card.bytes)}; {advice}.',
+        )
+    phase = found.fullest()
+    return Verdict(
+        found,
+        peak,
+        perhaps=f"Memory: in its phase '{phase}' a rank holds about {gib(found.peak())} ({found.largest()}), "
+        f'{gib(found.held(phase, exact_only=True))} of it for certain, and {card.name} has {gib(card.bytes)}; should it run out of '
+        f'memory: {advice}.',
+    )
+
+
 def announce(setup: Setup, table: Callable[[Setup], Table], changes: Mapping[str, Callable[[Setup], Setup]], card: Card | None) -> None:
     """Print what each rank will hold, and compare it with the card.
 
@@ -75,26 +115,13 @@ def announce(setup: Setup, table: Callable[[Setup], Table], changes: Mapping[str
     Raises:
         OptionError: What is exact in the table alone is more than the card has.
     """
-    found = table(setup)
+    verdict = judged(setup, table, changes, card)
     if this_rank() == 0:
-        peak = f"Peak: {gib(found.peak())} in '{found.fullest()}'" + (f'; {card.name} has {gib(card.bytes)}.' if card else '.')
-        logger.info(f'Memory that the fullest rank will hold, by what a step does:\n{found}\n{peak}')
-    if card is None or found.peak() <= card.bytes:
-        return
-    advice = what_fits(setup, table, changes, card.bytes)
-    sure = found.peak(exact_only=True)
-    if sure > card.bytes:
-        raise OptionError(
-            f"Memory: in its phase '{found.fullest(True)}' a rank holds {gib(sure)} at least ({found.largest(True)}), and {card.name} has "
-            f'{gib(card.bytes)}; {advice}.'
-        )
-    if this_rank() == 0:
-        phase = found.fullest()
-        logger.warning(
-            f"Memory: in its phase '{phase}' a rank holds about {gib(found.peak())} ({found.largest()}), "
-            f'{gib(found.held(phase, exact_only=True))} of it for certain, and {card.name} has {gib(card.bytes)}; should it run out of '
-            f'memory: {advice}.'
-        )
+        logger.info(f'Memory that the fullest rank will hold, by what a step does:\n{verdict.table}\n{verdict.peak}')
+    if verdict.too_much is not None:
+        raise OptionError(verdict.too_much)
+    if verdict.perhaps is not None and this_rank() == 0:
+        logger.warning(verdict.perhaps)
 
 
 def what_fits(setup: Setup, table: Callable[[Setup], Table], changes: Mapping[str, Callable[[Setup], Setup]], room: int) -> str:
