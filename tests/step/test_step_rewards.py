@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -177,6 +178,15 @@ def test_what_is_logged(make):
             *reward['parts'],
             reward['advantage'],
         ]
+
+
+def test_what_has_one_name_has_a_number(make):
+    """Two files of models end in checkpoint-500, say: what is logged of the one is not that of the other."""
+    run = make(**{**GROUPED, 'reward_funcs': ['length', 'even', 'length'], 'reward_weights': [1.0, 0.5, 0.0]}, max_steps=1).train()
+    assert {'rewards/Length/mean', 'rewards/Even/mean', 'rewards/Length-2/mean'} <= set(run.logs[0])
+    rewards = Rewards(run.args)
+    rewards.take([SimpleNamespace(name='checkpoint-500'), SimpleNamespace(name='checkpoint-500')])
+    assert rewards.names == ['Length', 'Even', 'Length-2', 'checkpoint-500', 'checkpoint-500-2']
 
 
 SAMPLED = {'gkd_signal': 'sampled', 'lmbda': 0.5, 'sft_alpha': 0.5, 'gkd_num_samples': 1}
