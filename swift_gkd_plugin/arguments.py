@@ -294,10 +294,10 @@ def _check_sampled(args: Any) -> None:
     wanted = 1.0 if elsewhere else args.temperature
     found = args.temperature if args.gkd_temperature is None else args.gkd_temperature
     _require(
-        found == wanted and args.temperature > 0,
+        found == wanted == args.temperature > 0,
         f'--gkd_signal sampled with --gkd_temperature {found} and --temperature {args.temperature}: '
         + (
-            "a server's log-probabilities are taken at 1; add --gkd_temperature 1."
+            "a server's log-probabilities are taken at 1, and the student's would be another distribution's; set --temperature 1."
             if elsewhere
             else 'tokens say something about the temperature that they were sampled at; leave --gkd_temperature out, and --temperature > 0.'
         ),

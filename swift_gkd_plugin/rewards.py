@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -115,9 +116,10 @@ class Rewards:
                 )
             args.soft_max_length = args.soft_max_length or args.max_completion_length
         try:
-            self.functions, self.names = resolve_reward_funcs(args.reward_funcs, args=args)
+            self.functions, names = resolve_reward_funcs(args.reward_funcs, args=args)
         except Exception as error:
             raise OptionError(f'--reward_funcs {" ".join(args.reward_funcs)}: {error}') from error
+        self.names = distinct(names)
         self.labels = [f'{given} ({name})' for given, name in zip(args.reward_funcs, self.names, strict=True)]
         self.models: list[RewardModel] = []
         models = args.reward_model or []
@@ -142,7 +144,7 @@ class Rewards:
     def take(self, models: Sequence[RewardModel]) -> None:
         """``--reward_model``, loaded; before the first response is scored."""
         self.models += models
-        self.names += [model.name for model in models]
+        self.names[:] = distinct([*self.names, *(model.name for model in models)])
 
     @property
     def groups(self) -> str | None:
@@ -203,6 +205,15 @@ class Rewards:
         """A response as a feedback is told of it."""
         total = self.total(parts)
         return ScoredResponse(text, dict(zip(self.names, parts, strict=True)), total, has_passed(total, self.passing), question)
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """The names, with a number where one has been there: what is logged by name would be that of the last of them else."""
+    found: list[str] = []
+    for name in names:
+        others = itertools.chain([name], (f'{name}-{number}' for number in itertools.count(2)))
+        found.append(next(one for one in others if one not in found))
+    return found
 
 
 def has_passed(total: float, passing: float) -> bool:

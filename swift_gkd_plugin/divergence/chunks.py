@@ -215,14 +215,19 @@ def _weighs_by_logprob(weights: Weights) -> bool:
 def _weigh_by_logprob(call: Call, rows: slice, tokens: Tokens, label_lse: Tensor) -> None:
     """The labels' ratios, and the weights of their gradient. label_lse: [rows], of all columns."""
     weights, logprobs = call.weights, tokens.label_logit.to(torch.float64, copy=True).mul_(tokens.label_scale).sub_(label_lse)
+    if weights.clipping is not None:  # of the cross-entropy's weights alone
+        tokens.log_ratio.copy_(weights.clipping.log_ratio(rows, logprobs))
+        tokens.label_weight.mul_(weights.clipping.slope(tokens.log_ratio, weights.cross_entropy[rows]))
     if weights.teacher_logprobs is not None:
-        ahead = (weights.teacher_logprobs[rows] - logprobs).nan_to_num(nan=0).mul_(weights.divergence[rows])
+        ahead = _where_told(weights.teacher_logprobs[rows] - logprobs).mul_(weights.divergence[rows])
         at = weights.label_temperature
         ahead *= call.student.slope / (at[rows] if isinstance(at, Tensor) else at)
         tokens.label_weight.add_(ahead * _counts(call, rows))
-    if weights.clipping is not None:
-        tokens.log_ratio.copy_(weights.clipping.log_ratio(rows, logprobs))
-        tokens.label_weight.mul_(weights.clipping.slope(tokens.log_ratio, weights.cross_entropy[rows]))
+
+
+def _where_told(values: Tensor) -> Tensor:
+    """0 where the teacher has said nothing; infinite values stay, so that a loss which is none is seen."""
+    return values.masked_fill(values.isnan(), 0)
 
 
 def _unclipped(weights: Weights, tokens: Tokens) -> Weights:
@@ -285,7 +290,7 @@ def _losses(call: Call, tokens: Tokens) -> Tensor:
     if tokens.sums is not None:
         found['divergence'] = tokens.sums[0]
     elif weights.teacher_logprobs is not None:
-        found['divergence'] = (-found['cross_entropy'] - weights.teacher_logprobs.to(dtype)).nan_to_num(nan=0) * _counts(call)
+        found['divergence'] = _where_told(-found['cross_entropy'] - weights.teacher_logprobs.to(dtype)) * _counts(call)
     if 'divergence' in found:
         loss += weights.divergence.to(dtype) * found['divergence']
     if call.stats is None:

@@ -175,8 +175,10 @@ class Conductor:
 
     @property
     def _scores_evaluations(self) -> bool:
-        """One token says something of the student that has sampled it."""
-        return not self.options.sampled or self.args.gkd_eval_source == STUDENT
+        """One token says something of the student that has sampled it, at the temperature that it was sampled at."""
+        args = self.args
+        as_trained = args.gkd_eval_source == STUDENT and args.gkd_eval_temperature in (None, args.temperature)
+        return not self.options.sampled or as_trained
 
     def shares(self) -> tuple[float, float]:
         """Of the weights of divergence and rewards, as they are in this step; an evaluation measures with the whole ones."""

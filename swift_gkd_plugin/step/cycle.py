@@ -271,11 +271,11 @@ def state_of(ready: list[list[Sample]], drawn: int) -> dict[str, Any]:
 
 
 def _fits_json(value: Any) -> bool:
+    """Whether it comes back as it was; a tuple would be a list then, and the number that is a key a text."""
     try:
-        json.dumps(value)
+        return json.loads(json.dumps(value)) == value
     except (TypeError, ValueError):
         return False
-    return True
 
 
 def _packed(scores: Scores) -> dict[str, Any]:

@@ -175,7 +175,7 @@ class LossInForward:
             found['teacher_logprobs'] = known = known.masked_fill(imitated > 0, torch.nan)
             if old is not None:  # the estimate is that of the student that sampled
                 advantage = token_weights * (known - old)
-                found['label_weights'] += advantage.nan_to_num(nan=0)
+                found['label_weights'] += advantage.masked_fill(advantage.isnan(), 0)
                 found['token_weights'] = token_weights.masked_fill(~advantage.isnan(), 0)
         if old is not None:
             ratios = None if options.ratio_of == 'token' else self._of_responses(batch, here, _logprobs(student, of_labels) - old)

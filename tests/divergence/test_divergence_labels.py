@@ -378,3 +378,40 @@ def test_what_a_sampled_teacher_cannot_be_beside(case):
     call, *_ = calls(case, 'none', torch.float32, Divergence())
     with pytest.raises(ValueError, match=r'teacher_logprobs must have shape \[14\]'):
         call(labels=case['labels'], teacher_logprobs=torch.zeros(3))
+
+
+@pytest.mark.parametrize('trained', [True, False])
+@pytest.mark.parametrize('reduction', ['sum', 'none'])
+def test_clipping_leaves_the_estimate_alone(case, reduction, trained):
+    """A token may have both: a clipped ratio, and an estimate whose gradient no ratio multiplies."""
+    hidden, weight = case['hidden'].clone().requires_grad_(), case['weight'].clone().requires_grad_(trained)
+    labels, known = case['labels'], torch.linspace(-9, -1, TOKENS, dtype=torch.float64)
+    logprobs = -reference.cross_entropy(hidden @ weight.t(), labels)
+    old = logprobs.detach() + torch.linspace(-0.5, 0.5, TOKENS, dtype=torch.float64)
+    advantages, weights, counts = case['label_weights'].double(), case['token_weights'].double(), (labels >= 0).double()
+    ratio = (logprobs - old).exp()
+    right = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages) + weights * (logprobs.detach() - known) * logprobs
+    loss = linear_divergence(
+        hidden,
+        weight,
+        None,
+        None,
+        Divergence('reverse_kl'),
+        labels=labels,
+        label_weights=advantages,
+        clipping=Clipping(old, 0.2, 0.2),
+        token_weights=weights,
+        teacher_logprobs=known,
+        reduction=reduction,
+    )
+    wanted = [hidden, weight] if trained else [hidden]
+    expected = torch.autograd.grad((right * counts).sum(), wanted)
+    for found, one in zip(torch.autograd.grad(loss.sum(), wanted), expected, strict=True):
+        assert relative(found, one) < 1e-7
+
+
+def test_a_token_that_the_teacher_rules_out_is_seen():
+    """Of a loss that is infinite nothing is learnt; the largest number of fp32 would pass for one that can be."""
+    z, labels = torch.randn(3, 5), torch.tensor([0, 1, 2])
+    loss = logits_divergence(z, None, Divergence('reverse_kl'), labels=labels, teacher_logprobs=torch.tensor([-1.0, -torch.inf, torch.nan]))
+    assert loss[1] == torch.inf and loss[[0, 2]].isfinite().all()

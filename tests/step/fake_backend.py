@@ -278,7 +278,7 @@ class FakeBackend(Backend):
                 inner.messages += [{'role': 'assistant', 'content': self.template.safe_decode(turn)}, {'role': 'user', 'content': 'sure ?'}]
             inner.messages.pop()
             inner.response_token_ids, inner.finish_reason, inner.add_eos = turns, response.finish_reason, False
-            inner.rollout_infos = {'turns': len(turns), 'engine': self}
+            inner.rollout_infos = {'turns': len(turns), 'engine': self, 'by turn': {0: 'yes'}, 'pair': (1, 2)}
             sample.generated, sample.response = inner, response
 
     def roll_out_ahead(self, samples) -> None:

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -179,6 +180,15 @@ def test_what_is_logged(make):
         ]
 
 
+def test_what_has_one_name_has_a_number(make):
+    """Two files of models end in checkpoint-500, say: what is logged of the one is not that of the other."""
+    run = make(**{**GROUPED, 'reward_funcs': ['length', 'even', 'length'], 'reward_weights': [1.0, 0.5, 0.0]}, max_steps=1).train()
+    assert {'rewards/Length/mean', 'rewards/Even/mean', 'rewards/Length-2/mean'} <= set(run.logs[0])
+    rewards = Rewards(run.args)
+    rewards.take([SimpleNamespace(name='checkpoint-500'), SimpleNamespace(name='checkpoint-500')])
+    assert rewards.names == ['Length', 'Even', 'Length-2', 'checkpoint-500', 'checkpoint-500-2']
+
+
 SAMPLED = {'gkd_signal': 'sampled', 'lmbda': 0.5, 'sft_alpha': 0.5, 'gkd_num_samples': 1}
 
 
@@ -216,8 +226,9 @@ def test_a_part_of_the_distribution_is_warned_of(make, said):
 
 
 def test_an_evaluation_of_others_has_no_divergence(make, dataset):
-    for source, has in (('dataset', False), ('student', True)):
-        run = make(**{**SAMPLED, 'gkd_eval_source': source})
+    """Nor has one of tokens that were sampled at another temperature, or greedily: their mean estimates no KL."""
+    for source, at, has in (('dataset', None, False), ('student', None, True), ('student', 1.0, True), ('student', 0.0, False)):
+        run = make(**{**SAMPLED, 'gkd_eval_source': source, 'gkd_eval_temperature': at})
         assert ('divergence' in run.evaluate(dataset)) == has and bool(run.backend.looked_at) == has
 
 
@@ -303,7 +314,7 @@ def test_what_a_scheduler_says_is_there_when_the_run_goes_on(make, monkeypatch):
         run.train()
     monkeypatch.setattr(OfTurns, 'fails', False)
     resumed = make(**options, max_steps=1).train(run.backend.checkpoint)
-    assert len(seen) == 4 and set(seen[0]) == {'turns'}
+    assert len(seen) == 4 and set(seen[0]) == {'turns'}  # what JSON would change is no better than what it cannot hold
     assert [one['reward']['total'] for one in flat(resumed)] == [infos['turns'] for infos in seen]
 
 
