@@ -268,9 +268,10 @@ def _require(condition: bool, message: str) -> None:
 def _check_sampled(args: Any) -> None:
     if args.gkd_signal != 'sampled':
         return
-    divergence = f'{args.gkd_divergence} of --beta {args.beta}' if args.gkd_divergence == 'jsd' else args.gkd_divergence
+    beta = 0.5 if args.beta is None else args.beta
+    divergence = f'{args.gkd_divergence} of --beta {beta}' if args.gkd_divergence == 'jsd' else args.gkd_divergence
     _require(
-        divergence in ('reverse_kl', 'jsd of --beta 1', 'jsd of --beta 1.0'),
+        args.gkd_divergence == 'reverse_kl' or (args.gkd_divergence == 'jsd' and beta == 1),
         f'--gkd_signal sampled with --gkd_divergence {divergence}: a token that the student has sampled tells the reverse KL only; add '
         '--gkd_divergence reverse_kl.',
     )
@@ -308,10 +309,22 @@ def _check_sampled(args: Any) -> None:
     )
 
 
+def _check_ratios(args: Any) -> None:
+    for name in ('epsilon', 'epsilon_high'):
+        bound = getattr(args, name)
+        _require(bound is None or bound >= 0, f'--{name} {bound}: must be >= 0, how far a ratio of probabilities may be from 1.')
+    _require(args.delta is None or args.delta > 0, f'--delta {args.delta}: must be > 0, the most that a ratio of probabilities counts for.')
+
+
 def _check_rewards(args: Any) -> None:
     weight, models = args.gkd_rl_weight, args.reward_model or []
     rewards = f'--reward_funcs {" ".join(args.reward_funcs)}' if args.reward_funcs else f'--reward_model {" ".join(models)}'
-    _require(weight >= 0, f'--gkd_rl_weight {weight}: must be >= 0 (the weight of the rewards; 0 measures them only).')
+    _require(
+        0 <= weight < math.inf, f'--gkd_rl_weight {weight}: must be >= 0 and finite (the weight of the rewards; 0 measures them only).'
+    )
+    weights = args.reward_weights or []
+    _require(all(map(math.isfinite, weights)), f'--reward_weights {" ".join(map(str, weights))}: each must be a finite number.')
+    _require(math.isfinite(args.gkd_passing_reward), f'--gkd_passing_reward {args.gkd_passing_reward}: must be a finite number.')
     for name in ('reward_model_type', 'reward_model_revision', 'reward_template', 'reward_model_plugin'):
         given = len(getattr(args, name, None) or models)  # `megatron rlhf`, which has no reward models, lacks some
         _require(given == len(models) or not models, f'--{name} has {given} values for {len(models)} of --reward_model; give one for each.')
@@ -439,9 +452,11 @@ def check_values(args: Any) -> None:
             f'--gkd_teacher_max_completion_length {args.gkd_teacher_max_completion_length}: must be > 0.',
         )
     _require(args.max_completion_length > 0, f'--max_completion_length {args.max_completion_length}: must be > 0.')
-    _require(args.sft_alpha >= 0, f'--sft_alpha {args.sft_alpha}: must be >= 0 (the weight of the cross-entropy).')
-    _require(args.gkd_loss_weight >= 0, f'--gkd_loss_weight {args.gkd_loss_weight}: must be >= 0 (the weight of the divergence).')
+    for name, of in (('sft_alpha', 'cross-entropy'), ('gkd_loss_weight', 'divergence')):
+        value = getattr(args, name)
+        _require(0 <= value < math.inf, f'--{name} {value}: must be >= 0 and finite (the weight of the {of}).')
     _check_sampled(args)
+    _check_ratios(args)
     _check_extrapolation(args)
     _check_rewards(args)
     _require(

@@ -259,7 +259,8 @@ def teacher_sees_more(args: Any, dataset: Any) -> bool:
     """Whether the teacher is asked something else than the student; assumed of a dataset whose columns are not known."""
     columns = getattr(dataset, 'column_names', None)
     privileged = columns is None or bool({'teacher_prompt', 'teacher_images'} & set(columns))
-    return privileged or args.gkd_teacher_system is not None or args.gkd_teacher_enable_thinking is not None
+    own_view = (args.gkd_teacher_system, args.gkd_teacher_enable_thinking, args.gkd_feedback)
+    return privileged or any(value is not None for value in own_view)
 
 
 # Ways to initialise LoRA that subtract what the adapter starts with from the base (peft 0.20, tuners/lora/layer.py).

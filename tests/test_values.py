@@ -31,6 +31,10 @@ class Arguments(GKDOptions):
     offload_teacher_model: bool = False
     reward_funcs: list = dataclasses.field(default_factory=list)
     reward_model: Any = None
+    reward_weights: Any = None
+    epsilon: float = 0.2
+    epsilon_high: Any = None
+    delta: Any = None
     importance_sampling_level: str = 'token'
 
 
@@ -54,6 +58,14 @@ SERVER = {'teacher_model': None, 'teacher_model_server': 'http://127.0.0.1:9'}
         ),
         ({**REWARDED, 'gkd_rl_schedule': 'switch', 'gkd_loss_weight': 0.0}, ['--gkd_rl_schedule switch', 'both must be > 0']),
         ({**REWARDED, 'gkd_rl_switch': 1.0}, ['--gkd_rl_switch 1.0', '(0, 1)']),
+        ({'gkd_rl_weight': float('inf')}, ['--gkd_rl_weight inf', 'finite']),
+        ({'gkd_loss_weight': float('inf')}, ['--gkd_loss_weight inf', 'finite']),
+        ({'sft_alpha': float('nan')}, ['--sft_alpha nan', 'finite']),
+        ({**REWARDED, 'reward_weights': [1.0, float('nan')]}, ['--reward_weights 1.0 nan', 'finite']),
+        ({**REWARDED, 'gkd_passing_reward': float('nan')}, ['--gkd_passing_reward nan', 'finite']),
+        ({**REWARDED, 'epsilon': -1.0}, ['--epsilon -1.0', '>= 0']),
+        ({**REWARDED, 'epsilon_high': float('nan')}, ['--epsilon_high nan', '>= 0']),
+        ({**REWARDED, 'delta': 0.0}, ['--delta 0.0', '> 0']),
         ({'gkd_on': 'failed'}, ['--gkd_on failed', '--reward_funcs']),
         ({'gkd_signal': 'sampled'}, ['--gkd_divergence jsd of --beta 0.5', '--gkd_divergence reverse_kl']),
         ({**SAMPLED, 'gkd_divergence': 'tvd'}, ['--gkd_divergence tvd', 'reverse_kl']),

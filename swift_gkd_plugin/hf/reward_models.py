@@ -38,7 +38,9 @@ class Named:
 
 def named(args: Any) -> list[Named]:
     """Those of a run."""
-    models = args.reward_model or []
+    models = args.reward_model
+    if not models:
+        return []
     nothing = [None] * len(models)
     parts = (args.reward_model_type, args.reward_model_revision, args.reward_template)
     plugins = args.reward_model_plugin or ['default'] * len(models)
@@ -55,7 +57,8 @@ def check(args: Any) -> None:
             _template(args, one, processor)
         except Exception as error:  # of ms-swift, transformers or a hub
             raise OptionError(
-                f'--reward_model {one.path}: {in_one_line(error)} Name what it is with --reward_model_type and --reward_template.'
+                f'--reward_model {one.path}: {in_one_line(error).rstrip(".")}. Name what it is with --reward_model_type and '
+                '--reward_template.'
             ) from error
 
 

@@ -134,8 +134,11 @@ class Books:
                 if self.encoder.with_rewards:
                     self.metrics.add('pg_loss', _sum(cross_entropy * advantages), count)
                 if stats.clipped is not None:
-                    weighed = by_student if self.encoder.sampled else advantages
-                    self.metrics.add('clip_ratio', _sum(stats.clipped), (weighed != 0).sum())
+                    weighed = advantages != 0
+                    if self.encoder.sampled and stats.divergence is not None:
+                        counts = by_student if batch.compared is None else by_student * part(batch.compared).to(device)
+                        weighed = weighed | (counts != 0)
+                    self.metrics.add('clip_ratio', _sum(stats.clipped), weighed.sum())
         for name in DETAILS if stats.detail else ():
             values = getattr(stats, name)
             if values is not None:

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from swift.utils import get_logger
 
+from .. import checks
 from ..arguments import extrapolates
 from ..divergence import TokenStats
 from ..metrics import Metrics
@@ -137,11 +138,8 @@ class Conductor:
             is_student: Whether teacher and student are one model when training begins.
         """
         args = self.args
-        columns = getattr(dataset, 'column_names', None)
-        privileged = columns is None or {'teacher_prompt', 'teacher_images'} & set(columns)
-        own_view = (args.gkd_teacher_system, args.gkd_teacher_enable_thinking, args.gkd_feedback)
-        sees_more = privileged or any(value is not None for value in own_view)
-        if not is_student or sees_more or args.sft_alpha > 0 or self.options.reward_weight > 0:
+        other_signal = args.sft_alpha > 0 or self.options.reward_weight > 0
+        if not is_student or other_signal or checks.teacher_sees_more(args, dataset):
             return
         logger.warning(
             f'NOTHING TO LEARN: the teacher is {self.teacher.description} and sees the same prompt, so both distributions are equal, the '

@@ -278,7 +278,8 @@ def test_options(changed, says):
         **{'beta': 0.5, 'lmbda': 1.0, 'temperature': 1.0, 'max_completion_length': 9, 'sft_alpha': 0.0, 'seq_kd': False},
         **{'teacher_model': 'x', 'teacher_model_server': None, 'teacher_adapters': [], 'offload_teacher_model': False},
         **{'gkd_logits_topk': None, 'use_vllm': False, 'multi_turn_scheduler': None, 'truncation_strategy': 'delete'},
-        **{'reward_funcs': ['x'], 'reward_model': None, 'metric_for_best_model': None},
+        **{'reward_funcs': ['x'], 'reward_model': None, 'reward_weights': None, 'metric_for_best_model': None},
+        **{'epsilon': 0.2, 'epsilon_high': None, 'delta': None},
         **{'gkd_feedback': 'sibling', 'gkd_num_samples': 2, 'gkd_rl_weight': 0.0},
         **changed,
     }
