@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, format and all tests, by four workers: on two cores some of them often wait for a server or for ranks.
+# Lint, format and all tests, by three workers: on two cores one of them often waits for a server or for ranks.
 # Arguments go to pytest: ./test.sh tests/activation -k yaml -n 0
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -15,4 +15,4 @@ mkdir -p "$TORCH_EXTENSIONS_DIR" && find "$TORCH_EXTENSIONS_DIR" -name lock -del
 export OMP_NUM_THREADS=1
 # Hundreds of processes import the same modules: what one has compiled the next one takes, whatever the environment says.
 export PYTHONDONTWRITEBYTECODE=
-exec python -m pytest -n 4 --no-loadscope-reorder --durations=15 "$@"
+exec python -m pytest -n 3 --no-loadscope-reorder --durations=15 "$@"

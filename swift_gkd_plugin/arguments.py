@@ -58,7 +58,7 @@ class GKDOptions:
     )
     gkd_extrapolation: float = option(
         1.0,
-        "The teacher T is replaced by T^x · R^(1-x), normalised, with R the student's base without its adapter: beyond the teacher above 1 "
+        "The teacher P is replaced by P^x · R^(1-x), normalised, with R the student's base without its adapter: beyond the teacher above 1 "
         '(reward extrapolation, G-OPD), on the way to it below, the teacher itself at 1; > 0.',
     )
     gkd_temperature: Optional[float] = option(

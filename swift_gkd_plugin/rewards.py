@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -261,15 +261,22 @@ def rewards_of(args: Any, unit: int, explained: str, *datasets: Any) -> Rewards 
 def _checked(function: Callable, what: str) -> Callable:
     """The function, with what is wrong with it or its values as a :class:`RewardError`; ms-swift would take a NaN for no opinion."""
 
+    def number(value: Any, place: int) -> float | None:
+        try:
+            found = None if value is None else float(value)
+        except (TypeError, ValueError):
+            raise RewardError(f'{what} returned {value!r}, which is no number', place) from None
+        if found is not None and not math.isfinite(found):
+            raise RewardError(f'{what} returned {found} (None is for what it has no opinion about)', place)
+        return found
+
     def values_of(found: Any, count: int) -> list[float | None]:
+        if not isinstance(found, Iterable) or isinstance(found, str):
+            raise RewardError(f'{what} returned {found!r}, not a list with a number for each of {count} responses')
         values = list(found)
         if len(values) != count:
             raise RewardError(f'{what} returned {len(values)} values for {count} responses')
-        values = [None if value is None else float(value) for value in values]
-        for place, value in enumerate(values):
-            if value is not None and not math.isfinite(value):
-                raise RewardError(f'{what} returned {value} (None is for what it has no opinion about)', place)
-        return values
+        return [number(value, place) for place, value in enumerate(values)]
 
     def call(completions: list[str], **columns: Any) -> list[float | None]:
         try:

@@ -40,6 +40,14 @@ def nobody_generates(args: Any) -> bool:
     return not student and (teacher_is_silent(args) or args.teacher_model_server is not None or args.gkd_teacher_engine == 'vllm')
 
 
+def learns_at_once(args: Any) -> bool:
+    """Whether every response is learnt from by the student that gave it, in one update per generation."""
+    training = getattr(args, 'training_args', None)  # of `swift rlhf`, which counts micro-batches
+    if training is None:
+        return getattr(args, 'steps_per_generation', None) == 1
+    return training.steps_per_generation <= training.gradient_accumulation_steps
+
+
 MEASURED = 'rewards are measured only: --gkd_rl_weight 0, or --lmbda 0'
 OF_COMPARISON = ('scale_rewards', 'advantage_estimator', 'gkd_rl_schedule', 'gkd_rl_switch')
 OF_RATIOS = ('epsilon', 'epsilon_high', 'delta', 'importance_sampling_level')
@@ -140,6 +148,7 @@ NOT_USED: tuple[Entry, ...] = (
         for name in OF_RATIOS
     ),
     *((name, lambda a: not a.reward_model, 'it belongs to --reward_model') for name in OF_MODELS),
+    *((name, learns_at_once, 'with one update per generation all ratios are 1; see --steps_per_generation') for name in OF_RATIOS),
     ('loss_type', lambda a: True, '--gkd_divergence chooses the loss'),
     ('enable_dft_loss', lambda a: True, 'it belongs to SFT'),
     ('enable_channel_loss', lambda a: True, 'it belongs to SFT'),

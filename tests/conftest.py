@@ -26,8 +26,9 @@ ONE_WORKER = ('activation', 'engine', 'servers')
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """They come first: the last of them would leave the other worker with nothing to do."""
-    items.sort(key=lambda item: item.path.parent.name not in ONE_WORKER)
+    """They come first, then what runs commands: the last of them would leave the other workers with nothing to do."""
+    runs_commands = {item.path for item in items if item.get_closest_marker('e2e')}
+    items.sort(key=lambda item: 0 if item.path.parent.name in ONE_WORKER else 1 if item.path in runs_commands else 2)
 
 
 @pytest.hookimpl(optionalhook=True)

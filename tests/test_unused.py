@@ -34,6 +34,7 @@ class Arguments(GKDOptions):
     reward_model_plugin: Any = None
     kl_in_reward: Any = None
     epsilon: float = 0.2
+    steps_per_generation: Any = None
     teacher_kl_coef: float = 1.0
     kl_coef: float = 0.05
     rpo_alpha: Any = None
@@ -91,6 +92,8 @@ SEQ_KD = {'seq_kd': True, 'lmbda': 0.0}
         ({'gkd_passing_reward': 0.3}, {**MODEL, 'reward_funcs': ['x']}, 'it belongs to --gkd_on'),
         ({'epsilon': 0.1}, MODEL, 'it belongs to rewards and to --gkd_signal sampled'),
         ({'epsilon': 0.1}, {**MODEL, 'gkd_signal': 'sampled'}, None),
+        ({'epsilon': 0.1}, {**MODEL, 'reward_funcs': ['x'], 'steps_per_generation': 1}, 'one update per generation'),
+        ({'epsilon': 0.1}, {**MODEL, 'reward_funcs': ['x'], 'steps_per_generation': 2}, None),
         ({'gkd_passing_reward': 0.3}, {**MODEL, 'reward_funcs': ['x'], 'gkd_feedback': 'sibling'}, None),
         ({'gkd_rl_weight': 0.3}, {**MODEL, 'reward_model': ['x']}, None),
         ({'reward_model_plugin': ['x']}, MODEL, 'it belongs to --reward_model'),

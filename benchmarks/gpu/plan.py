@@ -15,12 +15,15 @@ def of(part: str, tiny: bool) -> list[dict]:
 
 
 def checks(tiny: bool) -> list[dict]:
-    variants = ('labels', 'soft cap', 'bias and LoRA', 'close', 'one head', 'offset', 'many chunks')
+    variants = ('labels', 'soft cap', 'bias and LoRA', 'close', 'one head', 'offset', 'many chunks')[: 3 if tiny else None]
     return [
         dict(name='machine'),
         dict(name='jsd', kind='jsd'),
         *(dict(name=f'jsd, {variant}', kind='jsd', variant=variant) for variant in variants),
-        *(dict(name=f'top-k, {variant}', topk=variant) for variant in ('bucket', 'renormalize', 'temperature', 'labels')),
+        *(
+            dict(name=f'top-k, {variant}', topk=variant)
+            for variant in ('bucket', 'renormalize', 'temperature', 'labels')[: 2 if tiny else None]
+        ),
         *(dict(name=name) for name in ('cross-entropy', 'statistics', 'ready logits')),
         dict(name='extremes', limit=300),  # as many kernels as it has divergences
         *(dict(name=kind, kind=kind) for kind in ((*DIVERGENCES[1:], 'jsd 0.001', 'jsd 0.999'), ('tvd',))[tiny]),
@@ -66,7 +69,7 @@ def moving(tiny: bool) -> list[dict]:
     offload = [dict(name=f'teacher, {how}', how=how) for how in ('stays', 'layer', 'model')]
     env = {'PYTORCH_CUDA_ALLOC_CONF': 'expandable_segments:True'}
     expandable = [{**case, 'name': f'{case["name"]}, expandable segments', 'env': env} for case in offload]
-    return [*offload, dict(name='pinned memory'), dict(name='moving average'), *expandable]
+    return [*offload, dict(name='pinned memory'), dict(name='moving average'), *expandable[: 1 if tiny else None]]
 
 
 def training(tiny: bool) -> list[dict]:

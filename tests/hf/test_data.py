@@ -140,7 +140,9 @@ def test_skipping_continues_with_the_same_responses(draw, batch, epoch, skip):
 
 def drawn(source_per, n=8, num_rows=2000):
     """The samples of all micro-batches of two epochs on 8 ranks, half of the rows the dataset's."""
-    args = SimpleNamespace(seed=3, lmbda=0.5, seq_kd=False, gkd_num_samples=n, gkd_source_per=source_per, reward_funcs=[])
+    args = SimpleNamespace(
+        seed=3, lmbda=0.5, seq_kd=False, gkd_num_samples=n, gkd_source_per=source_per, reward_funcs=[], reward_model=None
+    )
     cycle = Cycle(args, ROWS, SimpleNamespace(check=lambda sample: None), {}, Ranks(torch.device('cpu')))
     ranks = all_ranks(1, 8, num_rows=num_rows, draw=cycle.draw, epochs=2)
     rows = [[Row(number, epoch, {}, counts, repeat)] for rank in ranks for [(epoch, number, counts, repeat)] in rank]

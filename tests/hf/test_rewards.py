@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import commands
 import helpers
 import job_runs
 import pytest
@@ -287,8 +288,9 @@ def test_the_example(tiny_models, tmp_path, name):
         'max_length': 128,
     }
     places = {'MODEL': tiny_models.student, 'TEACHER': tiny_models.teacher, 'DATASET': f'{tiny_models.train}#4', 'OUTPUT': tmp_path}
-    environment = {'PATH': f'{helpers.SCRIPTS}{os.pathsep}{os.environ["PATH"]}', **{name: str(place) for name, place in places.items()}}
-    returncode, output = helpers.run([EXAMPLES / f'{name}.sh', *helpers.command_line(options)], env=environment, cwd=tmp_path)
+    with commands.launchers() as path:
+        environment = {'PATH': f'{path}{os.pathsep}{os.environ["PATH"]}', **{name: str(place) for name, place in places.items()}}
+        returncode, output = helpers.run([EXAMPLES / f'{name}.sh', *helpers.command_line(options)], env=environment, cwd=tmp_path)
     assert returncode == 0, output[-4000:]
     (log,) = [row for row in map(json.loads, (tmp_path / 'logging.jsonl').read_text().splitlines()) if 'loss' in row]
     assert log['reward'] >= 0 and 'rewards/Concise/mean' in log and log['source/student'] == 1

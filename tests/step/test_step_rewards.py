@@ -257,8 +257,10 @@ class Failing(ORM):
         values = [1.0] * len(completions)
         if self.how == 'too few':
             return values[1:]
-        if self.how == 'not a number':
-            values[2] = float('nan')
+        if self.how == 'no list':
+            return 1.0
+        if self.how in ('not a number', 'a text'):
+            values[2] = {'not a number': float('nan'), 'a text': 'good'}[self.how]
         return values
 
 
@@ -268,6 +270,8 @@ class Failing(ORM):
         ('raises', r'reward function failing \(Failing\) failed: KeyError.*line \d+\)'),
         ('too few', 'returned 3 values for 4 responses;'),
         ('not a number', r'\(Failing\) returned nan \(None is'),
+        ('a text', r"\(Failing\) returned 'good', which is no number"),
+        ('no list', r'\(Failing\) returned 1.0, not a list with a number for each of 4 responses'),
     ],
 )
 def test_a_function_that_fails_costs_no_response(make, monkeypatch, how, says):
